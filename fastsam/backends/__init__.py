@@ -1,0 +1,9 @@
+"""Three ways to run the same step: ``reference`` (to read), ``torch``, ``triton`` (to be fast).
+
+Each serves one interface, :class:`Backend`, and gives the same results within rounding. (The
+modules ``torch`` and ``triton`` would shadow the packages here, hence ``interface``.)
+"""
+
+from .interface import Backend, Backup, create, new_scalars, resolve
+
+__all__ = ["Backend", "Backup", "create", "new_scalars", "resolve"]

@@ -1,0 +1,159 @@
+"""The torch backend: torch's own fused and foreach operators, on any device that torch serves.
+
+Parameters go to the operators by group and dtype. What they do not take (mixed dtypes,
+non-contiguous layouts, low precision where an operator would round in between) goes through the
+reference backend's equations, one tensor at a time.
+"""
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsam.kernels.layout import Scalar
+
+from ..rules import Batch, Group, Step
+from . import reference
+from .reference import ListBackup
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether the elements fill one block of memory without gaps or overlaps, in any order."""
+    return torch.ops.aten.is_non_overlapping_and_dense(x)
+
+
+def _same_layout(tensors: list[Tensor]) -> bool:
+    first = tensors[0]
+    return all(t.dtype == first.dtype and t.stride() == first.stride() for t in tensors[1:])
+
+
+def _is_full_precision(x: Tensor) -> bool:
+    return x.dtype in (torch.float32, torch.float64)
+
+
+def global_norm(grads: list[Tensor], like: Tensor) -> Tensor:
+    """The L2 norm over all tensors, accumulated in float32 or wider."""
+    by_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+    for g in grads:
+        by_dtype[g.dtype].append(g)
+    norms: list[Tensor] = []
+    for dtype, same in by_dtype.items():
+        norms += torch._foreach_norm(same, 2, dtype=torch.promote_types(dtype, torch.float32))
+    return torch.stack([norm.to(like.dtype) for norm in norms]).square().sum().sqrt()
+
+
+class TorchBackend:
+    """See the module's docstring."""
+
+    def ascend(self, batch: Batch, step: Step, scalars: Tensor) -> ListBackup:
+        if step.adaptive:
+            n = reference.scaled_norm(batch, step, like=scalars)
+        else:
+            n = global_norm(batch.grads, like=scalars)
+        scalars[Scalar.GRAD_NORM] = n
+        backup = ListBackup()
+        try:
+            copies = [torch.empty_like(w) for w in batch.params]
+            torch._foreach_copy_(copies, batch.params)
+            backup.copies = dict(zip(batch.params, copies, strict=True))
+            for i, group in enumerate(step.groups):
+                members = [k for k, j in enumerate(batch.groups) if j == i]
+                if members:
+                    scale = reference.radius_per_norm(group, step.lam, n)
+                    self._perturb(
+                        [batch.params[k] for k in members],
+                        [batch.grads[k] for k in members],
+                        group,
+                        scale,
+                    )
+        except BaseException:
+            backup.restore()
+            raise
+        return backup
+
+    @staticmethod
+    def _perturb(params: list[Tensor], grads: list[Tensor], group: Group, scale: Tensor) -> None:
+        on_cpu = scale.device.type == "cpu"
+        if on_cpu and float(scale) == 0:
+            return
+        if on_cpu and not group["adaptive"]:
+            # one pass, and torch rounds once whatever the dtypes
+            torch._foreach_add_(params, [reference.wide(g) for g in grads], alpha=float(scale))
+            return
+        for w, g in zip(params, grads, strict=True):
+            w.add_(reference.perturbation(w, g, group, scale))
+
+    def descend(
+        self, batch: Batch, backup: ListBackup | None, step: Step, scalars: Tensor
+    ) -> None:
+        if step.needs_descent_norm:
+            measured = plain = global_norm(batch.grads, like=scalars)
+            if step.adaptive and step.renormalize:
+                measured = reference.scaled_norm(batch, step, like=scalars)
+            reference.descent_scalars(measured, plain, step, scalars)
+        if backup is not None:
+            torch._foreach_copy_(list(backup.copies), list(backup.copies.values()))
+        if step.base is None:
+            if step.rescales:
+                torch._foreach_mul_(batch.grads, scalars[Scalar.COEFFICIENT])
+            return
+        fused: dict[Any, list[int]] = defaultdict(list)
+        for k, (param, i) in enumerate(zip(batch.params, batch.groups, strict=True)):
+            states = [batch.states[k][name] for name in step.base.states(step.groups[i])]
+            if (
+                step.base.name != "adagrad_norm"
+                and _same_layout([param, batch.grads[k], *states])
+                and is_dense(param)
+                # u would be rounded to 16 bits before the operator saw it
+                and (_is_full_precision(param) or not step.rescales)
+            ):
+                fused[i, param.dtype, batch.fresh[k]].append(k)
+            else:
+                reference.update_one(batch, k, None, step, scalars)
+        for (i, _, fresh), members in fused.items():
+            self._fused_update(batch, members, step.groups[i], fresh, step, scalars)
+
+    @staticmethod
+    def _fused_update(
+        batch: Batch, members: list[int], group: Group, fresh: bool, step: Step, scalars: Tensor
+    ) -> None:
+        assert step.base is not None
+        params = [batch.params[k] for k in members]
+        grads = [batch.grads[k] for k in members]
+        if step.rescales:
+            # a cast, because 0-dim gradients would be promoted to the coefficient's float64
+            grads = list(torch._foreach_mul(grads, scalars[Scalar.COEFFICIENT].to(grads[0].dtype)))
+        states = {
+            name: [batch.states[k][name] for k in members] for name in step.base.states(group)
+        }
+        found_inf = (1 - scalars[Scalar.ACCEPTED]).float() if step.skip_nonfinite else None
+        common: dict[str, Any] = dict(
+            lr=group["lr"], weight_decay=group["weight_decay"], maximize=group["maximize"],
+            found_inf=found_inf,
+        )  # fmt: skip
+        if step.base.counts_steps:
+            steps = [batch.states[k]["step"] for k in members]
+            torch._foreach_add_(steps, 1)
+        if step.base.name == "sgd":
+            torch._fused_sgd_(
+                params, grads, states.get("momentum_buffer", []), momentum=group["momentum"],
+                dampening=group["dampening"], nesterov=group["nesterov"], is_first_step=fresh,
+                **common,
+            )  # fmt: skip
+        elif step.base.name == "adam":
+            decoupled = group["decoupled_weight_decay"]
+            operator = torch._fused_adamw_ if decoupled else torch._fused_adam_
+            beta1, beta2 = group["betas"]
+            operator(
+                params, grads, states["exp_avg"], states["exp_avg_sq"],
+                states.get("max_exp_avg_sq", []), steps, beta1=beta1, beta2=beta2,
+                eps=group["eps"], amsgrad=group["amsgrad"], **common,
+            )  # fmt: skip
+        else:
+            torch._fused_adagrad_(
+                params, grads, states["sum"], steps, lr_decay=group["lr_decay"],
+                eps=group["eps"], **common,
+            )  # fmt: skip
+        if found_inf is not None and step.base.counts_steps:
+            torch._foreach_sub_(steps, [found_inf] * len(steps))

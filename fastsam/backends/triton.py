@@ -1,0 +1,291 @@
+"""The triton backend: buckets of tensors, their tables, and one kernel launch per pass."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastsam.kernels.layout import (
+    CHUNK, REDUCE_CHUNK, REDUCE_WARPS, WARPS, Hyper, Row, Scalar, Task,
+)  # fmt: skip
+from fastsam.kernels.perturb import perturb_kernel
+from fastsam.kernels.reduce import reduce_kernel
+from fastsam.kernels.table import Table, upload
+from fastsam.kernels.update import update_kernel
+
+from ..rules import Batch, Step
+from .torch import is_dense
+
+TYPES = {
+    torch.float64: tl.float64,
+    torch.float32: tl.float32,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+}
+STATES = (Row.STATE0, Row.STATE1, Row.STATE2)
+#: Elements to which every tensor's place in a flat backup is rounded up: keeps it aligned.
+ALIGNMENT = 64
+
+
+def like_layout(x: Tensor, model: Tensor) -> Tensor:
+    """``x``, or a copy of it with ``model``'s strides, so that both are walked alike."""
+    if x.stride() == model.stride() or x.numel() < 2:
+        return x
+    return torch.empty_like(model, dtype=x.dtype).copy_(x)
+
+
+def dense(x: Tensor) -> Tensor:
+    """``x`` if it fills one block of memory, else a copy that does."""
+    return x if is_dense(x) else torch.empty_like(x).copy_(x)
+
+
+class FlatBackup:
+    """One flat copy of the weights per bucket, and where each parameter lies in it."""
+
+    def __init__(self) -> None:
+        self.places: dict[Tensor, tuple[Tensor, int]] = {}  # flat tensor, first element
+        self.written: list[Tensor] = []  # parameters whose copy has been made
+
+    def reserve(self, params: list[Tensor]) -> None:
+        """Allocate for one bucket."""
+        starts, end = [], 0
+        for param in params:
+            starts.append(end)
+            end += -(-param.numel() // ALIGNMENT) * ALIGNMENT
+        flat = torch.empty(end, dtype=params[0].dtype, device=params[0].device)
+        for param, start in zip(params, starts, strict=True):
+            self.places[param] = flat, start
+
+    def address(self, param: Tensor) -> int | None:
+        place = self.places.get(param)
+        if place is None:
+            return None
+        flat, start = place
+        return flat.data_ptr() + start * flat.element_size()
+
+    def restore(self, params: Iterable[Tensor] | None = None) -> None:
+        for param in self.written if params is None else params:
+            flat, start = self.places[param]
+            strides = torch.empty_like(param).stride()  # a gap-free copy's
+            param.copy_(flat[start : start + param.numel()].as_strided(param.size(), strides))
+
+
+@dataclass
+class Bucket:
+    """Tensors that share one launch, laid out for the kernels."""
+
+    members: list[int]  # positions in the batch
+    params: list[Tensor]  # dense: the parameters, or copies of those with gaps
+    grads: list[Tensor]
+    types: dict[str, Any]  # the kernels' dtype arguments
+    table: Table
+
+
+class TritonBackend:
+    """See the module's docstring."""
+
+    def __init__(self) -> None:
+        # by pass and dtypes, so that a steady training loop finds its tables as it left them
+        self._tables: dict[Any, Table] = {}
+        self._scratches: dict[Any, Tensor] = {}
+        self._hyper: dict[Any, tuple[list[list[float]], Tensor]] = {}
+        self._max_grad_norm: float | None = None
+
+    # --- the interface ---
+
+    def ascend(self, batch: Batch, step: Step, scalars: Tensor) -> FlatBackup:
+        backup = FlatBackup()
+        buckets = self._buckets("ascent", batch, step)
+        for bucket in buckets:
+            originals = [batch.params[k] for k in bucket.members]
+            backup.reserve(originals)
+            self._fill(bucket, batch, {Row.BACKUP: [backup.address(p) for p in originals]})
+        with _on(scalars.device):
+            self._reduce("ascent", buckets, step, scalars)
+            try:
+                for bucket in buckets:
+                    perturb_kernel[(len(bucket.table.chunks(CHUNK)),)](
+                        bucket.table.pointers, bucket.table.chunks(CHUNK), bucket.table.columns,
+                        self._hyper_table(bucket, step), scalars, WIDTH=_width(step),
+                        ADAPTIVE=step.adaptive, CHUNK=CHUNK, LANES=32 * WARPS, num_warps=WARPS,
+                        enable_fp_fusion=True, **_only(bucket.types, "P", "G", "ACC"),
+                    )  # fmt: skip
+                    backup.written += [batch.params[k] for k in bucket.members]
+                    _write_back(bucket, batch)
+            except BaseException:
+                backup.restore()
+                raise
+        return backup
+
+    def descend(
+        self, batch: Batch, backup: FlatBackup | None, step: Step, scalars: Tensor
+    ) -> None:
+        buckets = self._buckets("descent", batch, step)
+        for bucket in buckets:
+            originals = [batch.params[k] for k in bucket.members]
+            sources = [
+                (backup and backup.address(p)) or w.data_ptr()
+                for p, w in zip(originals, bucket.params, strict=True)
+            ]
+            self._fill(bucket, batch, {Row.BACKUP: sources} | _state_rows(bucket, batch, step))
+        with _on(scalars.device):
+            if step.needs_descent_norm:
+                self._reduce("descent", buckets, step, scalars)
+            if backup is not None:
+                updated = set(batch.params) if step.base is not None else set()
+                backup.restore([p for p in backup.written if p not in updated])
+            if step.base is None:
+                if step.rescales:
+                    torch._foreach_mul_(batch.grads, scalars[Scalar.COEFFICIENT])
+                return
+            for bucket in buckets:
+                update_kernel[(len(bucket.table.chunks(CHUNK)),)](
+                    bucket.table.pointers, bucket.table.chunks(CHUNK), bucket.table.columns,
+                    self._hyper_table(bucket, step), scalars,
+                    self._scratch("updated", bucket.table.columns, torch.int32, scalars.device),
+                    WIDTH=_width(step), BASE=step.base.name, SCALE=step.rescales,
+                    SKIP=step.skip_nonfinite, CHUNK=CHUNK, LANES=32 * WARPS, num_warps=WARPS,
+                    enable_fp_fusion=True, **bucket.types,
+                )  # fmt: skip
+                _write_back(bucket, batch)
+
+    # --- launches ---
+
+    def _reduce(self, name: str, buckets: list[Bucket], step: Step, scalars: Tensor) -> None:
+        if step.max_grad_norm != self._max_grad_norm:
+            self._max_grad_norm = step.max_grad_norm
+            scalars[Scalar.MAX_GRAD_NORM].fill_(step.max_grad_norm or 0.0)
+        tasks = Task(0)
+        if name == "descent":
+            tasks = (
+                Task.DESCENT
+                | Task.RENORMALIZE * step.renormalize
+                | Task.CLIP * (step.max_grad_norm is not None)
+                | Task.SKIP * step.skip_nonfinite
+                | Task.ACCUMULATE * (step.base is not None and step.base.needs_norm)
+            )
+        measures_scaled = step.adaptive and (step.renormalize or name == "ascent")
+        # the plain norm is a sum of its own only where T makes the other one different
+        needs_plain = Task.CLIP | Task.SKIP | Task.ACCUMULATE
+        for i, bucket in enumerate(buckets):
+            chunks = bucket.table.chunks(REDUCE_CHUNK)
+            acc = torch.float64 if bucket.types["ACC"] == tl.float64 else torch.float32
+            last = i == len(buckets) - 1
+            reduce_kernel[(len(chunks),)](
+                bucket.table.pointers, chunks, bucket.table.columns,
+                self._hyper_table(bucket, step), scalars,
+                self._scratch("partials", 2 * len(chunks), acc, scalars.device),
+                self._scratch("reduced", 1, torch.int32, scalars.device),
+                int(tasks | Task.FIRST * (i == 0) | Task.LAST * last), WIDTH=_width(step),
+                ADAPTIVE=measures_scaled, BOTH=measures_scaled and bool(tasks & needs_plain),
+                CHUNK=REDUCE_CHUNK, LANES=32 * REDUCE_WARPS, num_warps=REDUCE_WARPS,
+                enable_fp_fusion=True, **_only(bucket.types, "P", "G", "ACC"),
+            )  # fmt: skip
+
+    # --- tables ---
+
+    def _buckets(self, name: str, batch: Batch, step: Step) -> list[Bucket]:
+        """Group a pass's tensors by what a kernel is specialised for."""
+        members = defaultdict(list)
+        for k, (p, g, i) in enumerate(zip(batch.params, batch.grads, batch.groups, strict=True)):
+            states: tuple[Any, ...] = ()
+            if name == "descent" and step.base is not None:
+                names = step.base.states(step.groups[i])
+                states = tuple(batch.states[k][state].dtype for state in names)
+            members[p.dtype, g.dtype, states].append(k)
+        buckets = []
+        for key, positions in members.items():
+            param_type, grad_type, states = key
+            device = batch.params[0].device
+            table = self._tables.setdefault((name, device, key), Table(device))
+            params = [dense(batch.params[k]) for k in positions]
+            grads = [
+                like_layout(batch.grads[k], w) for k, w in zip(positions, params, strict=True)
+            ]
+            types = dict(
+                P=TYPES[param_type], G=TYPES[grad_type], STATES=len(states),
+                S=TYPES[states[0] if states else param_type],
+                ACC=tl.float64 if param_type == torch.float64 else tl.float32,
+            )  # fmt: skip
+            buckets.append(Bucket(positions, params, grads, types, table))
+        return buckets
+
+    @staticmethod
+    def _fill(bucket: Bucket, batch: Batch, rows: dict[Row, list[Any]]) -> None:
+        rows[Row.PARAM] = [w.data_ptr() for w in bucket.params]
+        rows[Row.GRAD] = [g.data_ptr() for g in bucket.grads]
+        sizes = [w.numel() for w in bucket.params]
+        bucket.table.set(rows, sizes, [batch.groups[k] for k in bucket.members])
+
+    def _scratch(self, name: str, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory that is zero at first. Counters of arrivals are left at zero by the kernels."""
+        scratch = self._scratches.get((name, dtype, device))
+        if scratch is None or scratch.numel() < count:
+            scratch = torch.zeros(count, dtype=dtype, device=device)
+            self._scratches[name, dtype, device] = scratch
+        return scratch
+
+    def _hyper_table(self, bucket: Bucket, step: Step) -> Tensor:
+        """The hyper-parameters on the device, a row per group; uploaded when one changed."""
+        dtype = torch.float64 if bucket.types["ACC"] == tl.float64 else torch.float32
+        rows = [
+            [group["rho"], step.lam, float(group["adaptive"]), group["eta"],
+             *(step.base.columns(group) if step.base is not None else ())]
+            for group in step.groups
+        ]  # fmt: skip
+        tensors = [(i, j, x) for i, row in enumerate(rows) for j, x in enumerate(row)
+                   if isinstance(x, Tensor)]  # fmt: skip
+        for i, j, _ in tensors:
+            rows[i][j] = 0.0
+        device = bucket.table.device
+        cached = self._hyper.get((dtype, device))
+        if cached is None or cached[0] != rows:
+            host = torch.tensor(rows, dtype=dtype)
+            cached = rows, upload(host.numpy(), device)
+            self._hyper[dtype, device] = cached
+        for i, j, x in tensors:  # a learning rate or radius that lives on the device stays there
+            cached[1][i, j].copy_(x)
+        return cached[1]
+
+
+def _state_rows(bucket: Bucket, batch: Batch, step: Step) -> dict[Row, list[int]]:
+    """Addresses of the base's state, and what else the update kernel needs per tensor."""
+    if step.base is None:
+        return {}
+    rows: dict[Row, list[int]] = defaultdict(list)
+    for k, w in zip(bucket.members, bucket.params, strict=True):
+        state = batch.states[k]
+        for row, name in zip(STATES, step.base.states(step.groups[batch.groups[k]]), strict=False):
+            state[name] = like_layout(state[name], w)
+            rows[row].append(state[name].data_ptr())
+        if step.base.counts_steps:
+            rows[Row.STEP].append(state["step"].data_ptr())
+            rows[Row.CHUNKS].append(max(1, -(-w.numel() // CHUNK)))
+        rows[Row.FRESH].append(int(batch.fresh[k]))
+    return rows
+
+
+def _write_back(bucket: Bucket, batch: Batch) -> None:
+    """Copy to the parameters that the kernels could not walk in place."""
+    for k, w in zip(bucket.members, bucket.params, strict=True):
+        if w is not batch.params[k]:
+            batch.params[k].copy_(w)
+
+
+def _width(step: Step) -> int:
+    columns = 0 if step.base is None else len(step.base.columns(step.groups[0]))
+    return int(Hyper.BASE) + columns
+
+
+def _only(types: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: types[name] for name in names}
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -1,0 +1,70 @@
+"""Reading the tables: chunks, typed pointers, rounding. Used by all three kernels.
+
+A chunk is handled in two parts. The *vector part* covers the largest multiple of 16 elements, if
+every stream of the tensor is 16-byte aligned: there pointers carry an alignment hint and the mask
+has a bound divisible by 16, which is what lets the compiler emit 128-bit accesses. The *scalar
+part* loops over what is left, one element per thread: the last 15 elements of a ragged chunk, or
+all of a misaligned one. The hint must sit in the vector branch, on the pointer after its cast:
+anywhere else it is lost, or leaks into the scalar branch and faults on misaligned tensors.
+"""
+
+import triton
+import triton.language as tl
+
+from .layout import Row
+
+GRAD = tl.constexpr(int(Row.GRAD))
+PARAM = tl.constexpr(int(Row.PARAM))
+BACKUP = tl.constexpr(int(Row.BACKUP))
+STEP = tl.constexpr(int(Row.STEP))
+STATE0 = tl.constexpr(int(Row.STATE0))
+STATE1 = tl.constexpr(int(Row.STATE1))
+STATE2 = tl.constexpr(int(Row.STATE2))
+FRESH = tl.constexpr(int(Row.FRESH))
+CHUNKS = tl.constexpr(int(Row.CHUNKS))
+
+#: The interpreter truncates float32 to bfloat16 where every GPU rounds to nearest even.
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+@triton.jit
+def read_chunk(chunks, program):
+    """Unpack this program's entry of the chunk table (see ``table.chunk_table``).
+
+    Returns the tensor's column, its group, the chunk's index in the tensor, its length, and the
+    length of its vector part.
+    """
+    where = tl.load(chunks + 2 * program)
+    part = tl.load(chunks + 2 * program + 1)
+    aligned = part >= 0
+    part = tl.abs(part)
+    length = (part & 0xFFFF).to(tl.int32)
+    vector = tl.where(aligned, length // 16, 0) * 16  # a product, so that it is provably 16k
+    tensor = (where & 0xFFFFFFFF).to(tl.int32)
+    group = (where >> 32).to(tl.int32)
+    return tensor, group, part >> 16, length, vector
+
+
+@triton.jit
+def stream(table, row: tl.constexpr, columns, tensor, start, dtype: tl.constexpr,
+           ALIGNED: tl.constexpr):  # fmt: skip
+    """Pointer to element ``start`` of one stream of one tensor."""
+    pointer = tl.load(table + row * columns + tensor).to(tl.pointer_type(dtype))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer + start
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """Round to the storage dtype, to nearest even."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
+    return x.to(dtype)
+
+
+@triton.jit
+def is_finite(x):
+    return (x == x) & (tl.abs(x) < float("inf"))

@@ -1,0 +1,196 @@
+"""The update pass: restore, descent rule and base update fused, ``w <- base(backup, u)``.
+
+Also the one place that holds the mathematics of the base updates, each with the semantics of
+its ``torch.optim`` namesake. A base function takes the restored weight, the gradient ``u`` and
+the old state, and returns the new weight and state; unused states pass through.
+"""
+
+import triton
+import triton.language as tl
+
+from .layout import Hyper, Scalar
+from .reduce import ACCEPTED, COEFFICIENT, SQUARED_NORMS
+from .stream import (
+    BACKUP, CHUNKS, FRESH, GRAD, PARAM, STATE0, STATE1, STATE2, STEP, narrow, read_chunk, stream,
+)  # fmt: skip
+
+BASE_COLUMNS = tl.constexpr(int(Hyper.BASE))
+
+
+@triton.jit
+def sgd(w, u, momentum_buffer, h, fresh, MOMENTUM: tl.constexpr):
+    lr = tl.load(h)
+    momentum = tl.load(h + 1)
+    one_minus_dampening = tl.load(h + 2)
+    weight_decay = tl.load(h + 3)
+    nesterov = tl.load(h + 4)
+    sign = tl.load(h + 5)
+    u = sign * u + weight_decay * w
+    if MOMENTUM:
+        # torch starts the buffer with the gradient itself, undampened
+        momentum_buffer = tl.where(
+            fresh, u, momentum * momentum_buffer + one_minus_dampening * u
+        )
+        u = tl.where(nesterov != 0, u + momentum * momentum_buffer, momentum_buffer)
+    return w - lr * u, momentum_buffer
+
+
+@triton.jit
+def bias_correction(log_beta, step):
+    """``1 - beta^step``, without the cancellation that costs float32 four digits at step 1.
+
+    Near 0 it is the series of ``-expm1(x)``, whose 15 terms reach float64 precision at 1/2.
+    """
+    x = log_beta * step
+    near = tl.maximum(x, -0.5)
+    series = near * 0 + 1
+    for term in tl.static_range(15, 1, -1):
+        series = 1 + series * near / term
+    return tl.where(x > -0.5, -near * series, 1 - tl.exp(x))
+
+
+@triton.jit
+def adam(w, u, exp_avg, exp_avg_sq, max_exp_avg_sq, h, step, AMSGRAD: tl.constexpr):
+    lr = tl.load(h)
+    one_minus_beta1 = tl.load(h + 1)
+    beta2 = tl.load(h + 2)
+    one_minus_beta2 = tl.load(h + 3)
+    log_beta1 = tl.load(h + 4)
+    log_beta2 = tl.load(h + 5)
+    eps = tl.load(h + 6)
+    weight_decay = tl.load(h + 7)
+    decoupled_weight_decay = tl.load(h + 8)
+    sign = tl.load(h + 9)
+    u = sign * u + weight_decay * w
+    w = w * (1 - lr * decoupled_weight_decay)
+    exp_avg += one_minus_beta1 * (u - exp_avg)
+    exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * u * u
+    second = exp_avg_sq
+    if AMSGRAD:
+        max_exp_avg_sq = tl.maximum(max_exp_avg_sq, exp_avg_sq, propagate_nan=tl.PropagateNan.ALL)
+        second = max_exp_avg_sq
+    step_size = lr / bias_correction(log_beta1, step)
+    denominator = tl.sqrt(second) / tl.sqrt(bias_correction(log_beta2, step)) + eps
+    return w - step_size * (exp_avg / denominator), exp_avg, exp_avg_sq, max_exp_avg_sq
+
+
+@triton.jit
+def adagrad(w, u, total, h, step):
+    lr = tl.load(h)
+    lr_decay = tl.load(h + 1)
+    eps = tl.load(h + 2)
+    weight_decay = tl.load(h + 3)
+    sign = tl.load(h + 4)
+    u = sign * u + weight_decay * w
+    total += u * u
+    step_size = lr / (1 + (step - 1) * lr_decay)
+    return w - step_size * (u / (tl.sqrt(total) + eps)), total
+
+
+@triton.jit
+def adagrad_norm(w, u, h, squared_norms):
+    signed_lr = tl.load(h)
+    # nothing has been accumulated: every gradient so far was zero
+    scale = tl.where(squared_norms == 0, 0.0, signed_lr / tl.sqrt(squared_norms))
+    return w - scale * u
+
+
+@triton.jit
+def _update(table, columns, tensor, start, offsets, mask, h, scalars, counter, P: tl.constexpr,
+            G: tl.constexpr, S: tl.constexpr, ACC: tl.constexpr, BASE: tl.constexpr,
+            STATES: tl.constexpr, SCALE: tl.constexpr, SKIP: tl.constexpr,
+            ALIGNED: tl.constexpr):  # fmt: skip
+    param = stream(table, PARAM, columns, tensor, start, P, ALIGNED) + offsets
+    grad = stream(table, GRAD, columns, tensor, start, G, ALIGNED) + offsets
+    backup = stream(table, BACKUP, columns, tensor, start, P, ALIGNED) + offsets
+    w = tl.load(backup, mask=mask).to(ACC)
+    u = tl.load(grad, mask=mask).to(ACC)
+    if SCALE:
+        u = tl.load(scalars + COEFFICIENT).to(ACC) * u
+    s0 = u
+    s1 = u
+    s2 = u
+    if STATES > 0:
+        state0 = stream(table, STATE0, columns, tensor, start, S, ALIGNED) + offsets
+        s0 = tl.load(state0, mask=mask).to(ACC)
+    if STATES > 1:
+        state1 = stream(table, STATE1, columns, tensor, start, S, ALIGNED) + offsets
+        s1 = tl.load(state1, mask=mask).to(ACC)
+    if STATES > 2:
+        state2 = stream(table, STATE2, columns, tensor, start, S, ALIGNED) + offsets
+        s2 = tl.load(state2, mask=mask).to(ACC)
+    new0 = s0
+    new1 = s1
+    new2 = s2
+    if BASE == "sgd":
+        new, new0 = sgd(w, u, s0, h, counter, STATES > 0)
+    elif BASE == "adam":
+        new, new0, new1, new2 = adam(w, u, s0, s1, s2, h, counter, STATES > 2)
+    elif BASE == "adagrad":
+        new, new0 = adagrad(w, u, s0, h, counter)
+    else:
+        tl.static_assert(BASE == "adagrad_norm")
+        new = adagrad_norm(w, u, h, tl.load(scalars + SQUARED_NORMS).to(ACC))
+    if SKIP:
+        accepted = tl.load(scalars + ACCEPTED) != 0
+        new = tl.where(accepted, new, w)
+        new0 = tl.where(accepted, new0, s0)
+        new1 = tl.where(accepted, new1, s1)
+        new2 = tl.where(accepted, new2, s2)
+    tl.store(param, narrow(new, P), mask=mask)
+    if STATES > 0:
+        tl.store(state0, narrow(new0, S), mask=mask)
+    if STATES > 1:
+        tl.store(state1, narrow(new1, S), mask=mask)
+    if STATES > 2:
+        tl.store(state2, narrow(new2, S), mask=mask)
+
+
+@triton.jit(do_not_specialize=["columns"])
+def update_kernel(table, chunks, columns, hyper, scalars, arrivals, WIDTH: tl.constexpr,
+                  P: tl.constexpr, G: tl.constexpr, S: tl.constexpr, ACC: tl.constexpr,
+                  BASE: tl.constexpr, STATES: tl.constexpr, SCALE: tl.constexpr,
+                  SKIP: tl.constexpr, CHUNK: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
+    """Restore, ``u = coefficient * g~``, base update: one chunk per program.
+
+    Args:
+        arrivals: One int32 per tensor, zero before and after every launch.
+        S: Dtype of the state tensors.
+        BASE: ``"sgd"``, ``"adam"``, ``"adagrad"`` or ``"adagrad_norm"``.
+        STATES: Number of state tensors per parameter.
+        SCALE: Whether ``u`` differs from ``g~`` (renormalisation, clipping).
+        SKIP: Whether a step may be rejected on the device.
+
+    The other arguments are ``perturb_kernel``'s.
+    """
+    tensor, group, index, length, vector = read_chunk(chunks, tl.program_id(0))
+    start = index * CHUNK
+    h = hyper + group * WIDTH + BASE_COLUMNS
+    counter = 0
+    COUNTS: tl.constexpr = BASE == "adam" or BASE == "adagrad"
+    if COUNTS:
+        count = tl.load(table + STEP * columns + tensor).to(tl.pointer_type(tl.float32))
+        step = tl.load(count)
+        counter = (step + 1).to(ACC)
+    if BASE == "sgd" and STATES > 0:
+        counter = tl.load(table + FRESH * columns + tensor) != 0
+    if vector > 0:
+        offsets = tl.arange(0, CHUNK)
+        _update(table, columns, tensor, start, offsets, offsets < vector, h, scalars, counter, P,
+                G, S, ACC, BASE, STATES, SCALE, SKIP, True)  # fmt: skip
+    for first in range(vector, length, LANES):
+        offsets = first + tl.arange(0, LANES)
+        _update(table, columns, tensor, start, offsets, offsets < length, h, scalars, counter, P,
+                G, S, ACC, BASE, STATES, SCALE, SKIP, False)  # fmt: skip
+    if COUNTS:
+        # Every chunk of a tensor reads its step count, so only the last to finish may write it;
+        # the barrier keeps this program's own reads ahead of its arrival.
+        tl.debug_barrier()
+        last = tl.load(table + CHUNKS * columns + tensor) - 1
+        if tl.atomic_add(arrivals + tensor, 1, sem="acq_rel") == last:
+            tl.store(arrivals + tensor, 0)
+            if SKIP:
+                step += tl.where(tl.load(scalars + ACCEPTED) != 0, 1.0, 0.0).to(tl.float32)
+            else:
+                step += 1
+            tl.store(count, step)

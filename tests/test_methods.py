@@ -1,0 +1,121 @@
+"""Every method x base x backend x dtype against the float64 oracle, over 20 steps.
+
+Two comparisons run side by side. The *forced* oracle takes over the library's weights and state
+before each step, so that it sees one step's error and the tolerance can be one rounding of the
+storage dtype plus a few of the arithmetic. The *free* one runs on its own, for the dtypes whose
+storage loses nothing: it bounds what accumulates.
+"""
+
+import numpy as np
+import oracles
+import pytest
+from registry import (
+    BACKENDS, BASES, DTYPES, METHODS, Dtypes, build, build_oracle, numpy, parameters, set_grads,
+)  # fmt: skip
+
+STEPS = 20
+#: A ragged tensor of two chunks, a small matrix, a scalar, a single element; three groups.
+SHAPES = [(1031,), (6, 7), (), (1,)]
+GROUPS = [
+    {"params": [0]},
+    {"params": [1, 2], "rho": 0.1, "lr": 0.03},
+    {"params": [3], "adaptive": False, "lr": 0.01},
+]
+EPS = {"float64": 2.0**-53, "float32": 2.0**-24}
+#: Roundings of the arithmetic that one step may add up: some ten operations, and the norm's.
+OPERATIONS = 24
+#: Free run: absolute, for weights up to about 3. Errors grow by the curvature, most under Adam with
+#: beta1 = 0, whose step is nearly sign(g): there 2e-5 in float32, on every backend alike.
+FREE = {"float64": 1e-13, "float32": 5e-5}
+
+
+def arithmetic(dtypes: Dtypes) -> str:
+    return "float64" if dtypes.param == "float64" else "float32"
+
+
+def check_close(name: str, ours, exact, before, dtype: str, arithmetic_eps: float) -> float:
+    """Within one rounding of the storage and ``OPERATIONS`` of the arithmetic; worst in ulps."""
+    scale = np.abs(before) + np.abs(exact) + np.abs(exact - before)
+    unit = oracles.ulp(exact, dtype)
+    excess = np.abs(ours - exact)
+    allowed = unit + OPERATIONS * arithmetic_eps * scale
+    worst = np.argmax(excess / allowed) if excess.size else 0
+    assert (excess <= allowed).all(), (
+        f"{name}: {ours.flat[worst]!r} should be {exact.flat[worst]!r} from "
+        f"{before.flat[worst]!r}; off by {excess.flat[worst] / unit.flat[worst]:.2f} ulp"
+    )
+    return float((excess / unit).max()) if excess.size else 0.0
+
+
+def adopt(oracle: oracles.Oracle, params, optimizer, step: int) -> None:
+    """Let the oracle continue from the library's weights and state."""
+    oracle.weights = numpy(params)
+    for i, param in enumerate(params):
+        for name, value in optimizer.state.get(param, {}).items():
+            value = value.double().cpu().numpy()
+            oracle.state[i][name] = int(value) if name == "step" else value.copy()
+    oracle.t = step
+    if "squared_norms" in optimizer.param_groups[0]:
+        oracle.b2 = float(optimizer.param_groups[0]["squared_norms"])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.filterwarnings("ignore:some parameters are float16 or bfloat16")
+def test_trajectory(method, base, dtype, backend, record_property):
+    dtypes = DTYPES[dtype]
+    eps = EPS[arithmetic(dtypes)]
+    problem = oracles.Problem(SHAPES, seed=3)
+    params = parameters(problem.initial(), dtypes)
+    spec = METHODS[method], BASES[base]
+    optimizer = build(*spec, params, GROUPS, backend)
+    forced = build_oracle(*spec, params, GROUPS, dtypes)
+    free = build_oracle(*spec, params, GROUPS, dtypes)
+    farthest = 0.0
+    for step in range(STEPS):
+        adopt(forced, params, optimizer, step)
+        before = numpy(params)
+        states = [{k: np.array(v) for k, v in state.items()} for state in forced.state]
+
+        grads = problem.grad(numpy(params))
+        set_grads(params, grads, dtypes)
+        optimizer.first_step()
+        for k, (ours, exact) in enumerate(zip(numpy(params), forced.ascend(grads), strict=True)):
+            check_close(f"w+e {k}, step {step}", ours, exact, before[k], dtypes.param, eps)
+        # from here on the forced oracle stands where the library stands
+        forced.perturbed = numpy(params)
+
+        grads = problem.grad(forced.perturbed)
+        set_grads(params, grads, dtypes)
+        optimizer.second_step()
+        forced.descend(grads)
+        free.step(problem.grad)
+        for k, ours in enumerate(numpy(params)):
+            worst = check_close(
+                f"w {k}, step {step}", ours, forced.weights[k], before[k], dtypes.param, eps
+            )
+            farthest = max(farthest, worst)
+            for name, exact in forced.state[k].items():
+                ours = optimizer.state[params[k]][name].double().cpu().numpy()
+                if name == "step":
+                    assert ours == exact == step + 1
+                    continue
+                old = states[k].get(name, np.zeros_like(exact))
+                storage = dtypes.grad if name == "momentum_buffer" else dtypes.param
+                check_close(f"{name} {k}, step {step}", ours, exact, old, storage, eps)
+        for name in ("grad_norm", "perturbed_grad_norm", "renormalization"):
+            if name in optimizer.metrics:
+                # float32 sums of squares, at most a few roundings off
+                close = float(optimizer.metrics[name]) / forced.metrics[name]
+                assert abs(close - 1) < 16 * eps, name
+    record_property("farthest_ulp", farthest)
+    if dtypes.wide:
+        error = max(
+            np.abs(ours - exact).max() for ours, exact in zip(numpy(params), free.weights, strict=True)
+        )
+        record_property("free_error", float(error))
+        assert error < FREE[dtypes.param]
+    moved = max(np.abs(a - b).max() for a, b in zip(numpy(params), problem.initial(), strict=True))
+    assert moved > 0.01
