@@ -2,14 +2,14 @@
 
 ``python bench/codegen.py --target cuda:90`` compiles every kernel variant that the library launches
 and prints its registers, its spilled bytes and the width in bits of every element stream's loads
-and stores on the vector path. It exits with 1 where one of them is narrower than 128 bits or
-anything spills, and with 2 where it cannot check. ``--summary`` prints one line per kernel.
+and stores on the vector path; ``--summary`` prints a line per kernel. It exits with 1 where one of
+them is narrower than 128 bits or registers spill, and with 2 where it cannot check.
 
 How an access in the machine code is known to be an element stream's on the vector path: only there
-do loads and stores of whole chunks occur, so Triton's own IR, before any lowering, lists what to
-look for, each with its place in the source (line, column, and those of the inlined call). Machine
-code carries the same places as debug information. The accesses found at a place must together
-move exactly the bytes that the chunk has there, so that none can be overlooked.
+does a kernel load or store a whole chunk at once. So Triton's own IR, before any lowering, lists
+what to look for, each with its place in the source (the line and column, and those of the call
+that is inlined). Machine code carries the same places as debug information. What is found at a
+place must move exactly the bytes that a thread has of the chunk, so that nothing is overlooked.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from typing import Any
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
 
 from fastsam.kernels.layout import CHUNK, REDUCE_CHUNK, REDUCE_WARPS, WARPS
 from fastsam.kernels.perturb import perturb_kernel
@@ -48,22 +48,16 @@ TARGETS = {
 KERNELS = {k.__name__: k for k in (perturb_kernel, reduce_kernel, update_kernel)}
 #: Dtypes of parameter, gradient and state.
 TYPES = [
-    ("fp32", "fp32", "fp32"),
-    ("bf16", "bf16", "bf16"),
-    ("fp16", "fp16", "fp16"),
-    ("fp64", "fp64", "fp64"),
-    ("bf16", "fp32", "fp32"),
-    ("bf16", "fp32", "bf16"),
-    ("bf16", "bf16", "fp32"),
-    ("fp32", "bf16", "fp32"),
-    ("fp32", "bf16", "bf16"),
-]
+    ("fp32", "fp32", "fp32"), ("bf16", "bf16", "bf16"), ("fp16", "fp16", "fp16"),
+    ("fp64", "fp64", "fp64"), ("bf16", "fp32", "fp32"), ("bf16", "fp32", "bf16"),
+    ("bf16", "bf16", "fp32"), ("fp32", "bf16", "fp32"), ("fp32", "bf16", "bf16"),
+]  # fmt: skip
 #: Base updates and their numbers of state tensors.
 BASES = [("sgd", 0), ("sgd", 1), ("adam", 2), ("adam", 3), ("adagrad", 1), ("adagrad_norm", 0)]
-#: Columns of the hyper-parameter table. It differs by base, but is only a factor in an address:
-#: one value stands for all, and it is no part of a variant.
+#: Columns of the hyper-parameter table. They differ by base, but are only a factor in an address:
+#: one number stands for all, and it is no part of a variant.
 WIDTH = 14
-BITS = {"bf16": 16, "fp16": 16, "fp32": 32, "fp64": 64, "byte": 8, "short": 16, "dword": 32}
+AMD_BITS = {"byte": 8, "short": 16, "dword": 32}
 
 
 # --- what is compiled ---
@@ -71,13 +65,13 @@ BITS = {"bf16": 16, "fp16": 16, "fp32": 32, "fp64": 64, "byte": 8, "short": 16, 
 
 @dataclass(frozen=True)
 class Variant:
-    """All that a compiled kernel depends on, but for the target.
+    """All that a compiled kernel depends on, but for the target: pairs of a name and a value.
 
     Attributes:
         kernel: Name of the kernel.
-        constants: Names and values of its ``constexpr`` arguments, dtypes by name.
-        arguments: Names and types of its other arguments, in Triton's notation.
-        options: Names and values of the launch options.
+        constants: Its ``constexpr`` arguments, dtypes by name.
+        arguments: Types of its other arguments, in Triton's notation.
+        options: Launch options.
     """
 
     kernel: str
@@ -86,32 +80,24 @@ class Variant:
     options: tuple[tuple[str, Any], ...]
 
     @classmethod
-    def create(
-        cls,
-        kernel: str,
-        constants: Mapping[str, Any],
-        arguments: Mapping[str, str],
-        options: Mapping[str, Any],
-    ) -> "Variant":
-        """In one order, whatever the order of the mappings, and without ``WIDTH``."""
-        kept = {k: v.name if isinstance(v, tl.dtype) else v for k, v in constants.items()}
-        kept.pop("WIDTH", None)
-        parts = (tuple(sorted(part.items())) for part in (kept, arguments, options))
-        return cls(kernel, *parts)
+    def create(cls, kernel: str, *parts: Mapping[str, Any]) -> "Variant":
+        """From mappings in any order: constants, which may hold dtypes and ``WIDTH``, and so on."""
+        constants, arguments, options = (tuple(sorted(part.items())) for part in parts)
+        names = ((k, v.name if isinstance(v, tl.dtype) else v) for k, v in constants)
+        return cls(kernel, tuple(x for x in names if x[0] != "WIDTH"), arguments, options)
 
     def __getitem__(self, constant: str) -> Any:
         return dict(self.constants)[constant]
 
     @property
     def family(self) -> str:
-        base = dict(self.constants).get("BASE")
-        return self.kernel if base is None else f"{self.kernel} {base}"
+        return " ".join([self.kernel, *(v for k, v in self.constants if k == "BASE")])
 
     def __str__(self) -> str:
         constants = dict(self.constants)
-        types = "/".join(constants[t] for t in "PGS" if t in constants)
-        flags = (f"{k.lower()}={int(constants[k])}" for k in ("ADAPTIVE", "BOTH", "STATES",
-                 "SCALE", "SKIP") if k in constants)  # fmt: skip
+        types = "/".join(constants.pop(name) for name in "PGS" if name in constants)
+        flags = (f"{k.lower()}={int(constants[k])}" for k in constants
+                 if k not in ("ACC", "BASE", "CHUNK", "LANES"))  # fmt: skip
         return " ".join((self.family, types, *flags))
 
 
@@ -119,33 +105,33 @@ def variants() -> list[Variant]:
     """Every variant that the library launches on tensors of the dtypes in ``TYPES``."""
     found = []
     flags = (False, True)
-    for param, grad in dict.fromkeys((p, g) for p, g, _ in TYPES):
+    for types in dict.fromkeys((param, grad) for param, grad, _ in TYPES):
         for adaptive in flags:
-            found.append(_variant("perturb_kernel", (param, grad), ADAPTIVE=adaptive))
+            found.append(_variant("perturb_kernel", types, ADAPTIVE=adaptive))
         for adaptive, both in ((False, False), (True, False), (True, True)):
-            found.append(_variant("reduce_kernel", (param, grad), ADAPTIVE=adaptive, BOTH=both))
+            found.append(_variant("reduce_kernel", types, ADAPTIVE=adaptive, BOTH=both))
     for (base, states), types in itertools.product(BASES, TYPES):
         if states == 0 and types[2] != types[0]:
             continue  # without state, its dtype counts as the parameter's
         for scale, skip in itertools.product(flags, flags):
-            constants = dict(BASE=base, STATES=states, SCALE=scale, SKIP=skip)
-            found.append(_variant("update_kernel", types, **constants))
+            rule = {"BASE": base, "STATES": states, "SCALE": scale, "SKIP": skip}
+            found.append(_variant("update_kernel", types, **rule))
     return found
 
 
 def _variant(kernel: str, types: Sequence[str], **constants: Any) -> Variant:
-    accumulator = "fp64" if types[0] == "fp64" else "fp32"
-    reduces = kernel == "reduce_kernel"
-    arguments = dict(table="*i64", chunks="*i64", columns="i32", hyper=f"*{accumulator}",
-                     scalars="*fp64")  # fmt: skip
+    wide = "fp64" if types[0] == "fp64" else "fp32"
+    arguments = {"table": "*i64", "chunks": "*i64", "columns": "i32", "hyper": f"*{wide}",
+                 "scalars": "*fp64"}  # fmt: skip
     if kernel != "perturb_kernel":
         arguments["arrivals"] = "*i32"
-    if reduces:
-        arguments |= dict(partials=f"*{accumulator}", tasks="i32")
-    warps = REDUCE_WARPS if reduces else WARPS
-    constants |= dict(zip("PGS", types, strict=False), ACC=accumulator, LANES=32 * warps,
-                      CHUNK=REDUCE_CHUNK if reduces else CHUNK)  # fmt: skip
-    return Variant.create(kernel, constants, arguments, dict(num_warps=warps, enable_fp_fusion=True))
+    chunk, warps = CHUNK, WARPS
+    if kernel == "reduce_kernel":
+        arguments |= {"partials": f"*{wide}", "tasks": "i32"}
+        chunk, warps = REDUCE_CHUNK, REDUCE_WARPS
+    constants |= dict(zip("PGS", types, strict=False), ACC=wide, CHUNK=chunk, LANES=32 * warps)
+    options = {"num_warps": warps, "enable_fp_fusion": True}
+    return Variant.create(kernel, constants, arguments, options)
 
 
 # --- what it compiles to ---
@@ -153,7 +139,14 @@ def _variant(kernel: str, types: Sequence[str], **constants: Any) -> Variant:
 
 @dataclass
 class Report:
-    """What one variant compiles to: ``widths`` holds bits by stream, in the order of the code."""
+    """What one variant compiles to.
+
+    Attributes:
+        registers: Per thread; vector registers on AMD.
+        spilled: Bytes per thread.
+        widths: Bits of the narrowest access, by stream, load and store apart.
+        problems: What fails the check.
+    """
 
     variant: Variant
     registers: int
@@ -169,30 +162,15 @@ class Report:
 def measure(variant: Variant, target_name: str) -> Report:
     """Compile one variant and read the result."""
     target = TARGETS[target_name]
-    kernel = KERNELS[variant.kernel]
-    arguments = dict(variant.arguments)
-    types = {name: arguments.get(name, "constexpr") for name in kernel.arg_names}
-    constants = {
-        (kernel.arg_names.index(name),): tl.dtype(value) if name in ("P", "G", "S", "ACC") else value
-        for name, value in (*variant.constants, ("WIDTH", WIDTH))
-    }
-    # as at a launch: the tables are allocations of their own, hence aligned
-    hints = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(types.values()) if t[0] == "*"}
-    # one thread per lane, also where a warp is not 32 threads
-    options = dict(variant.options) | dict(num_warps=variant["LANES"] // target.warp_size)
-    log = io.StringIO()
-    with contextlib.redirect_stdout(log):  # where Triton prints what ptxas -v reports
-        source = ASTSource(kernel, types, constants, hints)
-        compiled = triton.compile(source, target=target, options=options)
+    compiled, log = _compile(variant, target)
     if target.backend == "cuda":
         code = compiled.asm["ptx"]
-        registers = _number(r"Used (\d+) registers", log.getvalue())
-        spilled = _number(r"(\d+) bytes spill stores", log.getvalue())
-        spilled += _number(r"(\d+) bytes spill loads", log.getvalue())
+        registers = _number(r"Used (\d+) registers", log)
+        spilled = max(_number(rf"(\d+) bytes spill {kind}", log) for kind in ("stores", "loads"))
     else:
         code = compiled.asm["amdgcn"]
         registers = _number(r"\.vgpr_count: +(\d+)", code)
-        # of vector registers; scalar ones go to lanes of a vector register, not to memory
+        # scalar registers spill to lanes of a vector register, not to memory
         spilled = 4 * _number(r"\.vgpr_spill_count: +(\d+)", code)
         spilled = max(spilled, _number(r"\.private_segment_fixed_size: +(\d+)", code))
     accesses = defaultdict(list)
@@ -201,8 +179,8 @@ def measure(variant: Variant, target_name: str) -> Report:
     report = Report(variant, registers, spilled, {}, [f"{spilled} B spilled"] if spilled else [])
     for place, stream, bits in _chunk_accesses(compiled.asm["ttir"], variant["CHUNK"]):
         found = accesses[place]
-        report.widths[stream] = min(found, default=0)
         expected = bits * variant["CHUNK"] // variant["LANES"]
+        report.widths[stream] = min(found, default=0)
         if sum(found) != expected:
             report.problems.append(f"{stream}: found {sum(found)} of {expected} bits per thread")
         elif min(found) < 128:
@@ -212,6 +190,27 @@ def measure(variant: Variant, target_name: str) -> Report:
     return report
 
 
+def _compile(variant: Variant, target: GPUTarget) -> tuple[Any, str]:
+    """The compiled kernel, and what ``ptxas -v`` said."""
+    kernel = KERNELS[variant.kernel]
+    arguments = dict(variant.arguments)
+    types = {name: arguments.get(name, "constexpr") for name in kernel.arg_names}
+    dtypes = set(itertools.chain(*TYPES))
+    constants = {
+        (kernel.arg_names.index(name),): tl.dtype(value) if value in dtypes else value
+        for name, value in (*variant.constants, ("WIDTH", WIDTH))
+    }
+    # what a launch finds out about the tables: 16-byte aligned, smaller than 2 GB
+    known = make_backend(target).parse_attr("DS")
+    hints = {(i,): known for i, name in enumerate(types.values()) if name.startswith("*")}
+    # one thread per lane, also where a warp is not 32 threads
+    options = dict(variant.options) | {"num_warps": variant["LANES"] // target.warp_size}
+    log = io.StringIO()
+    with contextlib.redirect_stdout(log):
+        source = ASTSource(kernel, types, constants, hints)
+        return triton.compile(source, target=target, options=options), log.getvalue()
+
+
 def _number(pattern: str, text: str) -> int:
     match = re.search(pattern, text)
     if match is None:
@@ -219,7 +218,7 @@ def _number(pattern: str, text: str) -> int:
     return int(match[1])
 
 
-#: A place in the source: ``file:line:column``, and ``line:column`` of the call inlined there.
+#: A place in the source: "file:line:column", and "line:column" of the call that is inlined.
 Place = tuple[str, str]
 
 
@@ -230,17 +229,16 @@ def _chunk_accesses(ttir: str, chunk: int) -> Iterator[tuple[Place, str, int]]:
     """
     locations = dict(re.findall(r"^(#loc\d*) = loc\((.*)\)$", ttir, re.MULTILINE))
 
-    def frames(location: str) -> list[str]:
-        """Innermost first."""
+    def frames(location: str) -> list[str]:  # innermost first
         if match := re.match(r'"(.*)":(\d+:\d+)', locations[location]):
             return [f"{PurePath(match[1]).name}:{match[2]}"]
         return [f for part in re.findall(r"#loc\d*", locations[location]) for f in frames(part)]
 
-    pattern = (
+    access = (
         rf"tt\.(load|store) %(\w+?)(?:_\d+)?[ ,].*"
-        rf" tensor<{chunk}x!tt\.ptr<([a-z]+)(\d+)>> loc\((#loc\d+)\)"
+        rf" tensor<{chunk}x!tt\.ptr<[a-z]+(\d+)>> loc\((#loc\d+)\)"
     )
-    for verb, stream, _, bits, location in re.findall(pattern, ttir):
+    for verb, stream, bits, location in re.findall(access, ttir):
         inner, outer = frames(location)
         yield (inner, outer.partition(":")[2]), f"{stream} {verb}", int(bits)
 
@@ -248,20 +246,21 @@ def _chunk_accesses(ttir: str, chunk: int) -> Iterator[tuple[Place, str, int]]:
 def _accesses(code: str) -> Iterator[tuple[Place, int]]:
     """Accesses to global memory in PTX or amdgcn: place and width in bits."""
     place = "", ""
-    inside_asm = False  # PTX: the lines that LLVM counts there are those of the inline assembly
+    in_asm = False
     for line in code.splitlines():
         if "inline asm" in line:
-            inside_asm = "begin" in line
-        elif ".loc" in line and not inside_asm:
+            in_asm = "begin" in line
+        elif ".loc" in line and not in_asm:  # inside, LLVM counts the lines of the assembly
             inner = re.search(r"\w+\.py:\d+:\d+", line)
             # "inlined_at <file> <line> <column>", or "@[ <file>:<line>:<column>" in a comment
             outer = re.search(r"(?:inlined_at \d+ |@\[ \w+\.py:)(\d+)[ :](\d+)", line)
             place = inner[0] if inner else "", f"{outer[1]}:{outer[2]}" if outer else ""
         elif match := re.search(r"\b(?:ld|st)\.global\S*?(?:\.v(\d))?\.[a-z](\d+)\s", line):
             yield place, int(match[1] or 1) * int(match[2])
-        elif match := re.search(r"_(?:load|store)_[us]?(byte|short|dword)(?:x(\d))?", line):
-            if not line.lstrip().startswith("s_"):  # scalar unit: tables and hyper-parameters
-                yield place, int(match[2] or 1) * BITS[match[1]]
+        elif match := re.search(
+            r"(?:global|buffer|flat)_(?:load|store)_[us]?(byte|short|dword)(?:x(\d))?", line
+        ):
+            yield place, int(match[2] or 1) * AMD_BITS[match[1]]
 
 
 # --- the command ---
@@ -299,22 +298,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         chosen = [chosen[i * len(chosen) // count] for i in range(count)]
     failed = False
     with tempfile.TemporaryDirectory() as cache:
-        # for the workers: nothing is taken from an earlier run, and the log of ptxas is printed
-        os.environ |= {"TRITON_CACHE_DIR": cache, "TRITON_DUMP_PTXAS_LOG": "1",
-                       "TRITON_DISABLE_LINE_INFO": "0"}  # fmt: skip
+        # for the workers: take nothing from an earlier run, print what ptxas -v says, keep places
+        os.environ |= {"TRITON_CACHE_DIR": cache, "TRITON_ALWAYS_COMPILE": "1",
+                       "TRITON_DUMP_PTXAS_LOG": "1", "TRITON_DISABLE_LINE_INFO": "0"}  # fmt: skip
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(args.jobs, mp_context=spawn) as pool:
-            for name in args.target:
-                reports = list(pool.map(partial(measure, target_name=name), chosen, chunksize=4))
-                print(f"{name}: triton {triton.__version__}, {len(reports)} variants")
-                for line in () if args.summary else reports:
+            for target in args.target:
+                reports = list(pool.map(partial(measure, target_name=target), chosen, chunksize=4))
+                print(f"{target}: triton {triton.__version__}, {len(reports)} variants")
+                problems = [f"FAILED {r.variant}: {p}" for r in reports for p in r.problems]
+                lines = [] if args.summary else reports
+                for line in (*lines, *summary(reports), *problems):
                     print(f"  {line}")
-                for line in summary(reports):
-                    print(f"  {line}")
-                for report in reports:
-                    for problem in report.problems:
-                        failed = True
-                        print(f"  FAILED {report.variant}: {problem}")
+                failed = failed or bool(problems)
     return int(failed)
 
 

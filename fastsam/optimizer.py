@@ -1,9 +1,7 @@
 """The two-pass protocol that every method shares: groups, state, and the contract of a step."""
 
-import inspect
-import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from itertools import chain
 from typing import Any
 
@@ -15,7 +13,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from fastsam.kernels.layout import Scalar
 
 from . import backends
-from .adagrad_norm import AdaGradNorm
+from .checks import check_base, check_group, check_max_grad_norm, check_tensors
 from .rules import BASES, Batch, Step
 
 
@@ -44,26 +42,22 @@ class SharpnessAwareOptimizer(Optimizer):
         rho: float | Tensor,
         adaptive: bool = False,
         eta: float = 0.0,
-        lam: float = 1.0,
         renormalize: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         backend: str = "auto",
         **base_kwargs: Any,
     ):
-        _check_base(base_optimizer)
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm must be None or above 0, got {max_grad_norm}")
+        check_base(base_optimizer, not_below=SharpnessAwareOptimizer)
+        check_max_grad_norm(max_grad_norm)
         own = {"rho": rho, "adaptive": adaptive, "eta": eta}
-        _check_group(own)
-        self._lam = lam
+        check_group(own)
         self.renormalize = renormalize
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
         self.backend = backend
         super().__init__(params, own)
-        for group in self.param_groups:
-            _check_group(group)
+        self._check_groups()
         # The base validates its own arguments and completes the groups, which it then shares.
         # A fused base is never stepped; its mathematics runs in the update pass.
         self.base_optimizer = base_optimizer(self.param_groups, **base_kwargs)
@@ -86,12 +80,18 @@ class SharpnessAwareOptimizer(Optimizer):
                 stacklevel=3,
             )
 
+    #: What ``_start`` sets.
+    _transient = ("_backup", "_between_passes", "_inside_step", "_perturbs", "_lam", "_scalars",
+                  "_backends")  # fmt: skip
+
     def _start(self) -> None:
         """Set what lives only as long as this process: nothing here is saved."""
         self._backup: backends.Backup | None = None
         self._between_passes = False
         self._inside_step = False
         self._scalars: Tensor | None = None
+        self._perturbs = True  # whether the present step, or the last, has two passes
+        self._lam = 1.0
         self._backends: dict[str, backends.Backend] = {}
 
     # --- the step ---
@@ -119,13 +119,15 @@ class SharpnessAwareOptimizer(Optimizer):
                 "backward; without one, alternate first_step and second_step"
             )
         self._expect("first_step")
+        self._check_groups()
         closure = torch.enable_grad()(closure)
         self._inside_step = True
         try:
             self.zero_grad()
             loss = closure()
             if all(_is_zero(group["rho"]) for group in self.param_groups):
-                self._descend(self._collect(), rescales=False)
+                self._perturbs = False
+                self._descend(self._collect())
                 return loss
             self.first_step(zero_grad=True)
             try:
@@ -152,13 +154,13 @@ class SharpnessAwareOptimizer(Optimizer):
         """
         self._expect("first_step")
         self._run_hooks("pre")
-        for group in self.param_groups:
-            _check_group(group)
+        self._check_groups()
         batch = self._collect()
-        step = self._describe()
+        self._perturbs = True
+        self._lam = self._next_lam()
         scalars = self._scalars_for(batch)
         if batch.params:
-            self._backup = self._backend_for(batch).ascend(batch, step, scalars)
+            self._backup = self._backend_for(batch).ascend(batch, self._describe(), scalars)
         else:
             scalars[Scalar.GRAD_NORM].zero_()
         self._between_passes = True
@@ -178,11 +180,10 @@ class SharpnessAwareOptimizer(Optimizer):
         """
         self._expect("second_step")
         try:
-            batch = self._collect()
+            self._descend(self._collect())
         except BaseException:
             self.restore()
             raise
-        self._descend(batch)
         self._opt_called = True  # what LR schedulers look at, to warn where no step came first
         if zero_grad:
             self.zero_grad()
@@ -201,30 +202,32 @@ class SharpnessAwareOptimizer(Optimizer):
         """What the last step measured, as 0-dim tensors on the parameters' device.
 
         ``grad_norm`` is the norm that the perturbation was divided by (of ``T g`` in adaptive
-        groups) and ``rho`` the first group's radius. ``perturbed_grad_norm`` is there where the
-        method measures it, ``renormalization`` with ``renormalize``, and ``skipped``, the number
-        of steps skipped so far, with ``skip_nonfinite``. Reading a value synchronises with the
-        device; making the mapping does not. Empty before the first step.
+        groups) and ``rho`` the first group's radius. ``perturbed_grad_norm``, the second
+        gradient's norm, is there where the step needs it; with ``renormalize`` so is
+        ``renormalization`` (gamma, and both norms are then of ``T g``), with ``skip_nonfinite``
+        so is ``skipped``, the number of steps skipped so far. Reading a value synchronises with
+        the device; making the mapping does not. Empty before the first step.
         """
         if self._scalars is None:
             return {}
-        names = {"grad_norm": Scalar.GRAD_NORM}
-        if self._describe().needs_descent_norm:
+        step = self._describe()
+        names = {"grad_norm": Scalar.GRAD_NORM} if self._perturbs else {}
+        if step.needs_descent_norm:
             names["perturbed_grad_norm"] = Scalar.PERTURBED_GRAD_NORM
-        if self.renormalize:
+        if step.renormalize:
             names["renormalization"] = Scalar.RENORMALIZATION
         if self.skip_nonfinite:
             names["skipped"] = Scalar.SKIPPED
         values = {name: self._scalars[slot].clone() for name, slot in names.items()}
         rho = self.param_groups[0]["rho"]
-        values["rho"] = torch.as_tensor(rho, device=self._scalars.device).clone()
+        values["rho"] = torch.empty_like(self._scalars[0]).copy_(torch.as_tensor(rho))
         return values
 
     # --- what subclasses may refine ---
 
-    def _current_lam(self) -> float:
-        """Unified SAM's weight of normalisation in the coming step."""
-        return self._lam
+    def _next_lam(self) -> float:
+        """Unified SAM's weight of normalisation in the step that begins; 1 is SAM."""
+        return 1.0
 
     def _finish_step(self) -> None:
         """Called when a step has been completed."""
@@ -239,12 +242,16 @@ class SharpnessAwareOptimizer(Optimizer):
                 "second_step alternate"
             )
 
-    def _describe(self, rescales: bool = True) -> Step:
+    def _check_groups(self) -> None:
+        for group in self.param_groups:
+            check_group(group)
+
+    def _describe(self) -> Step:
         return Step(
             groups=self.param_groups,
             base=self._base,
-            lam=self._current_lam(),
-            renormalize=self.renormalize and rescales,
+            lam=self._lam,
+            renormalize=self.renormalize and self._perturbs,
             max_grad_norm=self.max_grad_norm,
             skip_nonfinite=self.skip_nonfinite,
         )
@@ -259,25 +266,11 @@ class SharpnessAwareOptimizer(Optimizer):
                 if grad is None or param in seen:
                     continue
                 seen.add(param)
-                self._check_tensors(param, grad, batch)
+                check_tensors(param, grad, batch.params, type(self).__name__)
                 batch.params.append(param)
                 batch.grads.append(grad)
                 batch.groups.append(i)
         return batch
-
-    def _check_tensors(self, param: Tensor, grad: Tensor, batch: Batch) -> None:
-        name = type(self).__name__
-        if grad.layout != torch.strided:
-            raise RuntimeError(f"{name} does not support sparse gradients, got {grad.layout}")
-        if param.is_complex() or grad.is_complex():
-            raise RuntimeError(
-                f"{name} does not support complex gradients; optimize torch.view_as_real(param)"
-            )
-        if batch.params and param.device != batch.params[0].device:
-            raise RuntimeError(
-                f"{name} needs all parameters on one device, got {batch.params[0].device} and "
-                f"{param.device}"
-            )
 
     def _backend_for(self, batch: Batch) -> backends.Backend:
         name = backends.resolve(self.backend, batch.params[0].device)
@@ -301,8 +294,8 @@ class SharpnessAwareOptimizer(Optimizer):
                 self.param_groups[0]["squared_norms"] = slot
         return self._scalars
 
-    def _descend(self, batch: Batch, rescales: bool = True) -> None:
-        step = self._describe(rescales)
+    def _descend(self, batch: Batch) -> None:
+        step = self._describe()
         if batch.params:
             scalars = self._scalars_for(batch)
             if step.base is not None:
@@ -332,7 +325,7 @@ class SharpnessAwareOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, as in ``torch.optim``; its missing keys take the defaults."""
         own = {key: param_group.get(key, self.defaults[key]) for key in self._own_keys}
-        _check_group(own)
+        check_group(own)
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -365,11 +358,11 @@ class SharpnessAwareOptimizer(Optimizer):
             raise RuntimeError(
                 "expected second_step: an optimizer cannot be copied or pickled between passes"
             )
-        unsaved = ("_backup", "_backends", "_scalars", "_between_passes", "_inside_step", "step")
+        # hooks stay behind as in torch, and so does the wrapper that an LR scheduler puts on step
         return {
             key: value
             for key, value in self.__dict__.items()
-            if key not in unsaved and not key.endswith("_hooks") and key != "_zero_grad_profile_name"
+            if key not in (*self._transient, "step") and not key.endswith("_hooks")
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -384,28 +377,3 @@ class SharpnessAwareOptimizer(Optimizer):
 
 def _is_zero(rho: float | Tensor) -> bool:
     return not isinstance(rho, Tensor) and rho == 0
-
-
-def _check_group(group: Mapping[str, Any]) -> None:
-    for key in ("rho", "eta"):
-        value = group.get(key, 0.0)
-        if isinstance(value, Tensor):
-            if value.numel() != 1:
-                raise ValueError(f"{key} must be a number or a 0-dim tensor, got {value.shape}")
-        elif not 0 <= value < math.inf:
-            raise ValueError(f"{key} must be at least 0 and finite, got {value}")
-
-
-def _check_base(base: Any) -> None:
-    if not (isinstance(base, type) and issubclass(base, Optimizer)):
-        raise TypeError(
-            f"base_optimizer must be a subclass of torch.optim.Optimizer (the class itself), "
-            f"got {base!r}"
-        )
-    if issubclass(base, SharpnessAwareOptimizer):
-        raise TypeError(f"base_optimizer must not be sharpness-aware itself, got {base.__name__}")
-    closure = inspect.signature(base.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise TypeError(
-            f"base_optimizer must step without a closure, and {base.__name__} needs one"
-        )

@@ -86,9 +86,7 @@ def _adam_states(g: Group) -> tuple[str, ...]:
 SGD = Base("sgd", _sgd_columns, lambda g: ("momentum_buffer",) if g["momentum"] != 0 else ())
 ADAM = Base("adam", _adam_columns, _adam_states, counts_steps=True)
 ADAGRAD = Base("adagrad", _adagrad_columns, lambda g: ("sum",), counts_steps=True)
-ADAGRAD_NORM = Base(
-    "adagrad_norm", lambda g: [_sign(g) * g["lr"]], lambda g: (), needs_norm=True
-)
+ADAGRAD_NORM = Base("adagrad_norm", lambda g: [_sign(g) * g["lr"]], lambda g: (), needs_norm=True)
 
 #: The fused base optimizers. Exact classes: a subclass may change the update.
 BASES: dict[type, Base] = {

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from .checks import check_lam
 from .optimizer import SharpnessAwareOptimizer
 
 
@@ -136,27 +137,27 @@ class UnifiedSAM(SharpnessAwareOptimizer):
         **kwargs: Any,
     ):
         if not (callable(lam) or lam in ("1/t", "1-1/t")):
-            _check_lam(lam)
+            check_lam(lam)
         self.lam = lam
         super().__init__(params, base_optimizer, rho=rho, **kwargs)
         self.param_groups[0].setdefault("t", 1)
 
-    def _current_lam(self) -> float:
-        t = self.param_groups[0]["t"]
+    def _next_lam(self) -> float:
+        t: int = self.param_groups[0]["t"]
         if self.lam == "1/t":
             return 1 / t
         if self.lam == "1-1/t":
             return 1 - 1 / t
-        return _check_lam(self.lam(t) if callable(self.lam) else self.lam)
+        return check_lam(self.lam(t) if callable(self.lam) else self.lam)
 
     def _finish_step(self) -> None:
         self.param_groups[0]["t"] += 1
 
     @property
-    def metrics(self) -> dict[str, Tensor]:  # noqa: D102
+    def metrics(self) -> dict[str, Tensor]:
         values = dict(super().metrics)
         if values:
-            values["lam"] = values["rho"].new_full((), self._current_lam())
+            values["lam"] = values["rho"].new_full((), self._lam)
         return values
 
 
@@ -224,11 +225,3 @@ class SSAM(UnifiedSAM):
     ):
         kwargs.setdefault("renormalize", True)
         super().__init__(params, base_optimizer, rho, lam, adaptive=adaptive, **kwargs)
-
-
-def _check_lam(lam: Any) -> float:
-    if isinstance(lam, (int, float)) and 0 <= lam <= 1:
-        return float(lam)
-    raise ValueError(
-        f"lam must be a number in [0, 1], '1/t', '1-1/t', or a callable that gives one, got {lam!r}"
-    )

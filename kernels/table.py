@@ -34,7 +34,7 @@ def chunk_table(sizes: np.ndarray, groups: np.ndarray, aligned: np.ndarray, chun
 
 
 def upload(host: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Copy to the device without stalling: torch's pinned pool keeps the source until it is read."""
+    """Copy to the device without stalling: torch keeps pinned sources until they are read."""
     tensor = torch.from_numpy(host)
     if device.type == "cpu":
         return tensor
@@ -71,8 +71,6 @@ class Table:
     def chunks(self, size: int) -> torch.Tensor:
         """The chunk table for chunks of ``size`` elements."""
         if size not in self._chunks:
-            entries = chunk_table(
-                np.array(self._sizes), np.array(self._groups), self.aligned, size
-            )
+            entries = chunk_table(np.array(self._sizes), np.array(self._groups), self.aligned, size)
             self._chunks[size] = upload(entries, self.device)
         return self._chunks[size]

@@ -8,10 +8,21 @@ the old state, and returns the new weight and state; unused states pass through.
 import triton
 import triton.language as tl
 
-from .layout import Hyper, Scalar
+from .layout import Hyper
 from .reduce import ACCEPTED, COEFFICIENT, SQUARED_NORMS
 from .stream import (
-    BACKUP, CHUNKS, FRESH, GRAD, PARAM, STATE0, STATE1, STATE2, STEP, narrow, read_chunk, stream,
+    BACKUP,
+    CHUNKS,
+    FRESH,
+    GRAD,
+    PARAM,
+    STATE0,
+    STATE1,
+    STATE2,
+    STEP,
+    narrow,
+    read_chunk,
+    stream,
 )  # fmt: skip
 
 BASE_COLUMNS = tl.constexpr(int(Hyper.BASE))
@@ -28,9 +39,7 @@ def sgd(w, u, momentum_buffer, h, fresh, MOMENTUM: tl.constexpr):
     u = sign * u + weight_decay * w
     if MOMENTUM:
         # torch starts the buffer with the gradient itself, undampened
-        momentum_buffer = tl.where(
-            fresh, u, momentum * momentum_buffer + one_minus_dampening * u
-        )
+        momentum_buffer = tl.where(fresh, u, momentum * momentum_buffer + one_minus_dampening * u)
         u = tl.where(nesterov != 0, u + momentum * momentum_buffer, momentum_buffer)
     return w - lr * u, momentum_buffer
 

@@ -92,8 +92,13 @@ def _adam(w: Array, u: Array, state: State, h: Group) -> tuple[Array, State]:
     new = {"step": t, "exp_avg": m, "exp_avg_sq": v}
     if h["amsgrad"]:
         v = new["max_exp_avg_sq"] = np.maximum(state.get("max_exp_avg_sq", 0.0), v)
-    root = np.sqrt(v / (1 - b2**t))
-    return decayed - h["lr"] * (m / (1 - b1**t)) / (root + h["eps"]), new
+    root = np.sqrt(v / _one_minus_power(b2, t))
+    return decayed - h["lr"] * (m / _one_minus_power(b1, t)) / (root + h["eps"]), new
+
+
+def _one_minus_power(beta: float, t: int) -> float:
+    """1 - beta^t without cancellation, which costs three digits at beta = 0.999 and t = 1."""
+    return -math.expm1(t * math.log(beta)) if beta > 0 else 1.0
 
 
 def _adagrad(w: Array, u: Array, state: State, h: Group) -> tuple[Array, State]:

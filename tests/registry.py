@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import oracles
 import torch
-from conftest import DEVICE
 from torch import Tensor
 
 import fastsam
+
+import oracles
+from conftest import DEVICE
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,6 @@ def wave(t: int) -> float:
 ADAPTIVE = {"adaptive": True}
 METHODS = {
     "sam": Method(fastsam.SAM),
-    "sam-adaptive": Method(fastsam.SAM, {"rho": 0.5, "adaptive": True}, {"rho": 0.5} | ADAPTIVE),
     "asam": Method(fastsam.ASAM, {}, {"rho": 0.5, "eta": 0.01} | ADAPTIVE),
     "usam": Method(fastsam.USAM, {}, {}, {"lam": 0.0}),
     "unified": Method(fastsam.UnifiedSAM, {}, {}, {"lam": 0.5}),
@@ -75,17 +75,19 @@ BASES = {
     ),
     "sgd-dampening": Base(
         torch.optim.SGD, "sgd",
-        {"lr": 0.05, "momentum": 0.9, "dampening": 0.3, "maximize": True, "weight_decay": 0.01},
+        {"lr": 0.05, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.01},
     ),
     "adam": Base(torch.optim.Adam, "adam", ADAM | {"weight_decay": 0.01}),
     "adam-amsgrad": Base(torch.optim.Adam, "adam", ADAM | {"amsgrad": True, "maximize": True}),
     "adamw": Base(torch.optim.AdamW, "adamw", ADAM | {"weight_decay": 0.1}),
-    "adamw-amsgrad": Base(torch.optim.AdamW, "adamw", ADAM | {"amsgrad": True, "betas": (0.0, 0.9)}),
     "adagrad": Base(
         torch.optim.Adagrad, "adagrad",
-        {"lr": 0.05, "lr_decay": 0.1, "weight_decay": 0.01, "initial_accumulator_value": 0.1},
+        {"lr": 0.05, "lr_decay": 0.1, "weight_decay": 0.01, "initial_accumulator_value": 0.1,
+         "maximize": True},
     ),
-    "adagrad_norm": Base(fastsam.AdaGradNorm, "adagrad_norm", {"lr": 0.5, "initial_accumulator_value": 0.5}),
+    "adagrad_norm": Base(
+        fastsam.AdaGradNorm, "adagrad_norm", {"lr": 0.5, "initial_accumulator_value": 0.5}
+    ),
 }  # fmt: skip
 
 BACKENDS = ("reference", "torch", "triton")
@@ -138,12 +140,12 @@ def set_grads(params: Sequence[Tensor], grads: Sequence[np.ndarray | None], dtyp
             param.grad = torch.from_numpy(rounded).to(param.device, torch_dtype(dtypes.grad))
 
 
-def build(method: Method, base: Base, params: list, groups: list[dict], backend: str, **kwargs: Any):
+def build(
+    method: Method, base: Base, params: Sequence[Tensor], groups: list[dict], backend: str
+) -> fastsam.optimizer.SharpnessAwareOptimizer:
     """The fastsam optimizer; ``groups`` are dicts with ``params`` as indices and overrides."""
     tensors = [group | {"params": [params[i] for i in group["params"]]} for group in groups]
-    return method.cls(
-        tensors, base.cls, backend=backend, **(method.kwargs | base.kwargs | kwargs)
-    )
+    return method.cls(tensors, base.cls, backend=backend, **method.kwargs, **base.kwargs)
 
 
 def build_oracle(

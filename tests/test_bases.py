@@ -3,18 +3,20 @@
 import copy
 
 import numpy as np
-import oracles
 import pytest
 import torch
-from registry import BACKENDS, BASES, DEVICE, DTYPES, numpy, parameters, set_grads
 
 import fastsam
+
+import oracles
+from registry import BACKENDS, BASES, DEVICE, DTYPES, numpy, parameters, set_grads
 
 SHAPES = [(1031,), (6, 7), (), (1,)]
 TORCH_BASES = [name for name in BASES if name != "adagrad_norm"]
 # torch's defaults, Adam's eps of 1e-8 among them: both sides get the same gradients here
 DEFAULTS = {
     "sgd-defaults": (torch.optim.SGD, {}),
+    "sgd-maximize": (torch.optim.SGD, {"lr": 0.1, "maximize": True, "weight_decay": 0.1}),
     "adam-defaults": (torch.optim.Adam, {}),
     "adamw-defaults": (torch.optim.AdamW, {}),
     "adagrad-defaults": (torch.optim.Adagrad, {}),

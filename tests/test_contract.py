@@ -5,18 +5,19 @@ import warnings
 
 import pytest
 import torch
-from registry import BACKENDS, DEVICE, METHODS
 
 import fastsam
+
+from registry import BACKENDS, DEVICE, METHODS
 
 BASE = {"base_optimizer": torch.optim.SGD, "lr": 0.1, "momentum": 0.9}
 
 
 def model_and_data(seed: int = 0):
     torch.manual_seed(seed)
-    model = torch.nn.Sequential(
-        torch.nn.Linear(7, 33), torch.nn.Tanh(), torch.nn.Linear(33, 3)
-    ).to(DEVICE)
+    model = torch.nn.Sequential(torch.nn.Linear(7, 33), torch.nn.Tanh(), torch.nn.Linear(33, 3)).to(
+        DEVICE
+    )
     x, y = torch.randn(20, 7, device=DEVICE), torch.randint(3, (20,), device=DEVICE)
     return model, lambda: torch.nn.functional.cross_entropy(model(x), y)
 

@@ -7,23 +7,36 @@ storage loses nothing: it bounds what accumulates.
 """
 
 import numpy as np
-import oracles
 import pytest
+
+import oracles
 from registry import (
-    BACKENDS, BASES, DTYPES, METHODS, Dtypes, build, build_oracle, numpy, parameters, set_grads,
+    BACKENDS,
+    BASES,
+    DTYPES,
+    METHODS,
+    Dtypes,
+    build,
+    build_oracle,
+    numpy,
+    parameters,
+    set_grads,
 )  # fmt: skip
 
 STEPS = 20
-#: A ragged tensor of two chunks, a small matrix, a scalar, a single element; three groups.
-SHAPES = [(1031,), (6, 7), (), (1,)]
+#: A ragged tensor of two chunks, a small matrix, a scalar; a group each.
+SHAPES = [(1031,), (6, 7), ()]
 GROUPS = [
     {"params": [0]},
-    {"params": [1, 2], "rho": 0.1, "lr": 0.03},
-    {"params": [3], "adaptive": False, "lr": 0.01},
+    {"params": [1], "rho": 0.1, "lr": 0.03},
+    {"params": [2], "adaptive": False, "lr": 0.01},
 ]
 EPS = {"float64": 2.0**-53, "float32": 2.0**-24}
 #: Roundings of the arithmetic that one step may add up: some ten operations, and the norm's.
 OPERATIONS = 24
+#: torch takes Adam's 1 - beta2^t as it stands, which at beta2 = 0.999 and t = 1 costs three digits
+#: of float64; the reference has torch's bits, the oracle and the kernels do not cancel.
+CANCELLATION = 1000 * 2.0**-53
 #: Free run: absolute, for weights up to about 3. Errors grow by the curvature, most under Adam with
 #: beta1 = 0, whose step is nearly sign(g): there 2e-5 in float32, on every backend alike.
 FREE = {"float64": 1e-13, "float32": 5e-5}
@@ -38,7 +51,7 @@ def check_close(name: str, ours, exact, before, dtype: str, arithmetic_eps: floa
     scale = np.abs(before) + np.abs(exact) + np.abs(exact - before)
     unit = oracles.ulp(exact, dtype)
     excess = np.abs(ours - exact)
-    allowed = unit + OPERATIONS * arithmetic_eps * scale
+    allowed = unit + OPERATIONS * arithmetic_eps * scale + CANCELLATION * np.abs(exact - before)
     worst = np.argmax(excess / allowed) if excess.size else 0
     assert (excess <= allowed).all(), (
         f"{name}: {ours.flat[worst]!r} should be {exact.flat[worst]!r} from "
@@ -105,16 +118,17 @@ def test_trajectory(method, base, dtype, backend, record_property):
                 old = states[k].get(name, np.zeros_like(exact))
                 storage = dtypes.grad if name == "momentum_buffer" else dtypes.param
                 check_close(f"{name} {k}, step {step}", ours, exact, old, storage, eps)
-        for name in ("grad_norm", "perturbed_grad_norm", "renormalization"):
-            if name in optimizer.metrics:
-                # float32 sums of squares, at most a few roundings off
-                close = float(optimizer.metrics[name]) / forced.metrics[name]
-                assert abs(close - 1) < 16 * eps, name
+        metrics, expected = optimizer.metrics, dict(forced.metrics)
+        if not optimizer.renormalize:  # then nothing measures T g~
+            squares = (oracles.rounding(dtypes.grad)(g) ** 2 for g in grads)
+            expected["perturbed_grad_norm"] = np.sqrt(sum(x.sum() for x in squares))
+        for name in {"grad_norm", "perturbed_grad_norm", "renormalization"} & metrics.keys():
+            # sums of squares in the arithmetic's precision, at most a few roundings off
+            assert abs(float(metrics[name]) / expected[name] - 1) < 16 * eps, name
     record_property("farthest_ulp", farthest)
     if dtypes.wide:
-        error = max(
-            np.abs(ours - exact).max() for ours, exact in zip(numpy(params), free.weights, strict=True)
-        )
+        pairs = zip(numpy(params), free.weights, strict=True)
+        error = max(np.abs(ours - exact).max() for ours, exact in pairs)
         record_property("free_error", float(error))
         assert error < FREE[dtypes.param]
     moved = max(np.abs(a - b).max() for a, b in zip(numpy(params), problem.initial(), strict=True))

@@ -3,9 +3,10 @@
 import math
 
 import numpy as np
-import oracles
 import pytest
 import torch
+
+import oracles
 from oracles import Oracle, Problem, rounding, ulp
 
 SHAPES = [(3, 5), (7,), (), (1,), (2, 1, 3)]

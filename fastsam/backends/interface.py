@@ -2,7 +2,7 @@
 
 import importlib.util
 import os
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -30,9 +30,10 @@ class Backend(Protocol):
     def ascend(self, batch: Batch, step: Step, scalars: Tensor) -> Backup:
         """Set ``w <- w + e`` and keep ``w``. If it fails, the weights are as they were."""
 
-    def descend(self, batch: Batch, backup: Backup | None, step: Step, scalars: Tensor) -> None:
+    def descend(self, batch: Batch, backup: Any, step: Step, scalars: Tensor) -> None:
         """Restore the weights and apply the base update to ``u``.
 
+        ``backup`` is what this backend's ``ascend`` gave, or None where nothing was perturbed.
         A foreign base (``step.base`` is None) gets ``u`` in ``.grad`` and updates by itself.
         """
 

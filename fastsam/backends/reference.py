@@ -206,7 +206,8 @@ def update_one(
     if step.skip_nonfinite:
         accepted = scalars[Scalar.ACCEPTED] != 0
         w = torch.where(accepted, w, wide(before))
-        state = {name: torch.where(accepted, new, wide(stored[name])) for name, new in state.items()}
+        for name, new in state.items():
+            state[name] = torch.where(accepted, new, wide(stored[name]))
     param.copy_(w)
     for name, new in state.items():
         stored[name].copy_(new)
@@ -228,9 +229,7 @@ class ReferenceBackend:
             raise
         return backup
 
-    def descend(
-        self, batch: Batch, backup: ListBackup | None, step: Step, scalars: Tensor
-    ) -> None:
+    def descend(self, batch: Batch, backup: ListBackup | None, step: Step, scalars: Tensor) -> None:
         if step.needs_descent_norm:
             measured = plain = global_norm(batch.grads, like=scalars)
             if step.adaptive and step.renormalize:

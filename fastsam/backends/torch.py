@@ -1,8 +1,9 @@
 """The torch backend: torch's own fused and foreach operators, on any device that torch serves.
 
-Parameters go to the operators by group and dtype. What they do not take (mixed dtypes,
-non-contiguous layouts, low precision where an operator would round in between) goes through the
-reference backend's equations, one tensor at a time.
+Parameters go to the operators by group and dtype. Mixed dtypes, mixed layouts and 16-bit storage
+go through the reference backend's equations, one tensor at a time: the operators refuse the first,
+assume the second away, and in the third would round ``u`` before they saw it (and torch 2.13's
+``_fused_sgd_`` leaves half of the 16-bit elements on a CPU as they were).
 """
 
 from collections import defaultdict
@@ -20,16 +21,12 @@ from .reference import ListBackup
 
 def is_dense(x: Tensor) -> bool:
     """Whether the elements fill one block of memory without gaps or overlaps, in any order."""
-    return torch.ops.aten.is_non_overlapping_and_dense(x)
+    return bool(torch.ops.aten.is_non_overlapping_and_dense(x))
 
 
 def _same_layout(tensors: list[Tensor]) -> bool:
     first = tensors[0]
     return all(t.dtype == first.dtype and t.stride() == first.stride() for t in tensors[1:])
-
-
-def _is_full_precision(x: Tensor) -> bool:
-    return x.dtype in (torch.float32, torch.float64)
 
 
 def global_norm(grads: list[Tensor], like: Tensor) -> Tensor:
@@ -84,9 +81,7 @@ class TorchBackend:
         for w, g in zip(params, grads, strict=True):
             w.add_(reference.perturbation(w, g, group, scale))
 
-    def descend(
-        self, batch: Batch, backup: ListBackup | None, step: Step, scalars: Tensor
-    ) -> None:
+    def descend(self, batch: Batch, backup: ListBackup | None, step: Step, scalars: Tensor) -> None:
         if step.needs_descent_norm:
             measured = plain = global_norm(batch.grads, like=scalars)
             if step.adaptive and step.renormalize:
@@ -105,8 +100,7 @@ class TorchBackend:
                 step.base.name != "adagrad_norm"
                 and _same_layout([param, batch.grads[k], *states])
                 and is_dense(param)
-                # u would be rounded to 16 bits before the operator saw it
-                and (_is_full_precision(param) or not step.rescales)
+                and param.dtype in (torch.float32, torch.float64)
             ):
                 fused[i, param.dtype, batch.fresh[k]].append(k)
             else:

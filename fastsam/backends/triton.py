@@ -7,12 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastsam.kernels.layout import (
-    CHUNK, REDUCE_CHUNK, REDUCE_WARPS, WARPS, Hyper, Row, Scalar, Task,
+    CHUNK,
+    REDUCE_CHUNK,
+    REDUCE_WARPS,
+    WARPS,
+    Hyper,
+    Row,
+    Scalar,
+    Task,
 )  # fmt: skip
 from fastsam.kernels.perturb import perturb_kernel
 from fastsam.kernels.reduce import reduce_kernel
@@ -22,7 +28,7 @@ from fastsam.kernels.update import update_kernel
 from ..rules import Batch, Step
 from .torch import is_dense
 
-TYPES = {
+TYPES: dict[torch.dtype, Any] = {
     torch.float64: tl.float64,
     torch.float32: tl.float32,
     torch.float16: tl.float16,
@@ -123,9 +129,7 @@ class TritonBackend:
                 raise
         return backup
 
-    def descend(
-        self, batch: Batch, backup: FlatBackup | None, step: Step, scalars: Tensor
-    ) -> None:
+    def descend(self, batch: Batch, backup: FlatBackup | None, step: Step, scalars: Tensor) -> None:
         buckets = self._buckets("descent", batch, step)
         for bucket in buckets:
             originals = [batch.params[k] for k in bucket.members]
@@ -202,12 +206,14 @@ class TritonBackend:
         buckets = []
         for key, positions in members.items():
             param_type, grad_type, states = key
+            if unserved := {param_type, grad_type, *states} - TYPES.keys():
+                raise RuntimeError(
+                    f"backend='triton' serves {', '.join(map(str, TYPES))}, got {unserved.pop()}"
+                )
             device = batch.params[0].device
             table = self._tables.setdefault((name, device, key), Table(device))
             params = [dense(batch.params[k]) for k in positions]
-            grads = [
-                like_layout(batch.grads[k], w) for k, w in zip(positions, params, strict=True)
-            ]
+            grads = [like_layout(batch.grads[k], w) for k, w in zip(positions, params, strict=True)]
             types = dict(
                 P=TYPES[param_type], G=TYPES[grad_type], STATES=len(states),
                 S=TYPES[states[0] if states else param_type],
@@ -239,17 +245,21 @@ class TritonBackend:
              *(step.base.columns(group) if step.base is not None else ())]
             for group in step.groups
         ]  # fmt: skip
-        tensors = [(i, j, x) for i, row in enumerate(rows) for j, x in enumerate(row)
-                   if isinstance(x, Tensor)]  # fmt: skip
-        for i, j, _ in tensors:
-            rows[i][j] = 0.0
+        on_device = []
+        for i, row in enumerate(rows):
+            for j, x in enumerate(row):
+                if isinstance(x, Tensor) and x.device.type != "cpu":
+                    on_device.append((i, j, x))
+                    row[j] = 0.0
+                else:
+                    row[j] = float(x)
         device = bucket.table.device
         cached = self._hyper.get((dtype, device))
         if cached is None or cached[0] != rows:
             host = torch.tensor(rows, dtype=dtype)
             cached = rows, upload(host.numpy(), device)
             self._hyper[dtype, device] = cached
-        for i, j, x in tensors:  # a learning rate or radius that lives on the device stays there
+        for i, j, x in on_device:  # a learning rate or radius that lives on the device stays there
             cached[1][i, j].copy_(x)
         return cached[1]
 

@@ -1,0 +1,217 @@
+"""Groups, checkpoints, copies: what ``torch.optim`` users rely on."""
+
+import copy
+import io
+
+import pytest
+import torch
+from test_contract import bits, model_and_data, same
+
+import fastsam
+
+from registry import BACKENDS, BASES, DEVICE, METHODS
+
+
+def trained(method, base, backend, steps=3, model=None):
+    """A model and its optimizer after some steps."""
+    model, loss_fn = model or model_and_data()
+    spec, kwargs = METHODS[method], BASES[base].kwargs
+    optimizer = spec.cls(
+        model.parameters(), BASES[base].cls, backend=backend, **spec.kwargs, **kwargs
+    )
+    run(optimizer, loss_fn, steps)
+    return model, loss_fn, optimizer
+
+
+def run(optimizer, loss_fn, steps=3):
+    def closure():
+        loss = loss_fn()
+        loss.backward()
+        return loss
+
+    for _ in range(steps):
+        optimizer.step(closure)
+
+
+def through_disk(obj):
+    buffer = io.BytesIO()
+    torch.save(obj, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("method", ["sam", "unified-1/t", "ssam-adaptive-clip"])
+@pytest.mark.parametrize("base", BASES)
+def test_resume_is_exact(method, base, backend):
+    model, loss_fn, optimizer = trained(method, base, backend)
+    saved = through_disk({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    run(optimizer, loss_fn)
+
+    resumed, resumed_loss = model_and_data()
+    resumed.load_state_dict(saved["model"])
+    other = METHODS[method].cls(
+        resumed.parameters(), BASES[base].cls, lr=123.0, backend=backend, **METHODS[method].kwargs
+    )
+    other.load_state_dict(saved["optimizer"])
+    run(other, resumed_loss)
+    assert same(bits(model), bits(resumed))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("base", [name for name in BASES if name != "adagrad_norm"])
+def test_checkpoints_of_the_base_alone(base, backend):
+    """SAM turned on late, and off again: torch.optim's checkpoints both ways."""
+    cls, kwargs = BASES[base].cls, BASES[base].kwargs
+    model, loss_fn = model_and_data()
+    plain = cls(model.parameters(), **kwargs)
+    for _ in range(3):
+        plain.zero_grad()
+        loss_fn().backward()
+        plain.step()
+    sharp = fastsam.SAM(model.parameters(), cls, rho=0.1, lr=9.0, backend=backend)
+    sharp.load_state_dict(through_disk(plain.state_dict()))
+    assert sharp.param_groups[0]["rho"] == 0.1
+    assert sharp.param_groups[0]["lr"] == kwargs["lr"]
+    # at rho = 0 both go on alike
+    twin = copy.deepcopy(model)
+    twin_optimizer = cls(twin.parameters(), **kwargs)
+    twin_optimizer.load_state_dict(plain.state_dict())
+    sharp.param_groups[0]["rho"] = 0.0
+    run(sharp, loss_fn, 2)
+    x_loss = loss_of(twin)
+    for _ in range(2):
+        twin_optimizer.zero_grad()
+        x_loss().backward()
+        twin_optimizer.step()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        # two float32 steps, and Adam's first ones divide by small numbers
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    # and back
+    back = cls(twin.parameters(), **kwargs)
+    back.load_state_dict(through_disk(sharp.state_dict()))
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert sharp.state[p].keys() == back.state[q].keys()
+        for name, value in sharp.state[p].items():
+            torch.testing.assert_close(back.state[q][name], value, rtol=0, atol=0)
+    back.zero_grad()
+    x_loss().backward()
+    back.step()
+
+
+def loss_of(model):
+    """``model_and_data``'s loss on another copy of the model."""
+    _, loss_fn = model_and_data()
+    x, y = loss_fn.__closure__[1].cell_contents, loss_fn.__closure__[2].cell_contents
+    return lambda: torch.nn.functional.cross_entropy(model(x), y)
+
+
+@pytest.mark.parametrize("method", ["sam", "unified-1/t"])
+def test_state_dict_between_passes(method):
+    """It holds the optimizer state that belongs to the unperturbed weights."""
+    model, loss_fn, optimizer = trained(method, "adamw", "torch")
+    before = copy.deepcopy(optimizer.state_dict())
+    loss_fn().backward()
+    optimizer.first_step()
+    between = optimizer.state_dict()
+    assert between["param_groups"] == before["param_groups"]
+    for key, entry in before["state"].items():
+        for name, value in entry.items():
+            assert torch.equal(between["state"][key][name], value)
+    optimizer.second_step()
+
+
+def test_state_dict_holds_torchs_entries_and_no_backup():
+    _, _, optimizer = trained("ssam", "adamw", "torch")
+    for entry in optimizer.state_dict()["state"].values():
+        assert entry.keys() == {"step", "exp_avg", "exp_avg_sq"}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("base", ["sgd-momentum", "adamw", "adagrad_norm"])
+def test_deepcopy(base, backend):
+    model, _, optimizer = trained("unified-1/t", base, backend)
+    both = copy.deepcopy({"model": model, "optimizer": optimizer})
+    assert both["optimizer"].param_groups[0]["params"][0] is next(both["model"].parameters())
+    run(optimizer, loss_of(model))
+    assert not same(bits(model), bits(both["model"]))
+    run(both["optimizer"], loss_of(both["model"]))
+    assert same(bits(model), bits(both["model"]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("base", ["sgd-momentum", "adamw", "adagrad_norm"])
+def test_add_param_group(base, backend):
+    """Parameters that join later are perturbed and updated like the others."""
+    model, loss_fn, optimizer = trained("sam", base, backend)
+    extra = torch.nn.Parameter(torch.zeros(5, device=DEVICE))
+    optimizer.add_param_group({"params": [extra], "rho": 0.5, "lr": 0.01})
+    group = optimizer.param_groups[1]
+    assert group["adaptive"] is False and group["rho"] == 0.5
+    assert optimizer.base_optimizer.param_groups is optimizer.param_groups
+    seen = []
+
+    def joint():
+        seen.append(extra.detach().clone())
+        return loss_fn() + (extra - 1).square().sum()
+
+    run(optimizer, joint, 1)
+    assert (seen[1] < 0).all() and (extra > 0).all()  # uphill, then downhill
+
+
+def test_scheduling_rho():
+    _, loss_fn, optimizer = trained("sam", "sgd-momentum", "torch", steps=0)
+    for rho in (0.1, 0.0, 0.2):
+        optimizer.param_groups[0]["rho"] = rho
+        run(optimizer, loss_fn, 1)
+        assert float(optimizer.metrics["rho"]) == pytest.approx(rho)
+
+
+def test_repr_and_metrics():
+    model, loss_fn, optimizer = trained("unified-1/t", "adamw", "torch", steps=0)
+    assert "UnifiedSAM" in repr(optimizer) and "rho: 0.05" in repr(optimizer)
+    assert optimizer.metrics == {}
+    run(optimizer, loss_fn, 1)
+    run(optimizer, loss_fn, 1)
+    metrics = optimizer.metrics
+    assert metrics.keys() == {"grad_norm", "rho", "lam"}
+    assert float(metrics["lam"]) == 0.5  # of the step taken, the second
+    device = next(model.parameters()).device
+    assert all(m.ndim == 0 and m.device == device for m in metrics.values())
+    held = metrics["grad_norm"].clone()
+    run(optimizer, loss_fn, 1)
+    assert metrics["grad_norm"] == held  # not overwritten by the next step
+
+
+def test_named_parameters():
+    model, loss_fn = model_and_data()
+    optimizer = fastsam.SAM(model.named_parameters(), torch.optim.AdamW, lr=0.1)
+    run(optimizer, loss_fn, 1)
+    assert optimizer.state_dict()["param_groups"][0]["param_names"][0] == "0.weight"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_moving_the_model_between_steps(backend):
+    """``p.data`` swapped for other memory, as ``module.to`` and ``module.float`` do."""
+    model, loss_fn, optimizer = trained("sam", "adamw", backend)
+    twin = copy.deepcopy({"model": model, "optimizer": optimizer})
+    for p in model.parameters():
+        p.data = p.data.clone()
+    run(optimizer, loss_fn)
+    run(twin["optimizer"], loss_of(twin["model"]))
+    assert same(bits(model), bits(twin["model"]))
+
+
+def test_mixed_dtype_state_survives_loading():
+    """A bfloat16 parameter's float32 momentum buffer is not cut down to bfloat16."""
+    param = torch.nn.Parameter(torch.ones(40, dtype=torch.bfloat16, device=DEVICE))
+    param.grad_dtype = torch.float32
+    with pytest.warns(UserWarning, match="rounded away"):
+        optimizer = fastsam.SAM([param], torch.optim.SGD, lr=0.1, momentum=0.9)
+    for half in (optimizer.first_step, optimizer.second_step):
+        param.grad = torch.full((40,), 1 / 3, device=DEVICE)
+        half()
+    saved = through_disk(optimizer.state_dict())
+    optimizer.load_state_dict(saved)
+    buffer = optimizer.state[param]["momentum_buffer"]
+    assert buffer.dtype == torch.float32 and (buffer == torch.tensor(1 / 3)).all()

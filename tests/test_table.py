@@ -1,0 +1,81 @@
+"""The tables that kernels walk, and the device math that is hard to see from outside."""
+
+import numpy as np
+import pytest
+import torch
+
+from fastsam.kernels.layout import Row
+from fastsam.kernels.table import Table, chunk_table
+
+from registry import DEVICE
+
+
+def unpack(entries):
+    where, part = entries[:, 0], entries[:, 1]
+    size = np.abs(part)
+    return where & 0xFFFFFFFF, where >> 32, size >> 16, size & 0xFFFF, part >= 0
+
+
+def test_chunks_cover_every_element_once():
+    sizes = np.array([0, 1, 1023, 1024, 1025, 5000])
+    groups = np.array([0, 2, 1, 1, 0, 3])
+    aligned = np.array([True, True, False, True, False, True])
+    tensor, group, index, length, vector = unpack(chunk_table(sizes, groups, aligned, 1024))
+    assert len(tensor) == 1 + 1 + 1 + 1 + 2 + 5
+    for t, size in enumerate(sizes):
+        mine = tensor == t
+        assert length[mine].sum() == size
+        np.testing.assert_array_equal(index[mine], np.arange(mine.sum()))
+        assert (length[mine][:-1] == 1024).all()
+        assert (group[mine] == groups[t]).all()
+        # the sign is lost only where there is nothing to do
+        assert (vector[mine] == aligned[t]).all() or size == 0
+
+
+def test_chunks_of_a_tensor_beyond_32_bits():
+    size = 2**31 + 5
+    chunk = 2**15
+    tensor, _, index, length, _ = unpack(
+        chunk_table(np.array([size]), np.array([0]), np.array([False]), chunk)
+    )
+    assert (tensor == 0).all() and index[-1] == 2**16 and length.sum() == size and length[-1] == 5
+
+
+def test_uploads_only_what_moved(monkeypatch):
+    from fastsam.kernels import table as module
+
+    uploads = []
+    upload = module.upload
+    monkeypatch.setattr(module, "upload", lambda *a: uploads.append(1) or upload(*a))
+    table = Table(torch.device(DEVICE))
+    rows = {Row.GRAD: [1024, 2048], Row.PARAM: [4096, 8192]}
+    table.set(rows, [3000, 5], [0, 1])
+    chunks = table.chunks(1024)
+    assert len(chunks) == 4 and len(uploads) == 2
+    table.set(rows, [3000, 5], [0, 1])
+    assert len(uploads) == 2
+    table.set(rows | {Row.GRAD: [1024, 2064]}, [3000, 5], [0, 1])  # moved, still aligned
+    assert len(uploads) == 3 and table.chunks(1024) is chunks
+    table.set(rows | {Row.GRAD: [1024, 2052]}, [3000, 5], [0, 1])  # now misaligned
+    assert table.aligned.tolist() == [True, False]
+    assert table.chunks(1024) is not chunks and len(uploads) == 5
+    table.set(rows, [3000, 6], [0, 1])  # another size
+    assert table.aligned.all() and len(uploads) == 6
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 0.9, 0.999, 0.999999])
+def test_bias_correction_does_not_cancel(beta):
+    """AdamW's first update is lr * sign(g) to float32 precision only if 1 - beta^1 is exact."""
+    import fastsam
+
+    param = torch.nn.Parameter(torch.zeros(7, device=DEVICE))
+    optimizer = fastsam.SAM(
+        [param], torch.optim.AdamW, rho=0.0, lr=1.0, betas=(beta, beta), eps=0.0,
+        weight_decay=0.0, backend="triton",
+    )  # fmt: skip
+    for _ in range(3):
+        for half in (optimizer.first_step, optimizer.second_step):
+            param.grad = torch.full_like(param, 0.3)
+            half()
+    # a constant gradient: every step is -lr, whatever beta
+    torch.testing.assert_close(param.detach(), torch.full_like(param, -3.0), rtol=2e-6, atol=0)

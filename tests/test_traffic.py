@@ -1,0 +1,140 @@
+"""Bytes and launches of a whole step, counted in Triton's interpreter (``-s`` prints them)."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import pytest
+import torch
+import triton
+
+import fastsam
+from fastsam.kernels.layout import CHUNK
+
+import launches
+
+pytestmark = pytest.mark.skipif(
+    not triton.knobs.runtime.interpret, reason="counts in Triton's interpreter, not on a GPU"
+)
+
+#: Convolutions, normalisations and a classifier, as in a small ResNet.
+SHAPES = [
+    (64, 3, 7, 7), (64,), (64,), (64, 64, 3, 3), (64,), (128, 64, 3, 3), (128,), (128,),
+    (128, 128, 3, 3), (256, 128, 3, 3), (256,), (256, 256, 1, 1), (1000, 512), (1000,),
+]  # fmt: skip
+SGD = (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4})
+ADAMW = (torch.optim.AdamW, {"lr": 1e-3, "weight_decay": 0.1})
+STEP = ["reduce_kernel", "perturb_kernel", "update_kernel"]
+TWO_NORMS = ["reduce_kernel", "perturb_kernel", "reduce_kernel", "update_kernel"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method with a base optimizer, the kernels of one step, and its least bytes per element."""
+
+    method: type
+    base: tuple[type, dict[str, Any]] = SGD
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    kernels: list[str] = field(default_factory=lambda: STEP)
+    floor: int = 40
+
+    def build(self, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
+        base, kwargs = self.base
+        return self.method(groups, base, backend="triton", **kwargs, **self.kwargs)
+
+
+CASES = {
+    "SAM + SGD": Case(fastsam.SAM),
+    "SAM + AdamW": Case(fastsam.SAM, ADAMW, floor=48),
+    "SSAM + SGD": Case(fastsam.SSAM, kernels=TWO_NORMS, floor=44),
+    "ASAM + SGD": Case(fastsam.ASAM, floor=44),
+}
+OTHER_CASES = {
+    "USAM + SGD": Case(fastsam.USAM),
+    "UnifiedSAM + AdamW": Case(fastsam.UnifiedSAM, ADAMW, {"lam": "1/t"}, floor=48),
+    "SAM + SGD, clipped": Case(fastsam.SAM, SGD, {"max_grad_norm": 1.0}, TWO_NORMS, 44),
+    "SAM + SGD, skipping": Case(fastsam.SAM, SGD, {"skip_nonfinite": True}, TWO_NORMS, 44),
+    "SAM + AdaGradNorm": Case(fastsam.SAM, (fastsam.AdaGradNorm, {}), {}, TWO_NORMS, 36),
+    # the clipped norm is that of u, the renormalised one that of T u
+    "adaptive SSAM + SGD, clipped": Case(
+        fastsam.SSAM, SGD, {"adaptive": True, "max_grad_norm": 1.0}, TWO_NORMS, 52
+    ),
+}
+
+
+def parameters(shapes: Sequence[tuple[int, ...]], dtype=torch.float32) -> list[torch.nn.Parameter]:
+    return [torch.nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in shapes]
+
+
+def gradients(params: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Of one pass after the other, made before anything is counted."""
+    return iter([[torch.rand_like(p).sub_(0.5) for p in params] for _ in range(4)])
+
+
+def count_step(case: Case, groups: Sequence[dict[str, Any]], execute: bool = True) -> launches.Log:
+    """Record the second step: state and tables are as in a training loop."""
+    optimizer = case.build(groups)
+    params = [p for group in groups for p in group["params"]]
+    grads = gradients(params)
+    # the warm-up needs no values, and the interpreter's time is in the programs
+    for run in (False, execute):
+        with launches.record(run) as log:
+            for one_pass in (optimizer.first_step, optimizer.second_step):
+                for param, grad in zip(params, next(grads), strict=True):
+                    param.grad = grad
+                one_pass()
+    return log
+
+
+def check_traffic(name: str, log: launches.Log, case: Case, floor: float, elements: int) -> None:
+    traffic = (log.loaded + log.stored) / elements
+    passes = " + ".join(f"{(x.loaded + x.stored) / elements:.2f}" for x in log.launches)
+    print(f"\n{name}: {traffic:.2f} B per element ({passes}), {len(log.launches)} launches")
+    assert log.kernels == case.kernels
+    assert floor <= traffic <= floor + 0.5  # what is above: tables, a row of numbers per program
+    assert log.copied == 0  # torch's own operators move nothing
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_traffic(name):
+    case = CASES[name]
+    params = parameters(SHAPES)
+    elements = sum(p.numel() for p in params)
+    assert elements >= 1_000_000
+    log = count_step(case, [{"params": params}])
+    check_traffic(name, log, case, case.floor, elements)
+
+
+@pytest.mark.parametrize("name", OTHER_CASES)
+def test_traffic_of_other_methods(name):
+    case = OTHER_CASES[name]
+    log = count_step(case, [{"params": parameters([(256, 128), (1024,)])}])
+    check_traffic(name, log, case, case.floor, 256 * 128 + 1024)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.filterwarnings("ignore:some parameters are float16 or bfloat16")
+def test_bf16_moves_half(name):
+    case = CASES[name]
+    log = count_step(case, [{"params": parameters([(256, 128), (1024,)], torch.bfloat16)}])
+    check_traffic(f"{name}, bf16", log, case, case.floor / 2, 256 * 128 + 1024)
+
+
+@pytest.mark.parametrize("name", CASES | OTHER_CASES)
+def test_launches_do_not_grow_with_tensors_and_groups(name):
+    case = (CASES | OTHER_CASES)[name]
+    few = count_step(case, [{"params": parameters([(3,), (5, 7), (1,)])}], execute=False)
+    many = [{"params": parameters([(1 + i % 9,) for i in range(200)])} for _ in range(5)]
+    assert sum(len(group["params"]) for group in many) == 1000
+    assert few.kernels == count_step(case, many, execute=False).kernels == case.kernels
+
+
+def test_groups_share_their_launches():
+    """Adaptive or not, whatever the radius and the learning rate."""
+    settings = [{}, {"adaptive": True, "eta": 0.01}, {"lr": 0.2}, {"rho": 0.1, "momentum": 0.5}]
+    groups = [setting | {"params": parameters([(40, 50), (50,)])} for setting in settings]
+    log = count_step(CASES["SAM + SGD"], groups)
+    assert log.kernels == STEP
+    programs = sum(-(-prod(shape) // CHUNK) for shape in ((40, 50), (50,)) * 4)
+    assert [launch.grid for launch in log.launches[1:]] == [(programs,)] * 2
