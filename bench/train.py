@@ -297,7 +297,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--lr", type=positive, help=f"initial learning rate of a cosine schedule ({per_method})")
     add("--batch-size", type=count, default=64, help="default: %(default)s")
     add("--label-noise", type=fraction, default=0.0, metavar="FRACTION",
-        help="share of the training labels replaced by a wrong one (default: %(default)s)")  # fmt: skip
+        help="share of the training labels to be made wrong (default: %(default)s)")  # fmt: skip
     add("--data", choices=list(EPOCHS), default="digits", help="default: %(default)s")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: %(default)s")
     add("--backend", choices=["auto", "triton", "torch", "reference"], default="auto",

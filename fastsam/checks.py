@@ -60,6 +60,11 @@ def check_tensors(param: Tensor, grad: Tensor, others: Sequence[Tensor], name: s
         raise RuntimeError(
             f"{name} does not support complex gradients; optimize torch.view_as_real(param)"
         )
+    if torch._debug_has_internal_overlap(param) == 1:
+        raise RuntimeError(
+            f"{name} needs parameters whose elements have memory of their own, got one of shape "
+            f"{tuple(param.shape)} and strides {param.stride()}; optimize a clone"
+        )
     if others and param.device != others[0].device:
         raise RuntimeError(
             f"{name} needs all parameters on one device, got {others[0].device} and {param.device}"

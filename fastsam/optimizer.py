@@ -220,7 +220,8 @@ class SharpnessAwareOptimizer(Optimizer):
             names["skipped"] = Scalar.SKIPPED
         values = {name: self._scalars[slot].clone() for name, slot in names.items()}
         rho = self.param_groups[0]["rho"]
-        values["rho"] = torch.empty_like(self._scalars[0]).copy_(torch.as_tensor(rho))
+        like = self._scalars[0]
+        values["rho"] = rho.to(like) if isinstance(rho, Tensor) else torch.full_like(like, rho)
         return values
 
     # --- what subclasses may refine ---
@@ -369,10 +370,8 @@ class SharpnessAwareOptimizer(Optimizer):
         super().__setstate__(state)
         if "_backends" not in self.__dict__:  # a copy, not load_state_dict
             self._start()
-        # torch replaces these two; the base goes on sharing them
-        self.base_optimizer.state = self.state
-        self.base_optimizer.param_groups = self.param_groups
-        self.base_optimizer.__setstate__({})  # completes groups from older versions of torch
+        # the base goes on sharing both, and completes groups that older versions of torch saved
+        self.base_optimizer.__setstate__({"state": self.state, "param_groups": self.param_groups})
 
 
 def _is_zero(rho: float | Tensor) -> bool:

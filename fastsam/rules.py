@@ -4,6 +4,7 @@ Frontends fill these in; backends read them. The equations themselves are in ``k
 ``backends/reference.py``.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -38,20 +39,24 @@ class Base:
 
     def prepare(self, state: dict[str, Any], param: Tensor, grad: Tensor, group: Group) -> bool:
         """Create what is missing in a parameter's state; True if its momentum buffer is new."""
-        fresh = False
+        fresh, names = False, self.states(group)
         if self.counts_steps:
             step = state.get("step")
             if step is None:
                 state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
             elif step.device != param.device or step.dtype != torch.float32:
                 state["step"] = step.to(param.device, torch.float32)
-        for name in self.states(group):
+        for name in names:
             if state.get(name) is None:
                 # torch clones the first gradient into the buffer, so it has the gradient's dtype
                 dtype = grad.dtype if name == "momentum_buffer" else param.dtype
                 fill = group["initial_accumulator_value"] if name == "sum" else 0.0
                 state[name] = torch.full_like(param, fill, dtype=dtype)
                 fresh = name == "momentum_buffer"
+        dtypes = [state[name].dtype for name in names]
+        if len(set(dtypes)) > 1:  # from a checkpoint put together by hand
+            widest = functools.reduce(torch.promote_types, dtypes)
+            state.update({name: state[name].to(widest) for name in names})
         return fresh
 
 

@@ -42,7 +42,8 @@ class Hyper(IntEnum):
     LAM = 1
     ADAPTIVE = 2
     ETA = 3
-    BASE = 4
+    MAX_GRAD_NORM = 4  # the same in every row
+    BASE = 5
 
 
 class Scalar(IntEnum):
@@ -54,10 +55,9 @@ class Scalar(IntEnum):
     COEFFICIENT = 3  # u = coefficient * g~
     ACCEPTED = 4  # 1, or 0 where a non-finite second gradient is skipped
     SKIPPED = 5  # steps skipped so far
-    MAX_GRAD_NORM = 6
-    SQUARED_NORMS = 7  # AdaGradNorm's b2
-    SUM0 = 8  # running sums over the buckets of one reduction
-    SUM1 = 9
+    SQUARED_NORMS = 6  # AdaGradNorm's b2
+    SUM0 = 7  # running sums over the buckets of one reduction
+    SUM1 = 8
 
 
 class Task(IntFlag):

@@ -8,7 +8,7 @@ writes the finished scalars. So no later pass re-reads the partials, and one lau
 import triton
 import triton.language as tl
 
-from .layout import Scalar, Task
+from .layout import Hyper, Scalar, Task
 from .perturb import EPS, GRAD_NORM, element_scale
 from .stream import GRAD, PARAM, is_finite, read_chunk, stream
 
@@ -17,7 +17,7 @@ RENORMALIZATION = tl.constexpr(int(Scalar.RENORMALIZATION))
 COEFFICIENT = tl.constexpr(int(Scalar.COEFFICIENT))
 ACCEPTED = tl.constexpr(int(Scalar.ACCEPTED))
 SKIPPED = tl.constexpr(int(Scalar.SKIPPED))
-MAX_GRAD_NORM = tl.constexpr(int(Scalar.MAX_GRAD_NORM))
+MAX_GRAD_NORM = tl.constexpr(int(Hyper.MAX_GRAD_NORM))
 SQUARED_NORMS = tl.constexpr(int(Scalar.SQUARED_NORMS))
 SUM0 = tl.constexpr(int(Scalar.SUM0))
 SUM1 = tl.constexpr(int(Scalar.SUM1))
@@ -64,7 +64,7 @@ def _total(partials, programs, slot, tasks):
 
 
 @triton.jit
-def _finish_descent(scalars, measured, plain, tasks):
+def _finish_descent(hyper, scalars, measured, plain, tasks):
     """From the second gradient's norms to the coefficient of ``u = coefficient * g~``."""
     gamma = tl.full([], 1.0, tl.float64)
     if (tasks & RENORMALIZE) != 0:
@@ -75,7 +75,7 @@ def _finish_descent(scalars, measured, plain, tasks):
         gamma = tl.where(exact, 1.0, n / (measured + EPS))
     coefficient = gamma
     if (tasks & CLIP) != 0:
-        clip = tl.load(scalars + MAX_GRAD_NORM) / (gamma * plain + 1e-6)
+        clip = tl.load(hyper + MAX_GRAD_NORM).to(tl.float64) / (gamma * plain + 1e-6)
         coefficient = tl.where(clip < 1, gamma * clip, gamma)
     accepted = is_finite(plain) | ((tasks & SKIP) == 0)
     tl.store(scalars + PERTURBED_GRAD_NORM, measured)
@@ -144,6 +144,6 @@ def reduce_kernel(table, chunks, columns, hyper, scalars, partials, arrivals, ta
             total1 = _total(partials + programs, programs, scalars + SUM1, tasks)
         if (tasks & LAST) != 0:
             if (tasks & DESCENT) != 0:
-                _finish_descent(scalars, tl.sqrt(total0), tl.sqrt(total1), tasks)
+                _finish_descent(hyper, scalars, tl.sqrt(total0), tl.sqrt(total1), tasks)
             else:
                 tl.store(scalars + GRAD_NORM, tl.sqrt(total0))

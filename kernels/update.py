@@ -23,7 +23,7 @@ from .stream import (
     narrow,
     read_chunk,
     stream,
-)  # fmt: skip
+)
 
 BASE_COLUMNS = tl.constexpr(int(Hyper.BASE))
 

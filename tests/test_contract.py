@@ -390,6 +390,14 @@ def test_complex_gradient_is_refused():
         optimizer.first_step()
 
 
+def test_overlapping_parameter_is_refused():
+    param = torch.nn.Parameter(torch.ones(1, 3, device=DEVICE).expand(4, 3))
+    optimizer = fastsam.SAM([param], **BASE)
+    param.grad = torch.ones_like(param)
+    with pytest.raises(RuntimeError, match=r"memory of their own, got one of shape \(4, 3\)"):
+        optimizer.first_step()
+
+
 def test_several_devices_are_refused():
     params = [torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2, device="meta"))]
     optimizer = fastsam.SAM(params, **BASE)

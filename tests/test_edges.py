@@ -19,7 +19,7 @@ from registry import (
     numpy,
     parameters,
     set_grads,
-)  # fmt: skip
+)
 
 CASES = [("sam", "sgd-momentum"), ("asam", "adamw"), ("ssam-adaptive-clip", "adagrad")]
 FP32 = DTYPES["fp32"]

@@ -21,7 +21,7 @@ from registry import (
     numpy,
     parameters,
     set_grads,
-)  # fmt: skip
+)
 
 STEPS = 20
 #: A ragged tensor of two chunks, a small matrix, a scalar; a group each.

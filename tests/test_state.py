@@ -202,6 +202,22 @@ def test_moving_the_model_between_steps(backend):
     assert same(bits(model), bits(twin["model"]))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_state_tensors_of_different_dtypes(backend):
+    """A state put together by hand goes on in the widest of its dtypes."""
+    param = torch.nn.Parameter(torch.ones(1030, device=DEVICE))
+    optimizer = fastsam.SAM([param], torch.optim.Adam, lr=0.1, rho=0.0, backend=backend)
+    optimizer.state[param] = {
+        "step": torch.tensor(3.0),
+        "exp_avg": torch.full_like(param, 0.5, dtype=torch.bfloat16),
+        "exp_avg_sq": torch.full_like(param, 0.25),
+    }
+    optimizer.step(lambda: param.sum().backward())
+    torch.testing.assert_close(optimizer.state[param]["exp_avg"], torch.full_like(param, 0.55))
+    assert optimizer.state[param]["exp_avg_sq"].dtype == torch.float32
+    assert optimizer.state[param]["step"] == 4
+
+
 def test_mixed_dtype_state_survives_loading():
     """A bfloat16 parameter's float32 momentum buffer is not cut down to bfloat16."""
     param = torch.nn.Parameter(torch.ones(40, dtype=torch.bfloat16, device=DEVICE))

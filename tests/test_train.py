@@ -118,7 +118,9 @@ def test_images_are_split_by_class_and_normalised(name, size, count):
 
 def test_split_does_not_change_between_calls():
     first, second = (data.load_images("digits", torch.device("cpu")) for _ in range(2))
-    assert all(torch.equal(a.x, b.x) and torch.equal(a.y, b.y) for a, b in zip(first, second))
+    assert all(
+        torch.equal(a.x, b.x) and torch.equal(a.y, b.y) for a, b in zip(first, second, strict=True)
+    )
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.1, 0.4, 0.999])
@@ -175,7 +177,9 @@ def test_sharpness_of_a_quadratic_is_its_closed_form():
     # f(w + r u) - f(w) = r |g| + r^2/2 u'Au
     expected = 0.3 * g.norm() + 0.5 * 0.3**2 * unit @ a @ unit
     assert sharpness == pytest.approx(expected.item(), rel=1e-10)
-    assert all(torch.equal(p, part) and p.grad is None for p, part in zip(params, parts))
+    assert all(
+        torch.equal(p, part) and p.grad is None for p, part in zip(params, parts, strict=True)
+    )
 
 
 def test_sharpness_restores_float32_weights_bit_for_bit_and_leaves_gradients():
@@ -188,7 +192,7 @@ def test_sharpness_restores_float32_weights_bit_for_bit_and_leaves_gradients():
     grads = [p.grad.clone() for p in model.parameters()]
     _, sharpness = train.measure_sharpness(model.parameters(), lambda: loss_fn(model(x), y), 0.05)
     assert sharpness > 0
-    for p, w, g in zip(model.parameters(), weights, grads):
+    for p, w, g in zip(model.parameters(), weights, grads, strict=True):
         assert torch.equal(p.view(torch.int32), w.view(torch.int32))
         assert torch.equal(p.grad, g)
 

@@ -19,7 +19,7 @@ from fastsam.kernels.layout import (
     Row,
     Scalar,
     Task,
-)  # fmt: skip
+)
 from fastsam.kernels.perturb import perturb_kernel
 from fastsam.kernels.reduce import reduce_kernel
 from fastsam.kernels.table import Table, upload
@@ -101,7 +101,6 @@ class TritonBackend:
         self._tables: dict[Any, Table] = {}
         self._scratches: dict[Any, Tensor] = {}
         self._hyper: dict[Any, tuple[list[list[float]], Tensor]] = {}
-        self._max_grad_norm: float | None = None
 
     # --- the interface ---
 
@@ -162,9 +161,6 @@ class TritonBackend:
     # --- launches ---
 
     def _reduce(self, name: str, buckets: list[Bucket], step: Step, scalars: Tensor) -> None:
-        if step.max_grad_norm != self._max_grad_norm:
-            self._max_grad_norm = step.max_grad_norm
-            scalars[Scalar.MAX_GRAD_NORM].fill_(step.max_grad_norm or 0.0)
         tasks = Task(0)
         if name == "descent":
             tasks = (
@@ -241,7 +237,7 @@ class TritonBackend:
         """The hyper-parameters on the device, a row per group; uploaded when one changed."""
         dtype = torch.float64 if bucket.types["ACC"] == tl.float64 else torch.float32
         rows = [
-            [group["rho"], step.lam, float(group["adaptive"]), group["eta"],
+            [group["rho"], step.lam, group["adaptive"], group["eta"], step.max_grad_norm or 0.0,
              *(step.base.columns(group) if step.base is not None else ())]
             for group in step.groups
         ]  # fmt: skip
