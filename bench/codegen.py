@@ -34,7 +34,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
-from fastsam.kernels.layout import CHUNK, REDUCE_CHUNK, REDUCE_WARPS, WARPS
+from fastsam.kernels.layout import CHUNK, LANES, REDUCE_CHUNK, REDUCE_LANES
 from fastsam.kernels.perturb import perturb_kernel
 from fastsam.kernels.reduce import reduce_kernel
 from fastsam.kernels.update import update_kernel
@@ -54,9 +54,6 @@ TYPES = [
 ]  # fmt: skip
 #: Base updates and their numbers of state tensors.
 BASES = [("sgd", 0), ("sgd", 1), ("adam", 2), ("adam", 3), ("adagrad", 1), ("adagrad_norm", 0)]
-#: Columns of the hyper-parameter table. They differ by base, but are only a factor in an address:
-#: one number stands for all, and it is no part of a variant.
-WIDTH = 14
 AMD_BITS = {"byte": 8, "short": 16, "dword": 32}
 
 
@@ -81,10 +78,10 @@ class Variant:
 
     @classmethod
     def create(cls, kernel: str, *parts: Mapping[str, Any]) -> "Variant":
-        """From mappings in any order: constants, which may hold dtypes and ``WIDTH``, and so on."""
+        """From mappings in any order: constants, which may hold dtypes, and so on."""
         constants, arguments, options = (tuple(sorted(part.items())) for part in parts)
-        names = ((k, v.name if isinstance(v, tl.dtype) else v) for k, v in constants)
-        return cls(kernel, tuple(x for x in names if x[0] != "WIDTH"), arguments, options)
+        names = tuple((k, v.name if isinstance(v, tl.dtype) else v) for k, v in constants)
+        return cls(kernel, names, arguments, options)
 
     def __getitem__(self, constant: str) -> Any:
         return dict(self.constants)[constant]
@@ -125,12 +122,12 @@ def _variant(kernel: str, types: Sequence[str], **constants: Any) -> Variant:
                  "scalars": "*fp64"}  # fmt: skip
     if kernel != "perturb_kernel":
         arguments["arrivals"] = "*i32"
-    chunk, warps = CHUNK, WARPS
+    chunk, lanes = CHUNK, LANES
     if kernel == "reduce_kernel":
         arguments |= {"partials": f"*{wide}", "tasks": "i32"}
-        chunk, warps = REDUCE_CHUNK, REDUCE_WARPS
-    constants |= dict(zip("PGS", types, strict=False), ACC=wide, CHUNK=chunk, LANES=32 * warps)
-    options = {"num_warps": warps, "enable_fp_fusion": True}
+        chunk, lanes = REDUCE_CHUNK, REDUCE_LANES
+    constants |= dict(zip("PGS", types, strict=False), ACC=wide, CHUNK=chunk, LANES=lanes)
+    options = {"num_warps": lanes // 32, "enable_fp_fusion": True}
     return Variant.create(kernel, constants, arguments, options)
 
 
@@ -198,12 +195,12 @@ def _compile(variant: Variant, target: GPUTarget) -> tuple[Any, str]:
     dtypes = set(itertools.chain(*TYPES))
     constants = {
         (kernel.arg_names.index(name),): tl.dtype(value) if value in dtypes else value
-        for name, value in (*variant.constants, ("WIDTH", WIDTH))
+        for name, value in variant.constants
     }
     # what a launch finds out about the tables: 16-byte aligned, smaller than 2 GB
     known = make_backend(target).parse_attr("DS")
     hints = {(i,): known for i, name in enumerate(types.values()) if name.startswith("*")}
-    # one thread per lane, also where a warp is not 32 threads
+    # one thread per lane, as the backend does where a warp is not 32 threads
     options = dict(variant.options) | {"num_warps": variant["LANES"] // target.warp_size}
     log = io.StringIO()
     with contextlib.redirect_stdout(log):

@@ -335,8 +335,8 @@ def main(argv: list[str] | None = None) -> int:
     train, test = load_images(args.data, torch.device(args.device))
     names = list(dict.fromkeys(args.optimizers))
     title = (
-        f"{args.data}: {len(train.y)} training images, {100 * args.label_noise:g} % of labels wrong, "
-        f"{len(test.y)} test images, {args.seeds} seed(s)"
+        f"{args.data}: {len(train.y)} training images, {100 * args.label_noise:g} % of labels "
+        f"wrong, {len(test.y)} test images, {args.seeds} seed(s)"
     )
     rows: list[Row] = []
     with tqdm(total=len(names) * args.seeds * args.epochs, unit="epoch") as progress:

@@ -9,9 +9,12 @@ from enum import IntEnum, IntFlag
 #: small chunks; a reduction keeps one or two and amortises its final atomic over a large one.
 CHUNK = 1024
 REDUCE_CHUNK = 8192
-#: Warps per program. ``LANES`` elements is one step of the scalar path: one per thread.
-WARPS = 4
-REDUCE_WARPS = 8
+#: Threads per program, and elements per step of the scalar path: one per thread. In warps that is
+#: 4 and 8 on NVIDIA, 2 and 4 on AMD's GPUs with 64 threads a warp.
+LANES = 128
+REDUCE_LANES = 256
+#: Columns of the hyper-parameter table: one width, so that no kernel depends on the base.
+WIDTH = 16
 
 
 class Row(IntEnum):

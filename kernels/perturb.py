@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .layout import Hyper, Scalar
-from .stream import BACKUP, GRAD, PARAM, is_finite, narrow, read_chunk, stream
+from .stream import BACKUP, GRAD, PARAM, hyper_row, is_finite, narrow, read_chunk, stream
 
 RHO = tl.constexpr(int(Hyper.RHO))
 LAM = tl.constexpr(int(Hyper.LAM))
@@ -55,7 +55,7 @@ def _perturb(table, columns, tensor, start, offsets, mask, row, scale, P: tl.con
 
 
 @triton.jit(do_not_specialize=["columns"])
-def perturb_kernel(table, chunks, columns, hyper, scalars, WIDTH: tl.constexpr, P: tl.constexpr,
+def perturb_kernel(table, chunks, columns, hyper, scalars, P: tl.constexpr,
                    G: tl.constexpr, ACC: tl.constexpr, ADAPTIVE: tl.constexpr,
                    CHUNK: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
     """``e = rho (1 - lam + lam / (n + eps)) T^2 g``, one chunk per program.
@@ -63,13 +63,13 @@ def perturb_kernel(table, chunks, columns, hyper, scalars, WIDTH: tl.constexpr, 
     Args:
         table, chunks: Pointer and chunk tables (``table.py``), int64.
         columns: Number of tensors in the table.
-        hyper: Hyper-parameters in ``ACC``, ``WIDTH`` columns, one row per group.
+        hyper: Hyper-parameters in ``ACC`` (``layout.Hyper``), one row per group.
         scalars: Device scalars (``layout.Scalar``), float64.
         P, G, ACC: Dtypes of parameter, gradient and arithmetic.
     """
     tensor, group, index, length, vector = read_chunk(chunks, tl.program_id(0))
     start = index * CHUNK
-    row = hyper + group * WIDTH
+    row = hyper_row(hyper, group)
     scale = radius_per_norm(row, tl.load(scalars + GRAD_NORM).to(ACC))
     if vector > 0:
         offsets = tl.arange(0, CHUNK)

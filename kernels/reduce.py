@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .layout import Hyper, Scalar, Task
 from .perturb import EPS, GRAD_NORM, element_scale
-from .stream import GRAD, PARAM, is_finite, read_chunk, stream
+from .stream import GRAD, PARAM, hyper_row, is_finite, read_chunk, stream
 
 PERTURBED_GRAD_NORM = tl.constexpr(int(Scalar.PERTURBED_GRAD_NORM))
 RENORMALIZATION = tl.constexpr(int(Scalar.RENORMALIZATION))
@@ -91,7 +91,7 @@ def _finish_descent(hyper, scalars, measured, plain, tasks):
 
 @triton.jit(do_not_specialize=["columns", "tasks"])
 def reduce_kernel(table, chunks, columns, hyper, scalars, partials, arrivals, tasks,
-                  WIDTH: tl.constexpr, P: tl.constexpr, G: tl.constexpr, ACC: tl.constexpr,
+                  P: tl.constexpr, G: tl.constexpr, ACC: tl.constexpr,
                   ADAPTIVE: tl.constexpr, BOTH: tl.constexpr, CHUNK: tl.constexpr,
                   LANES: tl.constexpr):  # fmt: skip
     """Norms of one pass's gradients over one bucket.
@@ -109,7 +109,7 @@ def reduce_kernel(table, chunks, columns, hyper, scalars, partials, arrivals, ta
     programs = tl.num_programs(0)
     tensor, group, index, length, vector = read_chunk(chunks, program)
     start = index * CHUNK
-    row = hyper + group * WIDTH
+    row = hyper_row(hyper, group)
     sum0 = tl.zeros([1], ACC)
     sum1 = tl.zeros([1], ACC)
     if vector > 0:

@@ -11,7 +11,7 @@ anywhere else it is lost, or leaks into the scalar branch and faults on misalign
 import triton
 import triton.language as tl
 
-from .layout import Row
+from .layout import WIDTH, Row
 
 GRAD = tl.constexpr(int(Row.GRAD))
 PARAM = tl.constexpr(int(Row.PARAM))
@@ -22,6 +22,7 @@ STATE1 = tl.constexpr(int(Row.STATE1))
 STATE2 = tl.constexpr(int(Row.STATE2))
 FRESH = tl.constexpr(int(Row.FRESH))
 CHUNKS = tl.constexpr(int(Row.CHUNKS))
+COLUMNS = tl.constexpr(WIDTH)
 
 #: The interpreter truncates float32 to bfloat16 where every GPU rounds to nearest even.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -43,6 +44,12 @@ def read_chunk(chunks, program):
     tensor = (where & 0xFFFFFFFF).to(tl.int32)
     group = (where >> 32).to(tl.int32)
     return tensor, group, part >> 16, length, vector
+
+
+@triton.jit
+def hyper_row(hyper, group):
+    """The hyper-parameters of one group."""
+    return hyper + group * COLUMNS
 
 
 @triton.jit

@@ -20,6 +20,7 @@ from .stream import (
     STATE1,
     STATE2,
     STEP,
+    hyper_row,
     narrow,
     read_chunk,
     stream,
@@ -156,8 +157,8 @@ def _update(table, columns, tensor, start, offsets, mask, h, scalars, counter, P
 
 
 @triton.jit(do_not_specialize=["columns"])
-def update_kernel(table, chunks, columns, hyper, scalars, arrivals, WIDTH: tl.constexpr,
-                  P: tl.constexpr, G: tl.constexpr, S: tl.constexpr, ACC: tl.constexpr,
+def update_kernel(table, chunks, columns, hyper, scalars, arrivals, P: tl.constexpr,
+                  G: tl.constexpr, S: tl.constexpr, ACC: tl.constexpr,
                   BASE: tl.constexpr, STATES: tl.constexpr, SCALE: tl.constexpr,
                   SKIP: tl.constexpr, CHUNK: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
     """Restore, ``u = coefficient * g~``, base update: one chunk per program.
@@ -174,7 +175,7 @@ def update_kernel(table, chunks, columns, hyper, scalars, arrivals, WIDTH: tl.co
     """
     tensor, group, index, length, vector = read_chunk(chunks, tl.program_id(0))
     start = index * CHUNK
-    h = hyper + group * WIDTH + BASE_COLUMNS
+    h = hyper_row(hyper, group) + BASE_COLUMNS
     counter = 0
     COUNTS: tl.constexpr = BASE == "adam" or BASE == "adagrad"
     if COUNTS:

@@ -36,7 +36,6 @@ METHODS = {
     "sam": Method(fastsam.SAM),
     "asam": Method(fastsam.ASAM, {}, {"rho": 0.5, "eta": 0.01} | ADAPTIVE),
     "usam": Method(fastsam.USAM, {}, {}, {"lam": 0.0}),
-    "unified": Method(fastsam.UnifiedSAM, {}, {}, {"lam": 0.5}),
     "unified-1/t": Method(fastsam.UnifiedSAM, {"lam": "1/t"}, {}, {"lam": lambda t: 1 / t}),
     "unified-1-1/t": Method(fastsam.UnifiedSAM, {"lam": "1-1/t"}, {}, {"lam": lambda t: 1 - 1 / t}),
     "unified-callable": Method(fastsam.UnifiedSAM, {"lam": wave}, {}, {"lam": wave}),
@@ -47,10 +46,6 @@ METHODS = {
         {"rho": 0.5, "adaptive": True, "eta": 0.1, "max_grad_norm": 0.5, "skip_nonfinite": True},
         {"rho": 0.5, "eta": 0.1} | ADAPTIVE,
         {"renormalize": True, "max_grad_norm": 0.5, "skip_nonfinite": True},
-    ),
-    "asam-renormalize": Method(
-        fastsam.ASAM, {"renormalize": True}, {"rho": 0.5, "eta": 0.01} | ADAPTIVE,
-        {"renormalize": True},
     ),
     "sam-clip": Method(fastsam.SAM, {"max_grad_norm": 0.5}, {}, {"max_grad_norm": 0.5}),
 }  # fmt: skip

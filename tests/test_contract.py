@@ -175,7 +175,7 @@ def test_gradients_are_only_read(method, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("method", ["sam", "asam", "usam", "ssam", "unified"])
+@pytest.mark.parametrize("method", ["sam", "asam", "usam", "ssam", "unified-callable"])
 def test_nonfinite_first_gradient_perturbs_nothing(method, bad, backend):
     model, loss_fn = model_and_data()
     spec = METHODS[method]

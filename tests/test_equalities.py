@@ -118,7 +118,7 @@ def test_large_reduction_is_deterministic(backend):
 
 def test_backends_agree():
     """The same trajectory on all three, within float32 roundings that the curvature enlarges."""
-    spec = METHODS["asam-renormalize"], BASES["adamw"]
+    spec = METHODS["ssam-adaptive-clip"], BASES["adamw"]
     results = []
     for backend in BACKENDS:
         problem = oracles.Problem(SHAPES, seed=13)

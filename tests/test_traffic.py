@@ -78,8 +78,8 @@ def count_step(case: Case, groups: Sequence[dict[str, Any]], execute: bool = Tru
     params = [p for group in groups for p in group["params"]]
     grads = gradients(params)
     # the warm-up needs no values, and the interpreter's time is in the programs
-    for run in (False, execute):
-        with launches.record(run) as log:
+    for execute_now in (False, execute):
+        with launches.record(execute_now) as log:
             for one_pass in (optimizer.first_step, optimizer.second_step):
                 for param, grad in zip(params, next(grads), strict=True):
                     param.grad = grad
@@ -138,3 +138,10 @@ def test_groups_share_their_launches():
     assert log.kernels == STEP
     programs = sum(-(-prod(shape) // CHUNK) for shape in ((40, 50), (50,)) * 4)
     assert [launch.grid for launch in log.launches[1:]] == [(programs,)] * 2
+
+
+def test_copies_by_torch_are_counted():
+    """A parameter with gaps cannot be walked in place: its backend copies it there and back."""
+    gapped = torch.nn.Parameter(torch.ones(8, 16)[:, ::2])
+    log = count_step(CASES["SAM + SGD"], [{"params": [gapped]}])
+    assert log.copied > 0

@@ -1,5 +1,6 @@
 """The triton backend: buckets of tensors, their tables, and one kernel launch per pass."""
 
+import functools
 from collections import defaultdict
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -12,10 +13,10 @@ from torch import Tensor
 
 from fastsam.kernels.layout import (
     CHUNK,
+    LANES,
     REDUCE_CHUNK,
-    REDUCE_WARPS,
-    WARPS,
-    Hyper,
+    REDUCE_LANES,
+    WIDTH,
     Row,
     Scalar,
     Task,
@@ -115,11 +116,9 @@ class TritonBackend:
             self._reduce("ascent", buckets, step, scalars)
             try:
                 for bucket in buckets:
-                    perturb_kernel[(len(bucket.table.chunks(CHUNK)),)](
-                        bucket.table.pointers, bucket.table.chunks(CHUNK), bucket.table.columns,
-                        self._hyper_table(bucket, step), scalars, WIDTH=_width(step),
-                        ADAPTIVE=step.adaptive, CHUNK=CHUNK, LANES=32 * WARPS, num_warps=WARPS,
-                        enable_fp_fusion=True, **_only(bucket.types, "P", "G", "ACC"),
+                    self._launch(
+                        perturb_kernel, bucket, step, scalars, CHUNK, LANES,
+                        ADAPTIVE=step.adaptive, **_only(bucket.types, "P", "G", "ACC"),
                     )  # fmt: skip
                     backup.written += [batch.params[k] for k in bucket.members]
                     _write_back(bucket, batch)
@@ -148,13 +147,11 @@ class TritonBackend:
                     torch._foreach_mul_(batch.grads, scalars[Scalar.COEFFICIENT])
                 return
             for bucket in buckets:
-                update_kernel[(len(bucket.table.chunks(CHUNK)),)](
-                    bucket.table.pointers, bucket.table.chunks(CHUNK), bucket.table.columns,
-                    self._hyper_table(bucket, step), scalars,
+                self._launch(
+                    update_kernel, bucket, step, scalars, CHUNK, LANES,
                     self._scratch("updated", bucket.table.columns, torch.int32, scalars.device),
-                    WIDTH=_width(step), BASE=step.base.name, SCALE=step.rescales,
-                    SKIP=step.skip_nonfinite, CHUNK=CHUNK, LANES=32 * WARPS, num_warps=WARPS,
-                    enable_fp_fusion=True, **bucket.types,
+                    BASE=step.base.name, SCALE=step.rescales, SKIP=step.skip_nonfinite,
+                    **bucket.types,
                 )  # fmt: skip
                 _write_back(bucket, batch)
 
@@ -174,19 +171,28 @@ class TritonBackend:
         # the plain norm is a sum of its own only where T makes the other one different
         needs_plain = Task.CLIP | Task.SKIP | Task.ACCUMULATE
         for i, bucket in enumerate(buckets):
-            chunks = bucket.table.chunks(REDUCE_CHUNK)
             acc = torch.float64 if bucket.types["ACC"] == tl.float64 else torch.float32
+            partials = 2 * len(bucket.table.chunks(REDUCE_CHUNK))
             last = i == len(buckets) - 1
-            reduce_kernel[(len(chunks),)](
-                bucket.table.pointers, chunks, bucket.table.columns,
-                self._hyper_table(bucket, step), scalars,
-                self._scratch("partials", 2 * len(chunks), acc, scalars.device),
+            self._launch(
+                reduce_kernel, bucket, step, scalars, REDUCE_CHUNK, REDUCE_LANES,
+                self._scratch("partials", partials, acc, scalars.device),
                 self._scratch("reduced", 1, torch.int32, scalars.device),
-                int(tasks | Task.FIRST * (i == 0) | Task.LAST * last), WIDTH=_width(step),
+                int(tasks | Task.FIRST * (i == 0) | Task.LAST * last),
                 ADAPTIVE=measures_scaled, BOTH=measures_scaled and bool(tasks & needs_plain),
-                CHUNK=REDUCE_CHUNK, LANES=32 * REDUCE_WARPS, num_warps=REDUCE_WARPS,
-                enable_fp_fusion=True, **_only(bucket.types, "P", "G", "ACC"),
+                **_only(bucket.types, "P", "G", "ACC"),
             )  # fmt: skip
+
+    def _launch(
+        self, kernel: Any, bucket: Bucket, step: Step, scalars: Tensor, chunk: int, lanes: int,
+        *more: Any, **constants: Any,
+    ) -> None:  # fmt: skip
+        """One program per chunk of the bucket; every kernel's first arguments are the tables."""
+        chunks = bucket.table.chunks(chunk)
+        kernel[(len(chunks),)](
+            bucket.table.pointers, chunks, bucket.table.columns, self._hyper_table(bucket, step),
+            scalars, *more, CHUNK=chunk, **constants, **_options(scalars.device, lanes),
+        )  # fmt: skip
 
     # --- tables ---
 
@@ -252,7 +258,8 @@ class TritonBackend:
         device = bucket.table.device
         cached = self._hyper.get((dtype, device))
         if cached is None or cached[0] != rows:
-            host = torch.tensor(rows, dtype=dtype)
+            padded = [row + [0.0] * (WIDTH - len(row)) for row in rows]
+            host = torch.tensor(padded, dtype=dtype)
             cached = rows, upload(host.numpy(), device)
             self._hyper[dtype, device] = cached
         for i, j, x in on_device:  # a learning rate or radius that lives on the device stays there
@@ -284,9 +291,11 @@ def _write_back(bucket: Bucket, batch: Batch) -> None:
             batch.params[k].copy_(w)
 
 
-def _width(step: Step) -> int:
-    columns = 0 if step.base is None else len(step.base.columns(step.groups[0]))
-    return int(Hyper.BASE) + columns
+@functools.cache
+def _options(device: torch.device, lanes: int) -> dict[str, Any]:
+    """Launch options for one thread per lane. Triton's default for fusion is about to change."""
+    warp = torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
+    return {"LANES": lanes, "num_warps": lanes // warp, "enable_fp_fusion": True}
 
 
 def _only(types: dict[str, Any], *names: str) -> dict[str, Any]:
