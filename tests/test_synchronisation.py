@@ -1,0 +1,65 @@
+"""No step waits for the device: nothing on it is read by the host."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from registry import BACKENDS, BASES, DEVICE, METHODS
+
+
+class Reads(TorchDispatchMode):
+    """Collects the operators through which a value leaves a tensor for Python."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator.name() in ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal"):
+            self.seen.append(operator.name())
+        return operator(*args, **(kwargs or {}))
+
+
+def run(optimizer, params, steps):
+    for _ in range(steps):
+        for half in (optimizer.first_step, optimizer.second_step):
+            for p in params:
+                p.grad = torch.ones_like(p)
+            half()
+
+
+def build(method, base, backend):
+    params = [torch.nn.Parameter(torch.ones(s, device=DEVICE)) for s in ((1030,), (3, 5), ())]
+    spec, base = METHODS[method], BASES[base]
+    return spec.cls(params, base.cls, backend=backend, **spec.kwargs, **base.kwargs), params
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("method", METHODS)
+def test_triton_backend_reads_nothing(method, base):
+    """Holds on any device, since the host code is the same on all."""
+    optimizer, params = build(method, base, "triton")
+    with Reads() as reads:
+        run(optimizer, params, 1)
+        optimizer.metrics  # noqa: B018
+    assert reads.seen == []
+
+
+def test_reads_are_noticed():
+    with Reads() as reads:
+        float(torch.ones(()))
+    assert reads.seen == ["aten::_local_scalar_dense"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("method", METHODS)
+def test_gpu_is_never_waited_for(method, backend):
+    for base in BASES:
+        optimizer, params = build(method, base, backend)
+        run(optimizer, params, 1)  # compiles
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run(optimizer, params, 2)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
