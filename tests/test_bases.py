@@ -155,6 +155,30 @@ def test_foreign_base(cls, kwargs, renormalize, backend):
         assert optimizer.state[a].keys() == theirs.state[b].keys()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_foreign_base_with_an_expanded_gradient(backend):
+    """``u`` goes to ``.grad``, which may not be writable in place."""
+    param = torch.nn.Parameter(torch.zeros(4, 5, device=DEVICE))
+    optimizer = fastsam.SSAM([param], torch.optim.NAdam, rho=1.0, lr=0.1, backend=backend)
+    for value, half in ((1.0, optimizer.first_step), (2.0, optimizer.second_step)):
+        param.grad = torch.full((), value, device=DEVICE).expand(4, 5)
+        half()
+    assert (param.grad == 1).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("base", ["sgd-momentum", "adam-amsgrad", "adamw"])
+def test_infinite_weights_stay_what_they_are(base, backend):
+    """Without weight decay nothing multiplies a weight: 0 times infinity would be NaN."""
+    kwargs = BASES[base].kwargs | {"weight_decay": 0.0, "maximize": False}
+    param = torch.nn.Parameter(torch.tensor([1.0, float("inf")], device=DEVICE))
+    optimizer = fastsam.SAM([param], BASES[base].cls, rho=0.0, backend=backend, **kwargs)
+    for half in (optimizer.first_step, optimizer.second_step):
+        param.grad = torch.ones_like(param)
+        half()
+    assert param[0] < 1 and param[1] == float("inf")
+
+
 def test_foreign_base_skips_a_nonfinite_gradient():
     param = torch.nn.Parameter(torch.ones(3, device=DEVICE))
     optimizer = fastsam.SAM([param], torch.optim.RMSprop, skip_nonfinite=True, lr=0.1)

@@ -1,6 +1,7 @@
 """The step's contract: alternation, closures, exceptions, exact restore, bad input."""
 
 import copy
+import signal
 import warnings
 
 import pytest
@@ -127,6 +128,62 @@ def test_exception_in_a_pass_undoes_it(backend, call, error):
         assert torch.equal(entry["momentum_buffer"], after["state"][key]["momentum_buffer"])
     optimizer.step(closure)  # ready for the next
     assert not same(bits(model), before)
+
+
+def test_interrupt_right_after_the_perturbation(monkeypatch):
+    model, loss_fn = model_and_data()
+    optimizer = fastsam.SAM(model.parameters(), **BASE)
+    before = bits(model)
+    zero_grad, calls = optimizer.zero_grad, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 2:  # the one that first_step makes, with the weights perturbed
+            assert not same(bits(model), before)
+            raise KeyboardInterrupt
+        zero_grad(*args)
+
+    monkeypatch.setattr(optimizer, "zero_grad", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(lambda: loss_fn().backward())
+    assert same(bits(model), before)
+    optimizer.step(lambda: loss_fn().backward())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("half", ["ascend", "descend"])
+def test_sigint_waits_for_the_end_of_a_pass(half, backend, monkeypatch):
+    """Ctrl-C inside a pass over the parameters is delivered when the pass is complete."""
+    model, loss_fn = model_and_data()
+    optimizer = fastsam.SAM(model.parameters(), backend=backend, **BASE)
+    optimizer.step(lambda: loss_fn().backward())
+    before = bits(model)
+    running = optimizer._backends[backend]
+    run = getattr(running, half)
+
+    def interrupted(*args):
+        signal.raise_signal(signal.SIGINT)
+        return run(*args)
+
+    monkeypatch.setattr(running, half, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(lambda: loss_fn().backward())
+    # the ascent is undone; the update has happened, all of it
+    assert same(bits(model), before) == (half == "ascend")
+    monkeypatch.undo()
+    optimizer.step(lambda: loss_fn().backward())
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_parameters_that_share_memory_are_restored(backend):
+    memory = torch.arange(1.0, 6.0, device=DEVICE)
+    params = [torch.nn.Parameter(memory[:3]), torch.nn.Parameter(memory[1:])]
+    optimizer = fastsam.SAM(params, torch.optim.SGD, lr=0.0, rho=1.0, backend=backend)
+    for half in (optimizer.first_step, optimizer.second_step):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        half()
+    assert memory.tolist() == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -266,8 +323,6 @@ def test_schedulers_do_not_warn():
     model, loss_fn = model_and_data()
     optimizer = fastsam.SAM(model.parameters(), **BASE)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.4, total_steps=10)
-    rho = torch.optim.lr_scheduler.LambdaLR  # lr only: rho is scheduled by its group key
-    assert rho is not None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(3):
@@ -312,7 +367,9 @@ def make(**kwargs):
         ({"rho": -0.1}, ValueError, "rho must be at least 0 and finite, got -0.1"),
         ({"rho": float("nan")}, ValueError, "rho must be at least 0 and finite, got nan"),
         ({"rho": float("inf")}, ValueError, "rho must be at least 0 and finite, got inf"),
-        ({"rho": torch.ones(2)}, ValueError, "rho must be a number or a 0-dim tensor"),
+        ({"rho": torch.ones(1)}, ValueError, "rho must be a number or a 0-dim tensor"),
+        ({"rho": "0.1"}, ValueError, "rho must be at least 0 and finite, got '0.1'"),
+        ({"max_grad_norm": "1"}, ValueError, "max_grad_norm must be None or above 0, got '1'"),
         ({"eta": -1.0}, ValueError, "eta must be at least 0 and finite, got -1.0"),
         ({"max_grad_norm": 0.0}, ValueError, "max_grad_norm must be None or above 0, got 0.0"),
         ({"backend": "cuda"}, ValueError, "backend must be one of 'auto', .* got 'cuda'"),
@@ -326,10 +383,14 @@ def make(**kwargs):
     ],
 )
 def test_bad_arguments(kwargs, error, message):
-    if kwargs.get("base_optimizer") is not None:
-        kwargs = kwargs | {"base_optimizer": kwargs["base_optimizer"]}
     with pytest.raises(error, match=message):
         make(**kwargs)
+
+
+def test_base_with_a_key_of_ours_is_refused():
+    """Adadelta's own rho would be taken for the radius, and the radius for its decay."""
+    with pytest.raises(TypeError, match="Adadelta has rho"):
+        fastsam.SAM([torch.nn.Parameter(torch.ones(2))], torch.optim.Adadelta, lr=1.0)
 
 
 @pytest.mark.parametrize("lam", [-0.1, 1.1, "t", None, float("nan")])
@@ -355,7 +416,13 @@ def test_bad_values_set_later_change_nothing():
     optimizer.second_step()
     with pytest.raises(ValueError, match="rho must be"):
         optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))], "rho": -1})
+    with pytest.raises(ValueError, match="differentiable must be False"):
+        extra = torch.nn.Parameter(torch.ones(1))
+        optimizer.add_param_group({"params": [extra], "differentiable": True})
     assert len(optimizer.param_groups) == 1
+    optimizer.max_grad_norm = -1.0
+    with pytest.raises(ValueError, match="max_grad_norm must be"):
+        optimizer.step(lambda: None)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -395,6 +462,26 @@ def test_overlapping_parameter_is_refused():
     optimizer = fastsam.SAM([param], **BASE)
     param.grad = torch.ones_like(param)
     with pytest.raises(RuntimeError, match=r"memory of their own, got one of shape \(4, 3\)"):
+        optimizer.first_step()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradient_of_another_shape_is_refused(backend):
+    param = torch.nn.Parameter(torch.ones(3, device=DEVICE))
+    optimizer = fastsam.SAM([param], backend=backend, **BASE)
+    param.grad = torch.ones_like(param)
+    param.data = torch.ones(6, device=DEVICE)
+    with pytest.raises(RuntimeError, match=r"gradient of shape \(3,\) .* shape \(6,\)"):
+        optimizer.first_step()
+
+
+def test_wrapped_parameters_are_refused():
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    param = torch.nn.Parameter(TwoTensor(torch.ones(3), torch.ones(3)))
+    optimizer = fastsam.SAM([param], **BASE)
+    param.grad = torch.ones_like(param)
+    with pytest.raises(RuntimeError, match="SAM does not support"):
         optimizer.first_step()
 
 

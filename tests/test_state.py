@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -128,10 +129,11 @@ def test_state_dict_holds_torchs_entries_and_no_backup():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("base", ["sgd-momentum", "adamw", "adagrad_norm"])
-def test_deepcopy(base, backend):
-    model, _, optimizer = trained("unified-1/t", base, backend)
-    both = copy.deepcopy({"model": model, "optimizer": optimizer})
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies(duplicate, base, backend):
+    model, _, optimizer = trained("unified-1/t", base, backend, steps=1)
+    both = duplicate({"model": model, "optimizer": optimizer})
     assert both["optimizer"].param_groups[0]["params"][0] is next(both["model"].parameters())
     run(optimizer, loss_of(model))
     assert not same(bits(model), bits(both["model"]))
@@ -216,6 +218,28 @@ def test_state_tensors_of_different_dtypes(backend):
     torch.testing.assert_close(optimizer.state[param]["exp_avg"], torch.full_like(param, 0.55))
     assert optimizer.state[param]["exp_avg_sq"].dtype == torch.float32
     assert optimizer.state[param]["step"] == 4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("base", ["sgd-momentum", "adamw", "adagrad"])
+def test_state_of_other_parameters_is_refused(base, backend):
+    """torch loads it without a look at the shapes; walking raw memory with it would crash."""
+    cls, kwargs = BASES[base].cls, BASES[base].kwargs
+    shapes = (3, 5000)
+    params = [torch.nn.Parameter(torch.ones(s, device=DEVICE)) for s in shapes]
+    swapped = fastsam.SAM(params[::-1], cls, backend=backend, **kwargs)
+    optimizer = fastsam.SAM(params, cls, backend=backend, **kwargs)
+
+    def closure():
+        for p in params:
+            p.grad = torch.ones_like(p)
+
+    swapped.step(closure)
+    before = [p.detach().clone() for p in params]
+    optimizer.load_state_dict(copy.deepcopy(swapped.state_dict()))
+    with pytest.raises(RuntimeError, match="made for other parameters"):
+        optimizer.step(closure)
+    assert all(torch.equal(p, w) for p, w in zip(params, before, strict=True))
 
 
 def test_mixed_dtype_state_survives_loading():

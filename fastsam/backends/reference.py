@@ -213,6 +213,16 @@ def update_one(
         stored[name].copy_(new)
 
 
+def rescale_grads(batch: Batch, scalars: Tensor) -> None:
+    """Leave ``u`` in ``.grad`` for a foreign base optimizer."""
+    for param, grad in zip(batch.params, batch.grads, strict=True):
+        coefficient = scalars[Scalar.COEFFICIENT].to(grad.dtype)
+        if torch._debug_has_internal_overlap(grad):  # expanded: cannot be written in place
+            param.grad = coefficient * grad
+        else:
+            grad.mul_(coefficient)
+
+
 class ReferenceBackend:
     """See the module's docstring."""
 
@@ -220,8 +230,9 @@ class ReferenceBackend:
         scalars[Scalar.GRAD_NORM] = scaled_norm(batch, step, like=scalars)
         backup = ListBackup()
         try:
+            # all copies come first: two parameters may be views of the same memory
+            backup.copies = {w: w.detach().clone() for w in batch.params}
             for w, g, i in zip(batch.params, batch.grads, batch.groups, strict=True):
-                backup.copies[w] = w.detach().clone()
                 scale = radius_per_norm(step.groups[i], step.lam, scalars[Scalar.GRAD_NORM])
                 w.copy_(wide(w) + perturbation(w, g, step.groups[i], scale))
         except BaseException:
@@ -242,8 +253,7 @@ class ReferenceBackend:
                     param.copy_(copy)
         if step.base is None:
             if step.rescales:
-                for grad in batch.grads:
-                    grad.mul_(scalars[Scalar.COEFFICIENT])
+                rescale_grads(batch, scalars)
             return
         for k in range(len(batch.params)):
             update_one(batch, k, backup, step, scalars)

@@ -26,7 +26,8 @@ def is_dense(x: Tensor) -> bool:
 
 def _same_layout(tensors: list[Tensor]) -> bool:
     first = tensors[0]
-    return all(t.dtype == first.dtype and t.stride() == first.stride() for t in tensors[1:])
+    layout = first.dtype, first.shape, first.stride()
+    return all((t.dtype, t.shape, t.stride()) == layout for t in tensors[1:])
 
 
 def global_norm(grads: list[Tensor], like: Tensor) -> Tensor:
@@ -91,7 +92,7 @@ class TorchBackend:
             torch._foreach_copy_(list(backup.copies), list(backup.copies.values()))
         if step.base is None:
             if step.rescales:
-                torch._foreach_mul_(batch.grads, scalars[Scalar.COEFFICIENT])
+                reference.rescale_grads(batch, scalars)
             return
         fused: dict[Any, list[int]] = defaultdict(list)
         for k, (param, i) in enumerate(zip(batch.params, batch.groups, strict=True)):

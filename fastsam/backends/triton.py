@@ -18,7 +18,6 @@ from fastsam.kernels.layout import (
     REDUCE_LANES,
     WIDTH,
     Row,
-    Scalar,
     Task,
 )
 from fastsam.kernels.perturb import perturb_kernel
@@ -27,6 +26,7 @@ from fastsam.kernels.table import Table, upload
 from fastsam.kernels.update import update_kernel
 
 from ..rules import Batch, Step
+from .reference import rescale_grads
 from .torch import is_dense
 
 TYPES: dict[torch.dtype, Any] = {
@@ -144,7 +144,7 @@ class TritonBackend:
                 backup.restore([p for p in backup.written if p not in updated])
             if step.base is None:
                 if step.rescales:
-                    torch._foreach_mul_(batch.grads, scalars[Scalar.COEFFICIENT])
+                    rescale_grads(batch, scalars)
                 return
             for bucket in buckets:
                 self._launch(
@@ -259,8 +259,7 @@ class TritonBackend:
         cached = self._hyper.get((dtype, device))
         if cached is None or cached[0] != rows:
             padded = [row + [0.0] * (WIDTH - len(row)) for row in rows]
-            host = torch.tensor(padded, dtype=dtype)
-            cached = rows, upload(host.numpy(), device)
+            cached = rows, upload(torch.tensor(padded, dtype=dtype).numpy(), device)
             self._hyper[dtype, device] = cached
         for i, j, x in on_device:  # a learning rate or radius that lives on the device stays there
             cached[1][i, j].copy_(x)
