@@ -278,8 +278,10 @@ class SharpnessAwareOptimizer(StatefulOptimizer):
             slot = self._scalars[Scalar.SQUARED_NORMS]
             held = self.param_groups[0]["squared_norms"]
             if not (isinstance(held, Tensor) and held.data_ptr() == slot.data_ptr()):
-                # a number is filled in: a copy from the host would wait for the device
-                slot.copy_(held) if isinstance(held, Tensor) else slot.fill_(held)
+                if isinstance(held, Tensor) and held.device.type != "cpu":
+                    slot.copy_(held)
+                else:  # filled in: a copy from the host would wait for the device
+                    slot.fill_(float(held))
                 self.param_groups[0]["squared_norms"] = slot
         return self._scalars
 
