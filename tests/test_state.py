@@ -6,10 +6,10 @@ import pickle
 
 import pytest
 import torch
-from test_contract import bits, model_and_data, same
 
 import fastsam
 
+from networks import bits, model_and_data, same
 from registry import BACKENDS, BASES, DEVICE, METHODS
 
 

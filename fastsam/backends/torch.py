@@ -3,7 +3,7 @@
 Parameters go to the operators by group and dtype. Mixed dtypes, mixed layouts and 16-bit storage
 go through the reference backend's equations, one tensor at a time: the operators refuse the first,
 assume the second away, and in the third would round ``u`` before they saw it (and torch 2.13's
-``_fused_sgd_`` leaves half of the 16-bit elements on a CPU as they were).
+``_fused_sgd_`` on a CPU leaves most or all elements of a 16-bit tensor as they were).
 """
 
 from collections import defaultdict
