@@ -161,7 +161,7 @@ class SharpnessAwareOptimizer(StatefulOptimizer):
         for param, i in zip(batch.params, batch.groups, strict=True):
             old = self._ascent.state(self.state.get(param, {}), param, self.param_groups[i])
             batch.ascent.append(old)
-            batch.next.append({k: torch.empty_like(param, dtype=x.dtype) for k, x in old.items()})
+            batch.next.append(self._room_for(param, old))
         with uninterrupted():
             if batch.params:
                 self._backup = self._backend_for(batch).ascend(batch, self._describe(), scalars)
@@ -279,6 +279,7 @@ class SharpnessAwareOptimizer(StatefulOptimizer):
             mix=self._mix if self._perturbs else None,
             max_grad_norm=self.max_grad_norm,
             skip_nonfinite=self.skip_nonfinite,
+            keeps_weights=self._records == "diag",
         )
 
     def _descend(self, batch: Batch) -> None:
@@ -318,11 +319,12 @@ class SharpnessAwareOptimizer(StatefulOptimizer):
         """What the ascent computed becomes the state."""
         updated = set(batch.params)
         rest = [pair for param, pair in self._pending.items() if param not in updated]
-        old, new = [pair[0] for pair in rest], [pair[1] for pair in rest]
-        backends.keep_rejected(Batch(ascent=old, next=new), step, scalars)
-        for param, (_, state) in self._pending.items():
+        kept = Batch(ascent=[pair[0] for pair in rest], next=[pair[1] for pair in rest])
+        backends.keep_rejected(kept, step, scalars)
+        for param, (old, state) in self._pending.items():
             if state:
                 self.state[param].update(state)
+                self._spare[param] = old
         if self._records and batch.params and self._backup is not None:
             # of the ascent's state and the old weights only what the approximation reads
             diag = self._records == "diag"

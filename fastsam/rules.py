@@ -119,6 +119,7 @@ class Step:
         mix: SAMAR's descent rule: its rule for lam, or None.
         max_grad_norm: Bound on the norm of ``u``.
         skip_nonfinite: Whether a non-finite second gradient leaves weights and state alone.
+        keeps_weights: Whether the copy of the weights is needed after the update (LETS).
     """
 
     groups: Sequence[Group]
@@ -129,6 +130,7 @@ class Step:
     mix: LamRule | SharpnessRatio | None = None
     max_grad_norm: float | None = None
     skip_nonfinite: bool = False
+    keeps_weights: bool = False
 
     @property
     def adaptive(self) -> bool:

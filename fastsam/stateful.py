@@ -1,5 +1,6 @@
 """What an optimizer holds: groups, checkpoints and copies, and the tensors of a pass."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -31,7 +32,7 @@ class StatefulOptimizer(Optimizer):
 
     #: What ``_start`` sets.
     _transient = ("_backup", "_pending", "_firsts", "_between_passes", "_inside_step", "_perturbs",
-                  "_lam", "_scalars", "_backends", "_records", "_record")  # fmt: skip
+                  "_lam", "_scalars", "_backends", "_records", "_record", "_spare")  # fmt: skip
 
     def _start(self) -> None:
         """Set what lives only as long as this process: nothing here is saved."""
@@ -40,6 +41,7 @@ class StatefulOptimizer(Optimizer):
         # state, and first gradients
         self._pending: dict[Tensor, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
         self._firsts: dict[Tensor, Tensor] = {}
+        self._spare: dict[Tensor, dict[str, Tensor]] = {}  # ascent state of the step before
         self._between_passes = False
         self._inside_step = False
         self._scalars: Tensor | None = None
@@ -182,6 +184,28 @@ class StatefulOptimizer(Optimizer):
                 batch.grads.append(grad)
                 batch.groups.append(i)
         return batch
+
+    def _room_for(self, param: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Memory for the ascent rule's next state.
+
+        On a CPU the state before last gives its own, where nobody else holds it: fresh pages cost
+        as much as writing to them. GPUs have torch's allocator for that.
+        """
+        spare = self._spare.pop(param, {}) if param.device.type == "cpu" else {}
+        room = {}
+        for name, x in state.items():
+            y = spare.pop(name, None)
+            fits = y is not None and (y.shape, y.stride(), y.dtype) == (
+                x.shape,
+                x.stride(),
+                x.dtype,
+            )
+            # two references to the object: the variable, and the argument of the call
+            if y is not None and fits and sys.getrefcount(y) == 2 and backends.is_alone(y):
+                room[name] = y
+            else:
+                room[name] = torch.empty_like(param, dtype=x.dtype)
+        return room
 
     def _backend_for(self, batch: Batch) -> backends.Backend:
         device = batch.params[0].device

@@ -13,7 +13,7 @@ from fastsam.kernels.layout import CHUNK, Row
 from fastsam.kernels.table import Table
 
 from ..rules import Batch, Step
-from .torch import is_dense
+from .scratch import is_dense
 
 TYPES: dict[torch.dtype, Any] = {
     torch.float64: tl.float64,

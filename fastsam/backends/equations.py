@@ -17,6 +17,7 @@ from ..rules import Step
 
 EPS = 1e-12
 EMA_EPS = 1e-7  # VaSSO's
+SMALLEST = 2.0**-126  # the smallest normal float32
 
 
 def wide(x: Tensor) -> Tensor:
@@ -33,11 +34,11 @@ def element_scale(w: Tensor, group: Group) -> Tensor | float:
 
 
 def over_root(x: Tensor, second: Tensor) -> Tensor:
-    """``x / sqrt(second)``, with the smallest normal float32 for what is below it.
+    """``x / sqrt(second)``, with ``SMALLEST`` for what is below it.
 
     An average of squares gets there after some 50,000 zero gradients (at a beta of 0.999).
     """
-    return x / second.clamp(min=2.0**-126).sqrt()
+    return x / second.clamp(min=SMALLEST).sqrt()
 
 
 def advance(rule: str, g: Tensor, old: dict[str, Tensor], group: Group) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 Any floating dtype; norms in float64. The equations it applies are in ``equations.py``.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -50,11 +50,9 @@ def dot(pairs: Iterable[tuple[Tensor, Tensor]], like: Tensor) -> Tensor:
     return torch.stack([(x * y).sum(dtype=like.dtype) for x, y in pairs]).sum()
 
 
-def ascent_scalars(directions: Sequence[Tensor], batch: Batch, step: Step, scalars: Tensor) -> None:
+def finish_ascent(n: Tensor, direction_norm: Tensor, step: Step, scalars: Tensor) -> None:
     """The norms that the perturbation needs, and LightSAM I's accumulator."""
-    n = scaled_norm(batch.grads, batch, step, like=scalars)
-    same = step.ascent.name != "ema"
-    scalars[Scalar.ASCENT_NORM] = n if same else scaled_norm(directions, batch, step, scalars)
+    scalars[Scalar.ASCENT_NORM] = direction_norm
     scalars[Scalar.GRAD_NORM] = n
     if step.ascent.name == "adagrad_norm":
         squared = torch.where(n.isfinite(), n.square(), 0.0)
@@ -76,16 +74,35 @@ def first_passes(
         yield wide(first), perturbation(w, d, group, radius(group, step, scalars))
 
 
-def descent_scalars(
-    plain: Tensor, batch: Batch, backup: "ListBackup | None", step: Step, scalars: Tensor
+def measure_mixture(
+    batch: Batch, backup: "ListBackup | None", step: Step, scalars: Tensor
+) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """SAMAR's measurements: from the coefficients of ``u`` its norm, and the sharpness."""
+
+    def measure(first: Tensor, coefficient: Tensor) -> tuple[Tensor, Tensor]:
+        seconds = [wide(g) for g in batch.grads]
+        firsts = list(first_passes(batch, backup, step, scalars))
+        mixed = (mixture(g, g_, first, coefficient)
+                 for (g, _), g_ in zip(firsts, seconds, strict=True))  # fmt: skip
+        pairs = ((g + g_, e) for (g, e), g_ in zip(firsts, seconds, strict=True))
+        return global_norm(mixed, like=scalars), dot(pairs, like=scalars) / 2
+
+    return measure
+
+
+def finish_descent(
+    plain: Tensor,
+    measured: Tensor,
+    measure: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    step: Step,
+    scalars: Tensor,
 ) -> None:
     """What follows from the second gradient: the coefficients of ``u``, and its acceptance.
 
-    ``plain`` is its norm.
+    ``plain`` is its norm, ``measured`` that of ``T g~`` where it is renormalised, and ``measure``
+    what SAMAR asks (:func:`measure_mixture`).
     """
-    n, measured = scalars[Scalar.GRAD_NORM].clone(), plain
-    if step.adaptive and step.renormalize:
-        measured = scaled_norm(batch.grads, batch, step, like=scalars)
+    n = scalars[Scalar.GRAD_NORM].clone()
     gamma = torch.ones_like(n)
     if step.renormalize:
         # n = n~ gives exactly 1, so that SSAM is then SAM bit for bit; so does a non-finite n,
@@ -100,13 +117,7 @@ def descent_scalars(
         # a first gradient that is not finite stays out of u, as it stayed out of the perturbation
         first = torch.where(n.isfinite(), 1 - lam, 0.0)
         coefficient = torch.where(n.isfinite(), lam * gamma, gamma)
-        seconds = [wide(g) for g in batch.grads]
-        firsts = list(first_passes(batch, backup, step, scalars))
-        mixed = (mixture(g, g_, first, coefficient)
-                 for (g, _), g_ in zip(firsts, seconds, strict=True))  # fmt: skip
-        norm = global_norm(mixed, like=scalars)
-        pairs = ((g + g_, e) for (g, e), g_ in zip(firsts, seconds, strict=True))
-        scalars[Scalar.SHARPNESS] = dot(pairs, like=scalars) / 2
+        norm, scalars[Scalar.SHARPNESS] = measure(first, coefficient)
     clip = torch.ones_like(n)
     if step.max_grad_norm is not None:
         clip = step.max_grad_norm / (norm + 1e-6)
@@ -163,6 +174,26 @@ class ListBackup:
     def restore(self) -> None:
         for param, copy in self.copies.items():
             param.copy_(copy)
+
+
+def advance_one(batch: Batch, k: int, step: Step) -> Tensor:
+    """Write the next ascent state of parameter ``k``; the direction that follows from it."""
+    rule, g, new = step.ascent.name, batch.grads[k], batch.next[k]
+    for name, value in advance(rule, g, batch.ascent[k], step.groups[batch.groups[k]]).items():
+        new[name].copy_(value)
+    return direction(rule, g, new)
+
+
+def perturb_one(batch: Batch, k: int, d: Tensor, step: Step, scalars: Tensor) -> None:
+    """Perturb parameter ``k`` along ``d``, and drop the next ascent state where it is unusable."""
+    w, group = batch.params[k], step.groups[batch.groups[k]]
+    e = perturbation(w, d, group, radius(group, step, scalars))
+    if batch.next[k]:
+        good = usable(step.ascent.name, batch.next[k], scalars)
+        e = torch.where(good, e, 0.0)
+        for name, x in batch.next[k].items():
+            x.copy_(torch.where(good, x, batch.ascent[k][name]))
+    w.copy_(wide(w) + e)
 
 
 def update_one(
@@ -225,28 +256,20 @@ class ReferenceBackend:
     """See the module's docstring."""
 
     def ascend(self, batch: Batch, step: Step, scalars: Tensor) -> ListBackup:
-        rule = step.ascent.name
-        each = list(zip(batch.params, batch.grads, batch.groups, strict=True))
-        directions = []
-        for (_, g, i), old, new in zip(each, batch.ascent, batch.next, strict=True):
-            for name, value in advance(rule, g, old, step.groups[i]).items():
-                new[name].copy_(value)
-            directions.append(direction(rule, g, new))
+        everyone = range(len(batch.params))
+        directions = [advance_one(batch, k, step) for k in everyone]
         if step.needs_ascent_norm:
-            ascent_scalars(directions, batch, step, scalars)
+            n = scaled_norm(batch.grads, batch, step, like=scalars)
+            same = step.ascent.name != "ema"
+            finish_ascent(
+                n, n if same else scaled_norm(directions, batch, step, scalars), step, scalars
+            )
         backup = ListBackup()
         try:
             # all copies come first: two parameters may be views of the same memory
             backup.copies = {w: w.detach().clone() for w in batch.params}
-            for k, (w, _, i) in enumerate(each):
-                scale = radius(step.groups[i], step, scalars)
-                e = perturbation(w, directions[k], step.groups[i], scale)
-                if batch.next[k]:
-                    good = usable(rule, batch.next[k], scalars)
-                    e = torch.where(good, e, 0.0)
-                    for name, x in batch.next[k].items():
-                        x.copy_(torch.where(good, x, batch.ascent[k][name]))
-                w.copy_(wide(w) + e)
+            for k in everyone:
+                perturb_one(batch, k, directions[k], step, scalars)
         except BaseException:
             backup.restore()
             raise
@@ -254,8 +277,11 @@ class ReferenceBackend:
 
     def descend(self, batch: Batch, backup: ListBackup | None, step: Step, scalars: Tensor) -> None:
         if step.needs_descent_norm:
-            norm = global_norm(batch.grads, like=scalars)
-            descent_scalars(norm, batch, backup, step, scalars)
+            plain = measured = global_norm(batch.grads, like=scalars)
+            if step.adaptive and step.renormalize:
+                measured = scaled_norm(batch.grads, batch, step, like=scalars)
+            measure = measure_mixture(batch, backup, step, scalars)
+            finish_descent(plain, measured, measure, step, scalars)
         if backup is not None:
             updated = set(batch.params) if step.base is not None else set()
             for param, copy in backup.copies.items():

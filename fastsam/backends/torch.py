@@ -17,23 +17,11 @@ from fastsam.kernels.layout import Scalar
 
 from ..bases import Group
 from ..rules import Batch, Step
-from . import reference
-from .equations import perturbation, radius, wide
+from . import cpu, reference
+from .cpu import same_layout
+from .cpu_update import FUSED
 from .reference import ListBackup, ReferenceBackend
-
-#: Base updates for which torch has fused operators.
-FUSED = ("sgd", "adam", "adagrad")
-
-
-def is_dense(x: Tensor) -> bool:
-    """Whether the elements fill one block of memory without gaps or overlaps, in any order."""
-    return bool(torch.ops.aten.is_non_overlapping_and_dense(x))
-
-
-def _same_layout(tensors: list[Tensor]) -> bool:
-    first = tensors[0]
-    layout = first.dtype, first.shape, first.stride()
-    return all((t.dtype, t.shape, t.stride()) == layout for t in tensors[1:])
+from .scratch import Memory, ScratchBackup, is_dense
 
 
 def global_norm(grads: list[Tensor], like: Tensor) -> Tensor:
@@ -50,50 +38,42 @@ def global_norm(grads: list[Tensor], like: Tensor) -> Tensor:
 class TorchBackend(ReferenceBackend):
     """See the module's docstring."""
 
+    def __init__(self) -> None:
+        self._memory = Memory()
+
     def ascend(self, batch: Batch, step: Step, scalars: Tensor) -> ListBackup:
+        if scalars.device.type == "cpu":
+            return cpu.ascend(batch, step, scalars, self._memory)
         if step.ascent.name != "unified":
             return super().ascend(batch, step, scalars)
         if step.adaptive:
             n = reference.scaled_norm(batch.grads, batch, step, like=scalars)
         else:
             n = global_norm(batch.grads, like=scalars)
-        scalars[Scalar.ASCENT_NORM] = scalars[Scalar.GRAD_NORM] = n
+        reference.finish_ascent(n, n, step, scalars)
         backup = ListBackup()
         try:
             copies = [torch.empty_like(w) for w in batch.params]
             torch._foreach_copy_(copies, batch.params)
             backup.copies = dict(zip(batch.params, copies, strict=True))
-            for i, group in enumerate(step.groups):
-                members = [k for k, j in enumerate(batch.groups) if j == i]
-                if members:
-                    scale = radius(group, step, scalars)
-                    self._perturb(
-                        [batch.params[k] for k in members],
-                        [batch.grads[k] for k in members],
-                        group,
-                        scale,
-                    )
+            for k in range(len(batch.params)):
+                reference.perturb_one(batch, k, batch.grads[k], step, scalars)
         except BaseException:
             backup.restore()
             raise
         return backup
 
-    @staticmethod
-    def _perturb(params: list[Tensor], grads: list[Tensor], group: Group, scale: Tensor) -> None:
-        on_cpu = scale.device.type == "cpu"
-        if on_cpu and float(scale) == 0:
-            return
-        if on_cpu and not group["adaptive"]:
-            # one pass, and torch rounds once whatever the dtypes
-            torch._foreach_add_(params, [wide(g) for g in grads], alpha=float(scale))
-            return
-        for w, g in zip(params, grads, strict=True):
-            w.add_(perturbation(w, g, group, scale))
-
     def descend(self, batch: Batch, backup: ListBackup | None, step: Step, scalars: Tensor) -> None:
+        if scalars.device.type == "cpu":
+            assert backup is None or isinstance(backup, ScratchBackup)
+            cpu.descend(batch, backup, step, scalars, self._memory)
+            return
         if step.needs_descent_norm:
-            norm = global_norm(batch.grads, like=scalars)
-            reference.descent_scalars(norm, batch, backup, step, scalars)
+            plain = measured = global_norm(batch.grads, like=scalars)
+            if step.adaptive and step.renormalize:
+                measured = reference.scaled_norm(batch.grads, batch, step, like=scalars)
+            measure = reference.measure_mixture(batch, backup, step, scalars)
+            reference.finish_descent(plain, measured, measure, step, scalars)
         if backup is not None:
             torch._foreach_copy_(list(backup.copies), list(backup.copies.values()))
         if step.base is None:
@@ -105,7 +85,7 @@ class TorchBackend(ReferenceBackend):
             states = [batch.states[k][name] for name in step.base.states(step.groups[i])]
             if (
                 step.base.name in FUSED
-                and _same_layout([param, batch.grads[k], *states])
+                and same_layout([param, batch.grads[k], *states])
                 and is_dense(param)
                 and param.dtype in (torch.float32, torch.float64)
             ):

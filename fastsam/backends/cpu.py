@@ -1,0 +1,324 @@
+"""The torch backend on a CPU: every method through fused and foreach operators, near memory speed.
+
+What makes it fast: scratch memory instead of copies (``scratch.py``); chains of operators on pieces
+that stay in the cache (``pieces.py``); torch's fused Adam and Adagrad also for LightSAM's averages,
+with the bias correction of an infinite step; and scalars that the host may read, which on a CPU
+costs nothing. A tensor that the operators do not serve (16-bit, mixed dtypes or layouts, gaps) goes
+through the reference backend's equations.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsam.kernels.layout import Scalar
+
+from ..bases import Group
+from ..rules import Batch, Step
+from . import equations, reference
+from .cpu_update import Part, Update, extremes, fused_adagrad, fused_adam
+from .equations import radius
+from .pieces import LARGE, flat, pieces
+from .scratch import Memory, ScratchBackup, is_dense
+
+
+def same_layout(tensors: Sequence[Tensor]) -> bool:
+    first = tensors[0]
+    layout = first.dtype, first.shape, first.stride()
+    return all((t.dtype, t.shape, t.stride()) == layout for t in tensors[1:])
+
+
+def split(batch: Batch, step: Step, descends: bool) -> tuple[list[Part], list[int]]:
+    """The parts that the operators serve, and the other members."""
+    members: dict[Any, list[int]] = defaultdict(list)
+    others = []
+    for k, (param, i) in enumerate(zip(batch.params, batch.groups, strict=True)):
+        streams = [param, batch.grads[k]]
+        fresh = mixed = False
+        if descends:
+            if step.base is not None:
+                streams += [batch.states[k][name] for name in step.base.states(step.groups[i])]
+                fresh = batch.fresh[k]
+            first = batch.firsts[k] if step.mix is not None else None
+            if first is not None:
+                streams.append(first)
+                mixed = True
+        else:
+            streams += [*batch.ascent[k].values(), *batch.next[k].values()]
+        served = param.dtype in (torch.float32, torch.float64)
+        if served and is_dense(param) and same_layout(streams):
+            members[i, param.dtype, fresh, mixed].append(k)
+        else:
+            others.append(k)
+    parts = [Part(step.groups[i], ks, fresh, mixed) for (i, _, fresh, mixed), ks in members.items()]
+    return parts, others
+
+
+# --- norms -----------------------------------------------------------------------------------
+
+
+def element_scales(weights: list[Tensor], group: Group, memory: Memory) -> list[Tensor]:
+    """ASAM's ``T = |w| + eta`` of one piece."""
+    if len(weights) == 1:
+        t = [torch.abs(weights[0], out=memory.buffer(weights[0]))]
+    else:
+        t = list(torch._foreach_abs(weights))
+    torch._foreach_add_(t, float(group["eta"]))
+    return t
+
+
+def norm(
+    vectors: Sequence[Tensor], batch: Batch, parts: list[Part], step: Step, like: Tensor,
+    memory: Memory | None = None,
+) -> Tensor:  # fmt: skip
+    """``||x||`` over all groups; with memory for it ``||T x||`` at the parameters' present values.
+
+    The tensors' norms are added in the order of the batch, however the parts divide it.
+    """
+    squares: list[list[Tensor]] = [[] for _ in vectors]
+    norms: list[list[Tensor]] = [[] for _ in vectors]
+
+    def measure(positions: list[int], xs: list[Tensor]) -> None:
+        small = []
+        for k, x in zip(positions, xs, strict=True):
+            if x.numel() < LARGE:
+                small.append((k, x))
+            else:  # a dot product is faster than a norm, and more accurate
+                squares[k].append(torch.dot(flat(x), flat(x)))
+        if small:
+            values = torch._foreach_norm([x for _, x in small])
+            for (k, _), value in zip(small, values, strict=True):
+                norms[k].append(value)
+
+    for part in parts:
+        if memory is not None and part.group["adaptive"]:
+            for positions, (w, x) in pieces(part.of(batch.params), part.of(vectors)):
+                t = element_scales(w, part.group, memory)
+                torch._foreach_mul_(t, x)
+                measure([part.members[i] for i in positions], t)
+        else:
+            measure(part.members, part.of(vectors))
+    for k in range(len(vectors)):
+        if not squares[k] and not norms[k]:  # one of the others
+            wide = equations.wide(vectors[k])
+            if memory is not None:
+                group = step.groups[batch.groups[k]]
+                wide = equations.element_scale(batch.params[k], group) * wide
+            norms[k].append(torch.linalg.vector_norm(wide, dtype=like.dtype))
+    total = torch.zeros_like(like)
+    for values, power in ((squares, 1), (norms, 2)):
+        by_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+        for value in chain.from_iterable(values):
+            by_dtype[value.dtype].append(value)
+        for same in by_dtype.values():
+            total += torch.stack(same).to(like.dtype).pow(power).sum()
+    return total.sqrt()
+
+
+# --- the ascent ------------------------------------------------------------------------------
+
+
+def ascend(batch: Batch, step: Step, scalars: Tensor, memory: Memory) -> ScratchBackup:
+    """See ``Backend.ascend``."""
+    parts, others = split(batch, step, descends=False)
+    slow = {k: reference.advance_one(batch, k, step) for k in others}
+    directions = batch.grads
+    if step.ascent.name == "ema":
+        average(batch, parts, starting=False)
+        directions = [state["ema"] for state in batch.next]
+    if step.needs_ascent_norm:
+        n = m = norm(batch.grads, batch, parts, step, scalars[0], memory)
+        if step.ascent.name == "ema":
+            m = norm(directions, batch, parts, step, scalars[0], memory)
+            if m.isnan() and n.isfinite():
+                average(batch, parts, starting=True)
+                m = norm(directions, batch, parts, step, scalars[0], memory)
+        reference.finish_ascent(n, m, step, scalars)
+    backup = ScratchBackup(memory.scratch)
+    try:
+        # all copies come first: two parameters may be views of the same memory
+        in_place = step.base is None or step.keeps_weights
+        targets = [backup.take(part.of(batch.params), in_place) for part in parts]
+        backup.take([batch.params[k] for k in others], in_place=True)
+        for part, target in zip(parts, targets, strict=True):
+            perturb(batch, part, target, directions, step, scalars, memory)
+            backup.move(part.of(batch.params), target)
+        for k, direction in slow.items():
+            reference.perturb_one(batch, k, direction, step, scalars)
+    except BaseException:
+        backup.restore()
+        raise
+    return backup
+
+
+def average(batch: Batch, parts: list[Part], starting: bool) -> None:
+    """VaSSO's average; where it is ``starting`` it may be NaN, and begins with the gradient."""
+    for part in parts:
+        old, new = part.column(batch.ascent, "ema"), part.column(batch.next, "ema")
+        for ema, g, result in zip(old, part.of(batch.grads), new, strict=True):
+            if starting:
+                result.copy_(equations.advance("ema", g, {"ema": ema}, part.group)["ema"])
+            else:
+                torch.lerp(ema, g, float(part.group["theta"]), out=result)
+
+
+def add_into(targets: list[Tensor], weights: list[Tensor], xs: Sequence[Tensor], a: float) -> None:
+    """``targets = weights + a * xs``; a target may be its weight."""
+    in_place: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for target, w, x in zip(targets, weights, xs, strict=True):
+        if same_memory(target, w):
+            in_place[0].append(w)
+            in_place[1].append(x)
+        else:
+            torch.add(w, x, alpha=a, out=target)
+    if in_place[0]:
+        torch._foreach_add_(*in_place, alpha=a)
+
+
+def same_memory(x: Tensor, y: Tensor) -> bool:
+    return x.data_ptr() == y.data_ptr()
+
+
+def perturb(
+    batch: Batch,
+    part: Part,
+    targets: list[Tensor],
+    directions: Sequence[Tensor],
+    step: Step,
+    scalars: Tensor,
+    memory: Memory,
+) -> None:
+    """Write ``w + e`` to the targets."""
+    weights, group, rule = part.of(batch.params), part.group, step.ascent.name
+    scale = radius(group, step, scalars)
+    if rule in ("adagrad", "adam"):
+        names = list(step.ascent.states(group))
+        streams = [part.column(batch.ascent, name) for name in names]
+        streams += [part.column(batch.next, name) for name in names]
+        for _, (w, g, x, *states) in pieces(weights, part.of(batch.grads), targets, *streams):
+            perturb_by_averages(w, g, x, states, group, step, scalars)
+        return
+    if rule == "ema" and not scalars[Scalar.ASCENT_NORM].isfinite():
+        torch._foreach_copy_(part.column(batch.next, "ema"), part.column(batch.ascent, "ema"))
+    if scale == 0:  # the direction may hold infinities
+        torch._foreach_copy_(targets, weights)
+    elif group["adaptive"]:
+        for _, (w, d, x) in pieces(weights, part.of(directions), targets):
+            t = element_scales(w, group, memory)
+            torch._foreach_mul_(t, t)
+            if len(x) == 1:
+                torch.addcmul(w[0], t[0], d[0], value=float(scale), out=x[0])
+            else:
+                torch._foreach_mul_(t, d)
+                add_into(x, w, t, float(scale))
+    else:
+        add_into(targets, weights, part.of(directions), float(scale))
+
+
+def perturb_by_averages(
+    weights: list[Tensor],
+    grads: list[Tensor],
+    targets: list[Tensor],
+    states: list[list[Tensor]],
+    group: Group,
+    step: Step,
+    scalars: Tensor,
+) -> None:
+    """One piece of LightSAM II's or III's perturbation, which is a step of Adagrad or Adam."""
+    rule, names = step.ascent.name, list(step.ascent.states(group))
+    scale = radius(group, step, scalars)
+    old, new = states[: len(names)], states[len(names) :]
+    for before, after in zip(old, new, strict=True):
+        torch._foreach_copy_(after, before)
+    perturbed = [w.clone() if same_memory(x, w) else x.copy_(w)
+                 for x, w in zip(targets, weights, strict=True)]  # fmt: skip
+    if rule == "adam":
+        fused_adam(perturbed, grads, new, group["betas"], -float(scale))
+    else:
+        fused_adagrad(perturbed, grads, new[0], -float(scale))
+    low, high = extremes(new[-1])
+    if not (low >= equations.SMALLEST and high < math.inf):
+        for k, (w, g, x) in enumerate(zip(weights, grads, perturbed, strict=True)):
+            state = {name: column[k] for name, column in zip(names, old, strict=True)}
+            advanced = equations.advance(rule, g, state, group)
+            good = equations.usable(rule, advanced, scalars)
+            d = equations.direction(rule, g, advanced)
+            x.copy_(w + torch.where(good, equations.perturbation(w, d, group, scale), 0.0))
+            for name, column in zip(names, new, strict=True):
+                column[k].copy_(torch.where(good, advanced[name], state[name]))
+    for x, target in zip(perturbed, targets, strict=True):
+        if x is not target:
+            target.copy_(x)
+
+
+# --- the descent -----------------------------------------------------------------------------
+
+
+def descend(
+    batch: Batch, backup: ScratchBackup | None, step: Step, scalars: Tensor, memory: Memory
+) -> None:
+    """See ``Backend.descend``."""
+    parts, others = split(batch, step, descends=True)
+    if step.needs_descent_norm:
+        plain = measured = norm(batch.grads, batch, parts, step, scalars[0])
+        if step.adaptive and step.renormalize:
+            measured = norm(batch.grads, batch, parts, step, scalars[0], memory)
+        measure = measure_mixture(batch, parts, others, backup, step, plain, scalars)
+        reference.finish_descent(plain, measured, measure, step, scalars)
+    if backup is not None:
+        backup.restore()
+    # what may fail comes before the first update
+    updates = (
+        [] if step.base is None else [Update(batch, part, step, scalars, memory) for part in parts]
+    )
+    if step.base is None:
+        reference.leave_final_gradient(batch, step, scalars)
+    elif not step.skip_nonfinite or scalars[Scalar.ACCEPTED] != 0:
+        for update in updates:
+            update.run()
+        for k in others:
+            reference.update_one(batch, k, None, step, scalars)
+    reference.keep_rejected(batch, step, scalars)
+
+
+def measure_mixture(
+    batch: Batch,
+    parts: list[Part],
+    others: list[int],
+    backup: ScratchBackup | None,
+    step: Step,
+    plain: Tensor,
+    scalars: Tensor,
+) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """SAMAR's measurements as in the reference backend, here from dot products of gradients."""
+    if others or step.adaptive or step.ascent.name != "unified":
+        return reference.measure_mixture(batch, backup, step, scalars)
+
+    def measure(first: Tensor, coefficient: Tensor) -> tuple[Tensor, Tensor]:
+        squared = torch.zeros_like(plain)  # of the first gradient
+        product, sharpness = squared, squared
+        mixed = [part for part in parts if part.mixed]
+        seen = sum(len(part.members) for part in mixed)
+        for part in mixed:
+            if len(mixed) == 1 and backup is not None and len(backup.copies) == seen:
+                own = scalars[Scalar.GRAD_NORM].square()  # the ascent saw the same gradients
+            else:
+                norms = torch._foreach_norm(part.of(batch.firsts))
+                own = torch.stack(norms).to(plain.dtype).square().sum()
+            dots = [torch.dot(g, g_).to(plain.dtype)
+                    for _, (gs, gs_) in pieces(part.of(batch.firsts), part.of(batch.grads))
+                    for g, g_ in zip(map(flat, gs), map(flat, gs_), strict=True)]  # fmt: skip
+            cross = torch.stack(dots).sum()
+            squared, product = squared + own, product + cross
+            sharpness = sharpness + radius(part.group, step, scalars) * (own + cross) / 2
+        if first == 0:
+            return coefficient * plain, sharpness
+        total = (coefficient * plain).square() + 2 * first * coefficient * product
+        return (total + first.square() * squared).clamp(min=0).sqrt(), sharpness
+
+    return measure

@@ -1,0 +1,184 @@
+"""The base updates on a CPU: torch's fused operators, which also serve LightSAM's averages."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsam.kernels.layout import Scalar
+
+from ..bases import Group
+from ..rules import Batch, Step
+from . import equations
+from .pieces import flat, pieces
+from .scratch import Memory
+
+#: Base updates for which torch has fused operators.
+FUSED = ("sgd", "adam", "adagrad")
+#: Step counts at which the operators correct no bias, and decay no learning rate.
+UNBIASED, UNDECAYED = torch.tensor(math.inf), torch.tensor(1.0)
+
+
+@dataclass
+class Part:
+    """Parameters of one group and dtype that the operators serve, by position in the batch."""
+
+    group: Group
+    members: list[int]
+    fresh: bool = False  # whether their momentum buffers are new
+    mixed: bool = False  # whether they have first gradients that count
+
+    def of(self, tensors: Sequence[Any]) -> list[Any]:
+        return [tensors[k] for k in self.members]
+
+    def column(self, tables: Sequence[dict[str, Tensor]], name: str) -> list[Tensor]:
+        return [tables[k][name] for k in self.members]
+
+
+class Update:
+    """The base update of one part: made before anything changes, with all that could fail done."""
+
+    def __init__(self, batch: Batch, part: Part, step: Step, scalars: Tensor, memory: Memory):
+        assert step.base is not None
+        self.base, self.group, self.fresh = step.base, part.group, part.fresh
+        self.memory = memory
+        self.hyper = {
+            name: float(value)
+            for name, value in part.group.items()
+            if name in ("lr", "momentum", "dampening", "weight_decay", "eps", "lr_decay")
+        }
+        if "betas" in part.group:
+            self.hyper["beta1"], self.hyper["beta2"] = map(float, part.group["betas"])
+        self.first = float(scalars[Scalar.FIRST_COEFFICIENT]) if part.mixed else 0.0
+        self.coefficient = float(scalars[Scalar.COEFFICIENT]) if step.rescales else 1.0
+        self.squared_norms = float(scalars[Scalar.SQUARED_NORMS])
+        names = list(step.base.states(part.group))
+        self.steps = part.column(batch.states, "step") if step.base.counts_steps else []
+        streams = [part.of(batch.params), part.of(batch.grads)]
+        streams += [part.of(batch.firsts)] * part.mixed
+        streams += [part.column(batch.states, name) for name in names]
+        self.mixed = part.mixed
+        if step.base.name in FUSED and not step.rescales:  # one operator: nothing to keep in cache
+            self.pieces = [(list(range(len(part.members))), streams)]
+        else:
+            self.pieces = list(pieces(*streams))
+
+    def run(self) -> None:
+        if self.steps:
+            torch._foreach_add_(self.steps, 1)
+        for positions, (weights, grads, *streams) in self.pieces:
+            u = grads
+            if self.coefficient != 1 or self.mixed:
+                if len(grads) == 1:
+                    out = self.memory.buffer(grads[0])
+                    u = [torch.mul(grads[0], self.coefficient, out=out)]
+                else:
+                    u = list(torch._foreach_mul(grads, self.coefficient))
+            if self.mixed:
+                firsts = streams.pop(0)
+                if self.first != 0:
+                    torch._foreach_add_(u, firsts, alpha=self.first)
+            steps = [self.steps[i] for i in positions] if self.steps else []
+            getattr(self, self.base.name)(weights, u, streams, steps)
+
+    # --- the updates, by the names of their bases ---
+
+    def sgd(self, weights: list[Tensor], u: list[Tensor], states: Any, steps: Any) -> None:
+        torch._fused_sgd_(
+            weights, u, states[0] if states else [], is_first_step=self.fresh,
+            nesterov=self.group["nesterov"], maximize=self.group["maximize"],
+            **self._only("lr", "momentum", "dampening", "weight_decay"),
+        )  # fmt: skip
+
+    def adam(self, weights: list[Tensor], u: list[Tensor], states: Any, steps: Any) -> None:
+        decoupled = self.group["decoupled_weight_decay"]
+        operator = torch._fused_adamw_ if decoupled else torch._fused_adam_
+        operator(
+            weights, u, states[0], states[1], states[2] if self.group["amsgrad"] else [], steps,
+            amsgrad=self.group["amsgrad"], maximize=self.group["maximize"],
+            **self._only("lr", "beta1", "beta2", "weight_decay", "eps"),
+        )  # fmt: skip
+
+    def adagrad(self, weights: list[Tensor], u: list[Tensor], states: Any, steps: Any) -> None:
+        torch._fused_adagrad_(
+            weights, u, states[0], steps, maximize=self.group["maximize"],
+            **self._only("lr", "lr_decay", "weight_decay", "eps"),
+        )  # fmt: skip
+
+    def adagrad_norm(self, weights: list[Tensor], u: list[Tensor], *_: Any) -> None:
+        self._decay(weights)
+        scale = self.hyper["lr"] / self.squared_norms**0.5 if self.squared_norms != 0 else 0.0
+        torch._foreach_add_(weights, u, alpha=scale if self.group.get("maximize") else -scale)
+
+    def uncorrected_adam(
+        self, weights: list[Tensor], u: list[Tensor], states: Any, steps: Any
+    ) -> None:
+        betas = self.group["betas"]
+        if extremes(states[1])[0] * betas[1] >= equations.SMALLEST:
+            fused_adam(weights, u, states, betas, self.hyper["lr"], self._weight_decay)
+            return
+        names = self.base.states(self.group)
+        for w, g, *state in zip(weights, u, *states, strict=True):
+            equations.uncorrected_adam(w, g, dict(zip(names, state, strict=True)), self.group)
+
+    def uncorrected_adagrad(
+        self, weights: list[Tensor], u: list[Tensor], states: Any, steps: Any
+    ) -> None:
+        if extremes(states[0])[0] >= equations.SMALLEST:
+            self._decay(weights)
+            fused_adagrad(weights, u, states[0], self.hyper["lr"])
+            return
+        for w, g, total in zip(weights, u, states[0], strict=True):
+            equations.uncorrected_adagrad(w, g, {"sum": total}, self.group)
+
+    # --- parts of them ---
+
+    @property
+    def _weight_decay(self) -> float:
+        return self.hyper.get("weight_decay", 0.0)
+
+    def _decay(self, weights: list[Tensor]) -> None:
+        if self._weight_decay != 0:
+            torch._foreach_mul_(weights, 1 - self.hyper["lr"] * self._weight_decay)
+
+    def _only(self, *names: str) -> dict[str, Any]:
+        return {name: self.hyper[name] for name in names}
+
+
+def fused_adam(
+    weights: list[Tensor],
+    u: list[Tensor],
+    states: list[list[Tensor]],
+    betas: tuple[float, float],
+    lr: float,
+    weight_decay: float = 0.0,
+) -> None:
+    """``w (1 - lr weight_decay) - lr m / sqrt(v)``, AMSGrad's where there is a third state.
+
+    No average of squares may be below ``SMALLEST``: the operator divides by whatever root it has.
+    """
+    torch._fused_adamw_(
+        weights, u, states[0], states[1], states[2] if len(states) > 2 else [],
+        [UNBIASED] * len(weights), lr=lr, beta1=betas[0], beta2=betas[1], weight_decay=weight_decay,
+        eps=0.0, amsgrad=len(states) > 2, maximize=False,
+    )  # fmt: skip
+
+
+def fused_adagrad(weights: list[Tensor], u: list[Tensor], sums: list[Tensor], lr: float) -> None:
+    """``w - lr u / sqrt(sum)``; no sum may be below ``SMALLEST``."""
+    torch._fused_adagrad_(
+        weights, u, sums, [UNDECAYED] * len(weights), lr=lr, lr_decay=0.0, weight_decay=0.0,
+        eps=0.0, maximize=False,
+    )  # fmt: skip
+
+
+def extremes(tensors: list[Tensor]) -> tuple[float, float]:
+    """The smallest and the largest element; NaN where one is NaN."""
+    x = tensors[0] if len(tensors) == 1 else torch.cat([flat(x) for x in tensors])
+    if not x.numel():
+        return 1.0, 1.0
+    low, high = torch.aminmax(x)
+    return float(low), float(high)
