@@ -1,27 +1,28 @@
 """Keeping Ctrl-C out of the moments in which weights and state change together."""
 
-import signal
+# the module behind ``signal``, which tries to make an enum of every handler: 20 us a step
+import _signal  # type: ignore[import-not-found]
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 
-@contextmanager
-def uninterrupted() -> Iterator[None]:
+class uninterrupted:  # noqa: N801 - used like a function
     """Hold back SIGINT until the block has ended: half a step must not be left behind.
 
     Python delivers it to the main thread alone, so elsewhere there is nothing to hold back.
     """
-    handler = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        yield
-        return
-    received: list[tuple[int, FrameType | None]] = []
-    signal.signal(signal.SIGINT, lambda *signal_: received.append(signal_))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        if received:
-            handler(*received[0])
+
+    def __enter__(self) -> None:
+        self._received: list[tuple[int, FrameType | None]] = []
+        self._handler: Any = _signal.getsignal(_signal.SIGINT)
+        on_main_thread = threading.current_thread() is threading.main_thread()
+        self._holds = on_main_thread and callable(self._handler)
+        if self._holds:
+            _signal.signal(_signal.SIGINT, lambda *received: self._received.append(received))
+
+    def __exit__(self, *_: object) -> None:
+        if self._holds:
+            _signal.signal(_signal.SIGINT, self._handler)
+            if self._received:
+                self._handler(*self._received[0])

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from fastsam.kernels import table
 from fastsam.kernels.layout import Scalar
 
 from .backends import Backup
+from .capture import refuse
 from .checks import check_lets, check_loss
 from .interrupts import uninterrupted
 from .optimizer import SharpnessAwareOptimizer
@@ -136,6 +138,8 @@ class LETS(Optimizer):
                 f"LETS.step needs a closure and a val_closure, each of which computes a loss, "
                 f"calls backward and returns the loss; {missing} is missing"
             )
+        if table.is_capturing(self._nu.device):
+            raise refuse("LETS", "it counts its steps on the host")
         self._follow_groups()
         due = (self._steps + 1) % self.interval == 0
         with self.optimizer.recording(self.hessian if due else None) as record:

@@ -13,6 +13,7 @@ from fastsam.kernels.layout import Scalar
 
 from . import backends
 from .bases import BASES
+from .capture import is_captured
 from .checks import (
     check_base,
     check_group,
@@ -126,7 +127,7 @@ class SharpnessAwareOptimizer(StatefulOptimizer):
             if self._may_skip_ascent and all(_is_zero(g["rho"]) for g in self.param_groups):
                 self._perturbs = False
                 self._lam = self._next_lam()
-                self._descend(self._collect())
+                self._descend(self._collect("descent"))
                 return loss
             self.first_step(zero_grad=True)
             closure()
@@ -153,15 +154,19 @@ class SharpnessAwareOptimizer(StatefulOptimizer):
         self._expect("first_step")
         self._run_hooks("pre")
         self._check_groups()
-        batch = self._collect()
+        batch = self._collect("ascent")
+        self._check_capture(batch)
         self._perturbs = True
         self._lam = self._next_lam()
         scalars = self._scalars_for(batch)
         firsts = self._take_over(batch, cleared=zero_grad) if self._keeps_first else {}
-        for param, i in zip(batch.params, batch.groups, strict=True):
-            old = self._ascent.state(self.state.get(param, {}), param, self.param_groups[i])
-            batch.ascent.append(old)
-            batch.next.append(self._room_for(param, old))
+        if self._has_ascent_state:
+            for param, i in zip(batch.params, batch.groups, strict=True):
+                old = self._ascent.state(self.state.get(param, {}), param, self.param_groups[i])
+                batch.ascent.append(old)
+                batch.next.append(self._room_for(param, old))
+        else:
+            batch.ascent = batch.next = [{}] * len(batch.params)
         with uninterrupted():
             if batch.params:
                 self._backup = self._backend_for(batch).ascend(batch, self._describe(), scalars)
@@ -169,8 +174,9 @@ class SharpnessAwareOptimizer(StatefulOptimizer):
                 scalars[Scalar.GRAD_NORM].zero_()
                 scalars[Scalar.NEXT_SQUARED_NORMS] = scalars[Scalar.ASCENT_SQUARED_NORMS]
             self._firsts = firsts
-            pairs = zip(batch.ascent, batch.next, strict=True)
-            self._pending = dict(zip(batch.params, pairs, strict=True))
+            if self._has_ascent_state:
+                pairs = zip(batch.ascent, batch.next, strict=True)
+                self._pending = dict(zip(batch.params, pairs, strict=True))
             self._between_passes = True
         if zero_grad:
             self.zero_grad()
@@ -188,7 +194,7 @@ class SharpnessAwareOptimizer(StatefulOptimizer):
         """
         self._expect("second_step")
         try:
-            self._descend(self._collect())
+            self._descend(self._collect("descent"))
         except BaseException:
             self.restore()
             raise
@@ -256,6 +262,10 @@ class SharpnessAwareOptimizer(StatefulOptimizer):
 
     # --- parts of the step ---
 
+    @property
+    def _has_ascent_state(self) -> bool:
+        return any(self._ascent.states(group) for group in self.param_groups)
+
     def _expect(self, call: str) -> None:
         due = "second_step" if self._between_passes else "first_step"
         if call != due:
@@ -284,19 +294,21 @@ class SharpnessAwareOptimizer(StatefulOptimizer):
 
     def _descend(self, batch: Batch) -> None:
         step = self._describe()
-        without_ascent: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
-        for param in batch.params:
-            old, new = self._pending.get(param, without_ascent)
-            batch.ascent.append(old)
-            batch.next.append(new)
-            batch.firsts.append(self._firsts.get(param))
+        if self._pending:
+            without_ascent: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+            pairs = [self._pending.get(param, without_ascent) for param in batch.params]
+            batch.ascent, batch.next = [old for old, _ in pairs], [new for _, new in pairs]
+        else:
+            batch.ascent = batch.next = [{}] * len(batch.params)
+        if self._firsts:
+            batch.firsts = [self._firsts.get(param) for param in batch.params]
+        else:
+            batch.firsts = [None] * len(batch.params)
         scalars = self._scalars_for(batch)
         if batch.params:
+            self._check_capture(batch)
             if step.base is not None:
-                for param, grad, i in zip(batch.params, batch.grads, batch.groups, strict=True):
-                    state = self.state[param]
-                    batch.states.append(state)
-                    batch.fresh.append(step.base.prepare(state, param, grad, step.groups[i]))
+                self._prepare(batch, step.base)
             seen = batch
             if self._records and step.base is None:  # which may write to the gradients
                 seen = replace(batch, grads=[grad.clone() for grad in batch.grads])
@@ -317,12 +329,18 @@ class SharpnessAwareOptimizer(StatefulOptimizer):
 
     def _complete(self, batch: Batch, step: Step, scalars: Tensor) -> None:
         """What the ascent computed becomes the state."""
-        updated = set(batch.params)
-        rest = [pair for param, pair in self._pending.items() if param not in updated]
-        kept = Batch(ascent=[pair[0] for pair in rest], next=[pair[1] for pair in rest])
-        backends.keep_rejected(kept, step, scalars)
+        if self._pending:
+            updated = set(batch.params)
+            rest = [pair for param, pair in self._pending.items() if param not in updated]
+            kept = Batch(ascent=[pair[0] for pair in rest], next=[pair[1] for pair in rest])
+            backends.keep_rejected(kept, step, scalars)
+        self._was_captured |= is_captured(batch)
         for param, (old, state) in self._pending.items():
-            if state:
+            if self._was_captured:  # a replay looks for the state where it was at the capture
+                for name, x in state.items():
+                    old[name].copy_(x)
+                self.state[param].update(old)
+            elif state:
                 self.state[param].update(state)
                 self._spare[param] = old
         if self._records and batch.params and self._backup is not None:

@@ -151,6 +151,31 @@ class Step:
         return self.rescales or self.skip_nonfinite or needs_norm
 
 
+@dataclass(eq=False)
+class Layout:
+    """What passes have in common while nothing moves but gradients (``sweep.py``).
+
+    Attributes:
+        params: The parameters that have a gradient.
+        groups: Index of each parameter's group.
+        addresses: Where the parameters are.
+        dtypes: Of the gradients.
+        strides: Of the gradients.
+        contiguous: Whether all gradients are.
+        seen: Where the gradients were in the last pass.
+        cache: What a backend has worked out from this.
+    """
+
+    params: list[Tensor]
+    groups: list[int]
+    addresses: list[int]
+    dtypes: list[torch.dtype]
+    strides: list[tuple[int, ...]]
+    contiguous: bool
+    seen: list[int] = field(default_factory=list)
+    cache: dict[str, Any] = field(default_factory=dict)
+
+
 @dataclass
 class Batch:
     """The parameters that take part in one pass, in the order of their groups."""
@@ -167,3 +192,6 @@ class Batch:
     firsts: list[Tensor | None] = field(default_factory=list)
     validation: list[Tensor | None] = field(default_factory=list)  # at the updated weights
     training: list[Tensor | None] = field(default_factory=list)
+    # where equal ones mean that what was worked out from them still holds
+    layout: Layout | None = None
+    prepared: object = None

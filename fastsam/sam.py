@@ -147,6 +147,10 @@ class UnifiedSAM(SharpnessAwareOptimizer):
         super().__init__(params, base_optimizer, rho=rho, **kwargs)
         self.param_groups[0].setdefault("t", 1)
 
+    @property
+    def _is_static(self) -> bool:  # type: ignore[override]
+        return not (isinstance(self.lam, str) or callable(self.lam))
+
     def _next_lam(self) -> float:
         t: int = self.param_groups[0]["t"]
         if self.lam == "1/t":

@@ -1,6 +1,7 @@
 """What an optimizer holds: groups, checkpoints and copies, and the tensors of a pass."""
 
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -15,8 +16,10 @@ from fastsam.kernels.layout import Scalar
 
 from . import backends
 from .bases import Base
-from .checks import check_group, check_tensors, check_theta, check_uncorrected
+from .capture import check_state, is_captured, refuse
+from .checks import check_group, check_theta, check_uncorrected
 from .rules import Ascent, Batch, Step
+from .sweep import Prepared, Sweep
 
 #: What LETS needs of a step: the second pass's batch, perhaps the old weights, and the step.
 Record = tuple[Batch, backends.Backup | None, Step]
@@ -27,12 +30,15 @@ class StatefulOptimizer(Optimizer):
 
     base_optimizer: Optimizer
     backend: str
+    skip_nonfinite: bool
+    _is_static = True  # whether the host decides nothing anew in every step
     _base: Base | None  # the base's rules where it is fused
     _ascent: Ascent
 
     #: What ``_start`` sets.
     _transient = ("_backup", "_pending", "_firsts", "_between_passes", "_inside_step", "_perturbs",
-                  "_lam", "_scalars", "_backends", "_records", "_record", "_spare")  # fmt: skip
+                  "_lam", "_scalars", "_backends", "_records", "_record", "_spare",
+                  "_sweeps", "_served", "_was_captured")  # fmt: skip
 
     def _start(self) -> None:
         """Set what lives only as long as this process: nothing here is saved."""
@@ -42,12 +48,15 @@ class StatefulOptimizer(Optimizer):
         self._pending: dict[Tensor, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
         self._firsts: dict[Tensor, Tensor] = {}
         self._spare: dict[Tensor, dict[str, Tensor]] = {}  # ascent state of the step before
+        self._sweeps = defaultdict[str, Sweep](Sweep)  # one for each pass
         self._between_passes = False
         self._inside_step = False
+        self._was_captured = False  # in a CUDA graph
         self._scalars: Tensor | None = None
         self._perturbs = True  # whether the present step, or the last, has two passes
         self._lam = 1.0
         self._backends: dict[str, backends.Backend] = {}
+        self._served: dict[tuple[str, torch.device], backends.Backend] = {}  # as asked for
         # for LETS: for which approximation to keep what the last step saw, and that
         self._records: str | None = None
         self._record: Record | None = None
@@ -169,21 +178,43 @@ class StatefulOptimizer(Optimizer):
             kept["squared_norms"] = Scalar.SQUARED_NORMS
         return kept
 
-    def _collect(self) -> Batch:
-        """The parameters that have a gradient, each once, checked."""
-        batch = Batch()
-        seen: set[Tensor] = set()
-        for i, group in enumerate(self.param_groups):
-            for param in group["params"]:
-                grad = param.grad
-                if grad is None or param in seen:
-                    continue
-                seen.add(param)
-                check_tensors(param, grad, batch.params, type(self).__name__)
-                batch.params.append(param)
-                batch.grads.append(grad)
-                batch.groups.append(i)
-        return batch
+    def _collect(self, which: str = "other") -> Batch:
+        """The parameters that have a gradient in this pass, each once, checked."""
+        return self._sweeps[which].collect(self.param_groups, type(self).__name__)
+
+    def _check_capture(self, batch: Batch) -> None:
+        """Under capture in a CUDA graph: whether the step can be replayed.
+
+        Raises:
+            RuntimeError: If it cannot.
+        """
+        if not is_captured(batch):
+            return
+        name = type(self).__name__
+        if not self._is_static:
+            raise refuse(name, "its lam changes from step to step on the host; give a number")
+        if self._base is None and self.skip_nonfinite:
+            raise refuse(name, "skip_nonfinite has to ask the device whether its base may step")
+        if self._scalars is None:
+            raise refuse(name, "it has taken no step outside, which creates its state")
+        check_state(name, batch, self._base, self._ascent, self.param_groups, self.state)
+
+    def _prepare(self, batch: Batch, base: Base) -> None:
+        """Find the base's state of every parameter, and create what is missing."""
+        assert batch.layout is not None
+        held = batch.layout.cache.get("prepared")
+        everything = self.state.values()
+        if held is not None and held.is_current(base, self.param_groups, everything):
+            batch.states, batch.prepared = held.states, held
+            batch.fresh = [False] * len(batch.params)
+            return
+        for param, grad, i in zip(batch.params, batch.grads, batch.groups, strict=True):
+            state = self.state[param]
+            batch.states.append(state)
+            batch.fresh.append(base.prepare(state, param, grad, self.param_groups[i]))
+        if not any(batch.fresh):
+            batch.prepared = Prepared(batch, base, self.param_groups, everything)
+            batch.layout.cache["prepared"] = batch.prepared
 
     def _room_for(self, param: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Memory for the ascent rule's next state.
@@ -195,11 +226,8 @@ class StatefulOptimizer(Optimizer):
         room = {}
         for name, x in state.items():
             y = spare.pop(name, None)
-            fits = y is not None and (y.shape, y.stride(), y.dtype) == (
-                x.shape,
-                x.stride(),
-                x.dtype,
-            )
+            layout = param.shape, param.stride(), x.dtype
+            fits = y is not None and (y.shape, y.stride(), y.dtype) == layout
             # two references to the object: the variable, and the argument of the call
             if y is not None and fits and sys.getrefcount(y) == 2 and backends.is_alone(y):
                 room[name] = y
@@ -209,12 +237,13 @@ class StatefulOptimizer(Optimizer):
 
     def _backend_for(self, batch: Batch) -> backends.Backend:
         device = batch.params[0].device
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(f"{type(self).__name__} cannot be captured in a CUDA graph")
-        name = backends.resolve(self.backend, device)
-        if name not in self._backends:
-            self._backends[name] = backends.create(name)
-        return self._backends[name]
+        served = self._served.get((self.backend, device))
+        if served is None:
+            name = backends.resolve(self.backend, device)
+            if name not in self._backends:
+                self._backends[name] = backends.create(name)
+            served = self._served[self.backend, device] = self._backends[name]
+        return served
 
     def _scalars_for(self, batch: Batch) -> Tensor:
         """The device scalars. Those that are state are views of them in the first group."""

@@ -5,10 +5,15 @@ stream (``layout.Row``) and a column per tensor; its chunk table has two int64 p
 one launch serves tensors of any number, size and parameter group.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
 from .layout import STREAMS, Row
+
+Addresses = Sequence[int] | np.ndarray
+STREAM_ROWS = list(STREAMS)
 
 
 def chunk_table(
@@ -35,12 +40,56 @@ def chunk_table(
     return np.stack([groups[tensor] << 32 | tensor, np.where(aligned[tensor], part, -part)], 1)
 
 
-def upload(host: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Copy to the device without stalling: torch keeps pinned sources until they are read."""
-    tensor = torch.from_numpy(host)
-    if device.type == "cpu":
+def is_capturing(device: torch.device) -> bool:
+    """Whether what is launched on the device goes into a CUDA graph, to be run later."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+class Upload:
+    """Host arrays of one purpose on their way to the device.
+
+    Each is copied to pinned memory, so that the host does not wait for the copy; torch's pool of
+    such memory takes care not to reuse any that is still being read. A graph reads its own again at
+    every replay: under capture it comes from memory set aside before, which is never given back.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._aside: list[torch.Tensor] = []  # two: a step has two passes
+        self._captured: list[torch.Tensor] = []
+
+    def set_aside(self, like: torch.Tensor) -> None:
+        """Have pinned memory ready for a capture."""
+        if self.device.type != "cuda" or is_capturing(self.device):
+            return
+        self._aside = [x for x in self._aside if x.shape == like.shape]
+        while len(self._aside) < 2:
+            self._aside.append(torch.empty(like.shape, dtype=like.dtype, pin_memory=True))
+
+    def keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Keep for good what a graph reads."""
+        self._captured.append(tensor)
         return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)
+
+    def __call__(self, host: np.ndarray) -> torch.Tensor:
+        """The array's copy on the device.
+
+        Raises:
+            RuntimeError: Under capture, where nothing of this size was uploaded before it.
+        """
+        tensor = torch.from_numpy(host)
+        if self.device.type == "cpu":
+            return tensor
+        if not is_capturing(self.device):
+            self.set_aside(tensor)
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        if not (self._aside and self._aside[-1].shape == tensor.shape):
+            raise RuntimeError(
+                "a step can be captured in a CUDA graph, alone, after one like it was taken "
+                "outside: with the same parameters, gradients and groups"
+            )
+        source = self._aside.pop().copy_(tensor)
+        return self.keep(self.keep(source).to(self.device, non_blocking=True))
 
 
 class Table:
@@ -53,9 +102,11 @@ class Table:
         self._sizes: list[int] = []
         self._groups: list[int] = []
         self._chunks: dict[int, torch.Tensor] = {}
+        self._upload = Upload(device)
+        self._upload_chunks = Upload(device)
         self.aligned = np.empty(0, bool)
 
-    def set(self, rows: dict[Row, list[int]], sizes: list[int], groups: list[int]) -> None:
+    def set(self, rows: dict[Row, Addresses], sizes: list[int], groups: list[int]) -> None:
         """Describe the bucket: addresses (or flags) by row, and each tensor's size and group."""
         host = np.zeros((len(Row), len(sizes)), np.int64)
         for row, values in rows.items():
@@ -63,16 +114,37 @@ class Table:
         same_layout = sizes == self._sizes and groups == self._groups
         if same_layout and np.array_equal(host, self._rows):
             return
-        aligned = (host[list(STREAMS)] & 15 == 0).all(0)
-        if not (same_layout and np.array_equal(aligned, self.aligned)):
-            self.aligned = aligned
+        if not same_layout:
             self._chunks = {}
-        self.columns, self._rows, self._sizes, self._groups = len(sizes), host, sizes, groups
-        self.pointers = upload(host, self.device)
+        self.columns, self._sizes, self._groups = len(sizes), sizes, groups
+        self._replace(host)
+
+    def move(self, rows: dict[Row, Addresses]) -> None:
+        """Change some rows of the bucket that was set; they are taken to have moved."""
+        host, realigned = self._rows.copy(), False
+        for row, values in rows.items():
+            new = np.asarray(values, np.int64)
+            realigned |= bool(((new ^ host[row]) & 15).any())
+            host[row] = new
+        self._replace(host, realigned)
+
+    def _replace(self, host: np.ndarray, realigned: bool = True) -> None:
+        if realigned:
+            aligned = (host[STREAM_ROWS] & 15 == 0).all(0)
+            if not np.array_equal(aligned, self.aligned):
+                self.aligned = aligned
+                self._chunks = {}
+        self._rows = host
+        self.pointers = self._upload(host)
+
+    def captured(self, size: int) -> None:
+        """Keep for good the tables that a graph reads."""
+        self._upload.keep(self.pointers)
+        self._upload_chunks.keep(self.chunks(size))
 
     def chunks(self, size: int) -> torch.Tensor:
         """The chunk table for chunks of ``size`` elements."""
         if size not in self._chunks:
             entries = chunk_table(np.array(self._sizes), np.array(self._groups), self.aligned, size)
-            self._chunks[size] = upload(entries, self.device)
+            self._chunks[size] = self._upload_chunks(entries)
         return self._chunks[size]

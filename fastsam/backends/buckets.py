@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from fastsam.kernels.layout import CHUNK, Row
 from fastsam.kernels.table import Table
 
-from ..rules import Batch, Step
+from ..rules import Batch, Layout, Step, wide_dtype
 from .scratch import is_dense
 
 TYPES: dict[torch.dtype, Any] = {
@@ -43,32 +44,58 @@ def dense(x: Tensor) -> Tensor:
 class FlatBackup:
     """One flat copy of the weights per bucket, and where each parameter lies in it."""
 
-    def __init__(self) -> None:
-        self.places: dict[Tensor, tuple[Tensor, int]] = {}  # flat tensor, first element
-        self.written: list[Tensor] = []  # parameters whose copy has been made
+    def __init__(self, layout: Layout | None) -> None:
+        self.layout = layout  # of the first pass
+        self.flats: list[Tensor] = []
+        self._parts: list[tuple[list[Tensor], list[int]]] = []  # parameters, first elements
+        self.written = 0  # how many buckets have been copied
+        self._places: dict[Tensor, tuple[int, int]] = {}
 
-    def reserve(self, params: list[Tensor]) -> None:
-        """Allocate for one bucket."""
-        starts, end = [], 0
-        for param in params:
-            starts.append(end)
-            end += -(-param.numel() // ALIGNMENT) * ALIGNMENT
-        flat = torch.empty(end, dtype=params[0].dtype, device=params[0].device)
-        for param, start in zip(params, starts, strict=True):
-            self.places[param] = flat, start
+    def reserve(self, params: list[Tensor], starts: list[int], size: int) -> Tensor:
+        """Allocate for one bucket, by :func:`offsets`."""
+        flat = torch.empty(size, dtype=params[0].dtype, device=params[0].device)
+        self.flats.append(flat)
+        self._parts.append((params, starts))
+        return flat
 
-    def address(self, param: Tensor) -> int | None:
-        place = self.places.get(param)
-        if place is None:
-            return None
-        flat, start = place
-        return flat.data_ptr() + start * flat.element_size()
+    @property
+    def places(self) -> dict[Tensor, tuple[int, int]]:
+        """Which flat copy, and where in it, by parameter."""
+        if not self._places:
+            for i, (params, starts) in enumerate(self._parts):
+                self._places.update(
+                    (p, (i, start)) for p, start in zip(params, starts, strict=True)
+                )
+        return self._places
+
+    def left_by(self, batch: Batch) -> list[Tensor]:
+        """The parameters that a second pass over ``batch`` does not update."""
+        cache = {} if batch.layout is None else batch.layout.cache
+        if self.layout is not None and cache.get("same parameters as") is self.layout:
+            return []
+        updated = set(batch.params)
+        left = [param for param in self.places if param not in updated]
+        if not left:
+            cache["same parameters as"] = self.layout
+        return left
 
     def restore(self, params: Iterable[Tensor] | None = None) -> None:
-        for param in self.written if params is None else params:
-            flat, start = self.places[param]
-            strides = torch.empty_like(param).stride()  # a gap-free copy's
-            param.copy_(flat[start : start + param.numel()].as_strided(param.size(), strides))
+        """Copy weights back: those of ``params``, or all that have been copied."""
+        for param in list(self.places) if params is None else params:
+            i, start = self.places[param]
+            if i < self.written:
+                strides = torch.empty_like(param).stride()  # a gap-free copy's
+                part = self.flats[i][start : start + param.numel()]
+                param.copy_(part.as_strided(param.size(), strides))
+
+
+def offsets(params: list[Tensor]) -> tuple[list[int], int]:
+    """Where each parameter starts in a flat copy, and the size of that, in elements."""
+    starts, end = [], 0
+    for param in params:
+        starts.append(end)
+        end += -(-param.numel() // ALIGNMENT) * ALIGNMENT
+    return starts, end
 
 
 @dataclass
@@ -81,22 +108,73 @@ class Bucket:
     types: dict[str, Any]  # the kernels' dtype arguments
     table: Table
     kept: list[Tensor] = field(default_factory=list)  # copies whose addresses are in the table
+    described: bool = False  # whether the table holds what does not move
+    in_place: bool = False  # whether the kernels walk parameters and gradients, not copies
+
+    def __post_init__(self) -> None:
+        self.grad_dtype = self.grads[0].dtype
+        self.arithmetic = wide_dtype(self.params[0])
+        self._grad_addresses: list[int] = []
+        self._offsets: tuple[list[int], int] | None = None
+        # where the copies of the weights are: which flat one, and the first byte, or -1
+        self._places: tuple[np.ndarray, np.ndarray] | None = None
+        self._backup: tuple[Layout | None, list[int]] | None = None
 
     def keep(self, x: Tensor) -> Tensor:
         """Keep a tensor alive until the launches of this pass are made."""
         self.kept.append(x)
         return x
 
+    def reserve(self, batch: Batch, backup: FlatBackup) -> None:
+        """Allocate for the copies of this bucket's weights."""
+        if self._offsets is None:
+            self._originals = [batch.params[k] for k in self.members]
+            self._offsets = offsets(self._originals)
+        backup.reserve(self._originals, *self._offsets)
 
-def backup_rows(bucket: Bucket, batch: Batch, backup: FlatBackup | None) -> dict[Row, list[int]]:
-    """Where the unperturbed weights are."""
-    originals = [batch.params[k] for k in bucket.members]
-    return {
-        Row.BACKUP: [
-            (backup and backup.address(p)) or w.data_ptr()
-            for p, w in zip(originals, bucket.params, strict=True)
-        ]
-    }
+    def locate(
+        self, batch: Batch, backup: FlatBackup | None, step: Step, rows: dict[Row, Any]
+    ) -> None:
+        """Bring the table up to date; ``rows`` are those that only this kind of pass has."""
+        if self.grads or batch.layout is None:
+            grad_addresses = list(map(Tensor.data_ptr, self.grads))
+        else:
+            grad_addresses = batch.layout.seen
+            if len(grad_addresses) != len(self.members):
+                grad_addresses = [grad_addresses[k] for k in self.members]
+        if grad_addresses != self._grad_addresses:
+            rows[Row.GRAD] = self._grad_addresses = grad_addresses
+        layout = None if backup is None else backup.layout
+        flats = [] if backup is None else list(map(Tensor.data_ptr, backup.flats))
+        if self._backup is None or self._backup[0] is not layout or layout is None:
+            self._find(batch, backup)
+        if self._backup != (layout, flats):
+            rows[Row.BACKUP] = self._backup_row(flats)
+            self._backup = layout, flats
+        if self.described:
+            if rows:
+                self.table.move(rows)
+            return
+        rows[Row.PARAM] = list(map(Tensor.data_ptr, self.params))
+        sizes = [w.numel() for w in self.params]
+        self.table.set(rows, sizes, [batch.groups[k] for k in self.members])
+        self.described = True
+
+    def _find(self, batch: Batch, backup: FlatBackup | None) -> None:
+        places = {} if backup is None else backup.places
+        pairs = [places.get(batch.params[k], (0, -1)) for k in self.members]
+        flat, start = np.array(pairs, np.int64).reshape(-1, 2).T
+        size = self.params[0].element_size()
+        self._places = flat, np.where(start < 0, -1, start * size)
+
+    def _backup_row(self, flats: list[int]) -> Any:
+        """Addresses of the unperturbed weights: of the copies, or the parameters' own."""
+        assert self._places is not None
+        flat, start = self._places
+        copies = np.array(flats, np.int64)[flat] + start if flats else start
+        if flats and (start >= 0).all():
+            return copies
+        return np.where(start < 0, list(map(Tensor.data_ptr, self.params)), copies)
 
 
 def state_rows(bucket: Bucket, batch: Batch, step: Step) -> dict[Row, list[int]]:
@@ -116,18 +194,18 @@ def state_rows(bucket: Bucket, batch: Batch, step: Step) -> dict[Row, list[int]]
     return rows
 
 
-def ascent_states(batch: Batch) -> int:
+def ascent_states(step: Step) -> int:
     """Number of the ascent rule's state tensors."""
-    return max(map(len, batch.next), default=0)
+    return max((len(step.ascent.states(group)) for group in step.groups), default=0)
 
 
-def ascent_rows(bucket: Bucket, batch: Batch) -> dict[Row, list[int]]:
+def ascent_rows(bucket: Bucket, batch: Batch, step: Step) -> dict[Row, list[int]]:
     """Addresses of the ascent rule's state, old and new; 0 for parameters without."""
     rows: dict[Row, list[int]] = {}
     for tensors, names in ((batch.ascent, OLD_ASCENT), (batch.next, NEW_ASCENT)):
         if not tensors:  # LETS needs no old state
             continue
-        for row, j in zip(names, range(ascent_states(batch)), strict=False):
+        for row, j in zip(names, range(ascent_states(step)), strict=False):
             rows[row] = []
             for k, w in zip(bucket.members, bucket.params, strict=True):
                 held = list(tensors[k].values())
@@ -142,16 +220,18 @@ def grad_rows(bucket: Bucket, grads: dict[Row, list[Tensor | None]]) -> dict[Row
     rows: dict[Row, list[int]] = {}
     for row, tensors in grads.items():
         rows[row] = []
-        for k, w, grad in zip(bucket.members, bucket.params, bucket.grads, strict=True):
+        for k, w in zip(bucket.members, bucket.params, strict=True):
             x = tensors[k]
             if x is not None:
-                x = bucket.keep(like_layout(x, w).to(grad.dtype))
+                x = bucket.keep(like_layout(x, w).to(bucket.grad_dtype))
             rows[row].append(0 if x is None else x.data_ptr())
     return rows
 
 
 def write_back(bucket: Bucket, batch: Batch) -> None:
     """Copy to the parameters that the kernels could not walk in place."""
+    if bucket.in_place:
+        return
     for k, w in zip(bucket.members, bucket.params, strict=True):
         if w is not batch.params[k]:
             batch.params[k].copy_(w)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from fastsam.kernels import table
 from fastsam.kernels.layout import Scalar
 
 from ..bases import signed_lr
@@ -156,6 +157,8 @@ def adapt(rule: LamRule | SharpnessRatio, scalars: Tensor) -> None:
     valid = (scalars[Scalar.ACCEPTED] != 0) & sharpness.isfinite() & perturbed
     adapted = rule(lam, sharpness, old)
     if not isinstance(adapted, Tensor):  # filled in: a copy from the host would wait
+        if table.is_capturing(lam.device):
+            raise RuntimeError("rule must give a tensor to be captured in a CUDA graph")
         adapted = torch.full_like(lam, adapted)
     usable = valid & known & adapted.isfinite()
     scalars[Scalar.LAM] = torch.where(usable, adapted.to(lam), lam)

@@ -22,7 +22,7 @@ from fastsam.kernels.layout import (
 )
 from fastsam.kernels.perturb import perturb_kernel
 from fastsam.kernels.reduce import reduce_kernel
-from fastsam.kernels.table import Table, upload
+from fastsam.kernels.table import Table, Upload, is_capturing
 from fastsam.kernels.update import update_kernel
 
 from ..bases import signed_lr
@@ -34,7 +34,6 @@ from .buckets import (
     FlatBackup,
     ascent_rows,
     ascent_states,
-    backup_rows,
     dense,
     grad_rows,
     like_layout,
@@ -42,6 +41,10 @@ from .buckets import (
     write_back,
 )
 from .reference import adapt, keep_rejected, leave_final_gradient
+
+FIRST, LAST = int(Task.FIRST), int(Task.LAST)
+#: What the table of hyper-parameters holds where there is no rule.
+NO_RATIO = SharpnessRatio()
 
 
 class TritonBackend:
@@ -53,18 +56,19 @@ class TritonBackend:
         self._scratches: dict[Any, Tensor] = {}
         self._hyper: dict[Any, tuple[list[list[float]], Tensor]] = {}
         self._hyper_of: dict[Any, Step] = {}  # the pass that they were last made for
+        self._uploads: dict[Any, Upload] = {}
+        self._captured: list[Tensor] = []  # what graphs use
+        self._reductions: dict[Any, tuple[dict[str, Any], int, int]] = {}
 
     # --- the interface ---
 
     def ascend(self, batch: Batch, step: Step, scalars: Tensor) -> FlatBackup:
-        backup = FlatBackup()
+        backup = FlatBackup(batch.layout)
         buckets = self._buckets("ascent", batch, step)
-        states = ascent_states(batch)
+        states = ascent_states(step)
         for bucket in buckets:
-            originals = [batch.params[k] for k in bucket.members]
-            backup.reserve(originals)
-            rows = {Row.BACKUP: [backup.address(p) for p in originals]}
-            self._fill(bucket, batch, rows | ascent_rows(bucket, batch))
+            bucket.reserve(batch, backup)
+            bucket.locate(batch, backup, step, ascent_rows(bucket, batch, step) if states else {})
         with _on(scalars.device):
             if step.needs_ascent_norm:
                 self._reduce("ascent", buckets, step, scalars)
@@ -75,7 +79,7 @@ class TritonBackend:
                         RULE=step.ascent.name, STATES=states, ADAPTIVE=step.adaptive,
                         **_only(bucket.types, "P", "G", "ACC"),
                     )  # fmt: skip
-                    backup.written += [batch.params[k] for k in bucket.members]
+                    backup.written += 1
                     write_back(bucket, batch)
             except BaseException:
                 backup.restore()
@@ -85,14 +89,14 @@ class TritonBackend:
     def descend(self, batch: Batch, backup: FlatBackup | None, step: Step, scalars: Tensor) -> None:
         buckets = self._buckets("descent", batch, step)
         # the update kernel looks at the ascent's state only where it may have to put it back
-        states = ascent_states(batch) if step.skip_nonfinite else 0
+        states = ascent_states(step) if step.skip_nonfinite else 0
         for bucket in buckets:
-            rows = backup_rows(bucket, batch, backup) | state_rows(bucket, batch, step)
+            rows = {} if bucket.described else state_rows(bucket, batch, step)
             if step.mix is not None:
                 rows |= grad_rows(bucket, {Row.FIRST_GRAD: batch.firsts})
             if states or step.mix is not None:
-                rows |= ascent_rows(bucket, batch)
-            self._fill(bucket, batch, rows)
+                rows |= ascent_rows(bucket, batch, step)
+            bucket.locate(batch, backup, step, rows)
         with _on(scalars.device):
             if step.needs_descent_norm:
                 kind = "descent" if step.mix is None else "mix"
@@ -100,8 +104,7 @@ class TritonBackend:
                 if step.mix is not None and type(step.mix) is not SharpnessRatio:
                     adapt(step.mix, scalars)
             if backup is not None:
-                updated = set(batch.params) if step.base is not None else set()
-                backup.restore([p for p in backup.written if p not in updated])
+                backup.restore(None if step.base is None else backup.left_by(batch))
             if step.base is None:
                 leave_final_gradient(batch, step, scalars)
                 keep_rejected(batch, step, scalars)
@@ -122,24 +125,29 @@ class TritonBackend:
         others = {Row.FIRST_GRAD: batch.firsts, Row.VALIDATION: batch.validation,
                   Row.TRAINING: batch.training}  # fmt: skip
         for bucket in buckets:
-            rows = backup_rows(bucket, batch, backup) | ascent_rows(bucket, batch)
-            self._fill(bucket, batch, rows | grad_rows(bucket, others))
+            rows = ascent_rows(bucket, batch, step) | grad_rows(bucket, others)
+            bucket.locate(batch, backup, step, rows)
         with _on(scalars.device):
             self._reduce(hessian, buckets, step, scalars)
 
     # --- launches ---
 
     def _reduce(self, kind: str, buckets: list[Bucket], step: Step, scalars: Tensor) -> None:
-        constants, tasks, chunk = _reduction(kind, step)
+        # the flags take longer than the launch: they are worked out once for every kind of step
+        needs_norm = step.base is not None and step.base.needs_norm
+        key = (kind, step.ascent.name, step.adaptive, step.renormalize, step.skip_nonfinite,
+               step.max_grad_norm is None, needs_norm, type(step.mix))  # fmt: skip
+        if key not in self._reductions:
+            self._reductions[key] = _reduction(kind, step)
+        constants, tasks, chunk = self._reductions[key]
         for i, bucket in enumerate(buckets):
-            acc = torch.float64 if bucket.types["ACC"] == tl.float64 else torch.float32
-            partials = constants["SUMS"] * len(bucket.table.chunks(chunk))
+            partials = constants["SUMS"] * bucket.table.chunks(chunk).size(0)
             last = i == len(buckets) - 1
             self._launch(
                 reduce_kernel, bucket, step, scalars, chunk, REDUCE_LANES,
-                self._scratch("partials", partials, acc, scalars.device),
+                self._scratch("partials", partials, bucket.arithmetic, scalars.device),
                 self._scratch("reduced", 1, torch.int32, scalars.device),
-                int(tasks | Task.FIRST * (i == 0) | Task.LAST * last),
+                tasks | (FIRST if i == 0 else 0) | (LAST if last else 0),
                 **constants, **_only(bucket.types, "P", "G", "ACC"),
             )  # fmt: skip
 
@@ -149,7 +157,10 @@ class TritonBackend:
     ) -> None:  # fmt: skip
         """One program per chunk of the bucket; every kernel's first arguments are the tables."""
         chunks = bucket.table.chunks(chunk)
-        kernel[(len(chunks),)](
+        if is_capturing(scalars.device):
+            bucket.table.captured(chunk)
+            self._captured += [x for x in more if isinstance(x, Tensor)]
+        kernel[(chunks.size(0),)](
             bucket.table.pointers, chunks, bucket.table.columns, self._hyper_table(bucket, step),
             scalars, *more, CHUNK=chunk, **constants, **_options(scalars.device, lanes),
         )  # fmt: skip
@@ -157,7 +168,18 @@ class TritonBackend:
     # --- tables ---
 
     def _buckets(self, name: str, batch: Batch, step: Step) -> list[Bucket]:
-        """Group a pass's tensors by what a kernel is specialised for."""
+        """Group a pass's tensors by what a kernel is specialised for.
+
+        The buckets are kept with the batch's layout where they need no copies of the tensors: then
+        the next pass like this one has only gradients' addresses to look at.
+        """
+        cache = {} if batch.layout is None else batch.layout.cache
+        found: tuple[Any, list[Bucket]] | None = cache.get(name)
+        if found is not None and found[0] is batch.prepared:
+            for bucket in found[1]:
+                bucket.kept = []
+            return found[1]
+        lasting = name == "ascent" or (name == "descent" and batch.prepared is not None)
         members = defaultdict(list)
         for k, (p, g, i) in enumerate(zip(batch.params, batch.grads, batch.groups, strict=True)):
             states: tuple[Any, ...] = ()
@@ -173,23 +195,27 @@ class TritonBackend:
                     f"backend='triton' serves {', '.join(map(str, TYPES))}, got {unserved.pop()}"
                 )
             device = batch.params[0].device
-            table = self._tables.setdefault((name, device, key), Table(device))
             params = [dense(batch.params[k]) for k in positions]
             grads = [like_layout(batch.grads[k], w) for k, w in zip(positions, params, strict=True)]
+            in_place = all(
+                w is batch.params[k] and g is batch.grads[k]
+                for k, w, g in zip(positions, params, grads, strict=True)
+            )
+            table = Table(device)
+            if not (lasting and in_place):
+                table = self._tables.setdefault((name, device, key), table)
             types = dict(
                 P=TYPES[param_type], G=TYPES[grad_type], STATES=len(states),
                 S=TYPES[states[0] if states else param_type],
                 ACC=tl.float64 if param_type == torch.float64 else tl.float32,
             )  # fmt: skip
-            buckets.append(Bucket(positions, params, grads, types, table))
+            bucket = Bucket(positions, params, grads, types, table, in_place=in_place)
+            buckets.append(bucket)
+        if lasting and all(bucket.in_place for bucket in buckets):
+            for bucket in buckets:
+                bucket.grads = []  # they would be kept alive
+            cache[name] = batch.prepared, buckets
         return buckets
-
-    @staticmethod
-    def _fill(bucket: Bucket, batch: Batch, rows: dict[Row, list[Any]]) -> None:
-        rows[Row.PARAM] = [w.data_ptr() for w in bucket.params]
-        rows[Row.GRAD] = [g.data_ptr() for g in bucket.grads]
-        sizes = [w.numel() for w in bucket.params]
-        bucket.table.set(rows, sizes, [batch.groups[k] for k in bucket.members])
 
     def _scratch(self, name: str, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Memory that is zero at first. Counters of arrivals are left at zero by the kernels."""
@@ -201,16 +227,20 @@ class TritonBackend:
 
     def _hyper_table(self, bucket: Bucket, step: Step) -> Tensor:
         """The hyper-parameters on the device, a row per group; uploaded when one changed."""
-        dtype = torch.float64 if bucket.types["ACC"] == tl.float64 else torch.float32
+        dtype = bucket.arithmetic
         key = dtype, bucket.table.device
         if self._hyper_of.get(key) is step:  # another launch of the same pass
             return self._hyper[key][1]
         rows, on_device = _hyper_rows(step, bucket.table.device)
         cached = self._hyper.get(key)
-        if cached is None or cached[0] != rows:
+        capturing = is_capturing(bucket.table.device)  # a graph has a table of its own
+        if capturing or cached is None or cached[0] != rows:
             padded = [row + [0.0] * (WIDTH - len(row)) for row in rows]
-            uploaded = upload(torch.tensor(padded, dtype=dtype).numpy(), bucket.table.device)
-            cached = self._hyper[key] = rows, uploaded
+            upload = self._uploads.setdefault(key, Upload(bucket.table.device))
+            uploaded = upload(torch.tensor(padded, dtype=dtype).numpy())
+            cached = self._hyper[key] = ([] if capturing else rows), uploaded
+        elif key in self._uploads:
+            self._uploads[key].set_aside(cached[1])
         for i, j, x in on_device:
             cached[1][i, j].copy_(x)
         self._hyper_of[key] = step
@@ -221,7 +251,7 @@ def _hyper_rows(
     step: Step, device: torch.device
 ) -> tuple[list[list[float]], list[tuple[int, int, Tensor]]]:
     """The hyper-parameters of every group, and where those go that live on the device."""
-    ratio = step.mix if isinstance(step.mix, SharpnessRatio) else SharpnessRatio()
+    ratio = step.mix if isinstance(step.mix, SharpnessRatio) else NO_RATIO
     shared = [step.max_grad_norm or 0.0, ratio.c, ratio.lam_min, ratio.lam_max, ratio.smoothing]
     rows, on_device = [], []
     for i, group in enumerate(step.groups):
@@ -230,6 +260,8 @@ def _hyper_rows(
         row += [0.0] * (Hyper.LR - len(row)) + [signed_lr(group)]
         row += step.base.columns(group) if step.base else []
         for j, x in enumerate(row):
+            if type(x) is float:
+                continue
             if isinstance(x, Tensor) and x.device == device:  # it stays there
                 on_device.append((i, j, x))
                 row[j] = 0.0
@@ -239,7 +271,7 @@ def _hyper_rows(
     return rows, on_device
 
 
-def _reduction(kind: str, step: Step) -> tuple[dict[str, Any], Task, int]:
+def _reduction(kind: str, step: Step) -> tuple[dict[str, Any], int, int]:
     """A reduction's constants, tasks and chunk size; equal ones wherever the kernel is the same."""
     rule, adaptive, tasks, chunk = step.ascent.name, step.adaptive, Task(0), STREAMS_CHUNK
     states, sums = 0, 1
@@ -272,7 +304,7 @@ def _reduction(kind: str, step: Step) -> tuple[dict[str, Any], Task, int]:
     elif kind == "difference":
         rule, adaptive = "unified", False
     constants = {"KIND": kind, "RULE": rule, "STATES": states, "ADAPTIVE": adaptive, "SUMS": sums}
-    return constants, tasks, chunk
+    return constants, int(tasks), chunk
 
 
 @functools.cache

@@ -1,0 +1,134 @@
+"""Finding the tensors of a pass, quickly where nothing has changed since the last one.
+
+A training loop shows an optimizer the same tensors step after step, up to their addresses. What
+follows from everything else is worked out once and kept with a :class:`Layout`; a pass then costs a
+few sweeps over the parameters, in C wherever Python offers that.
+"""
+
+from collections.abc import Iterable, Sequence
+from itertools import chain, repeat
+from operator import is_, itemgetter
+from typing import Any
+
+from torch import Tensor
+
+from .bases import Base, Group
+from .checks import check_tensors
+from .rules import Batch, Layout
+
+#: Patterns of missing gradients that are remembered.
+PATTERNS = 8
+
+
+def identical(xs: Sequence[Any], ys: Sequence[Any]) -> bool:
+    """Whether two lists hold the same objects; ``==`` would compare tensors by their elements."""
+    return len(xs) == len(ys) and all(map(is_, xs, ys))
+
+
+class Sweep:
+    """Collects the parameters that have a gradient in one of an optimizer's passes."""
+
+    def __init__(self) -> None:
+        self._params: list[Tensor] = []
+        self._sizes: list[int] = []
+        self._unique: tuple[list[Tensor], list[int]] = ([], [])
+        self._layouts: dict[bytes | None, Layout] = {}
+
+    def collect(self, groups: Sequence[Group], name: str) -> Batch:
+        """The parameters that have a gradient, each once, in the order of their groups, checked.
+
+        Raises:
+            RuntimeError: For tensors that ``name`` does not serve (``check_tensors``).
+        """
+        params = list(chain.from_iterable(group["params"] for group in groups))
+        sizes = [len(group["params"]) for group in groups]
+        if sizes != self._sizes or not identical(params, self._params):
+            index = chain.from_iterable(map(repeat, range(len(sizes)), sizes))
+            group_of = dict(zip(reversed(params), reversed(list(index)), strict=True))
+            unique = list(dict.fromkeys(params))
+            self._params, self._sizes, self._layouts = params, sizes, {}
+            self._unique = unique, [group_of[param] for param in unique]
+        params, indices = self._unique
+        grads: list[Any] = [param.grad for param in params]
+        pattern = None
+        addresses = _addresses(grads)
+        if addresses is None:  # one is missing, or sparse
+            pattern = bytes(grad is None for grad in grads)
+            present = [k for k, missing in enumerate(pattern) if not missing]
+            params, indices = [params[k] for k in present], [indices[k] for k in present]
+            grads = [grads[k] for k in present]
+            addresses = _addresses(grads)
+        layout = self._layouts.get(pattern)
+        if layout is None or addresses is None or not _fits(layout, grads, addresses):
+            for k, (param, grad) in enumerate(zip(params, grads, strict=True)):
+                check_tensors(param, grad, params[:1] if k else [], name)
+            if len(self._layouts) >= PATTERNS:
+                self._layouts = {}
+            layout = self._layouts[pattern] = Layout(
+                params=params,
+                groups=indices,
+                addresses=list(map(Tensor.data_ptr, params)),
+                dtypes=[grad.dtype for grad in grads],
+                strides=list(map(Tensor.stride, grads)),
+                contiguous=all(map(Tensor.is_contiguous, grads)),
+            )
+        layout.seen = addresses or []
+        return Batch(params=layout.params, grads=grads, groups=layout.groups, layout=layout)
+
+
+def _addresses(grads: list[Any]) -> list[int] | None:
+    """Where the gradients are; None where one of them has no address."""
+    try:
+        return list(map(Tensor.data_ptr, grads))
+    except (TypeError, RuntimeError):
+        return None
+
+
+def _fits(layout: Layout, grads: list[Tensor], addresses: list[int]) -> bool:
+    """Whether parameters and gradients still have the layout (a moved parameter may have not)."""
+    if list(map(Tensor.data_ptr, layout.params)) != layout.addresses:
+        return False
+    # a dtype is looked at only where a gradient moved: torch lets it change only along with .data
+    if addresses != layout.seen and [grad.dtype for grad in grads] != layout.dtypes:
+        return False
+    if layout.contiguous:
+        return all(map(Tensor.is_contiguous, grads))
+    return list(map(Tensor.stride, grads)) == layout.strides
+
+
+class Prepared:
+    """The base's state of one layout's parameters, as it was found complete."""
+
+    def __init__(
+        self, batch: Batch, base: Base, groups: Sequence[Group], everything: Iterable[Any]
+    ):
+        self.states = batch.states
+        self._everything = list(everything)
+        self._names = [list(base.states(group)) for group in groups]
+        carriers: dict[str, list[dict[str, Any]]] = {}
+        for state, i in zip(batch.states, batch.groups, strict=True):
+            for name in self._names[i] + ["step"] * base.counts_steps:
+                carriers.setdefault(name, []).append(state)
+        self.tensors = {
+            name: (states, [state[name] for state in states]) for name, states in carriers.items()
+        }
+        # A tensor's memory is replaced, if ever, along with everyone's: two of each name are looked
+        # at. What the tables point to stays alive in any case.
+        self._watched = [x for _, xs in self.tensors.values() for x in (xs[0], xs[-1])]
+        self._addresses = list(map(Tensor.data_ptr, self._watched))
+        self._memory = [x.detach() for _, xs in self.tensors.values() for x in xs]
+
+    def is_current(self, base: Base, groups: Sequence[Group], everything: Iterable[Any]) -> bool:
+        """Whether the optimizer holds the same tensors still, where they were."""
+        try:
+            return (
+                identical(list(everything), self._everything)
+                and self._names == [list(base.states(group)) for group in groups]
+                and all(
+                    identical(list(map(itemgetter(name), states)), tensors)
+                    for name, (states, tensors) in self.tensors.items()
+                )
+                and list(map(Tensor.data_ptr, self._watched)) == self._addresses
+            )
+        except KeyError:  # one was removed
+            return False
