@@ -3,7 +3,9 @@
 Plain integers, shared by the host code that fills the tables and the kernels that index them.
 """
 
+from dataclasses import dataclass
 from enum import IntEnum, IntFlag
+from typing import NamedTuple
 
 #: Elements per program. Perturb and update keep up to eight streams in registers, so they take
 #: small chunks; a reduction of one or two amortises its final atomic over a large one, and one of
@@ -15,6 +17,28 @@ STREAMS_CHUNK = 2048
 #: 4 and 8 on NVIDIA, 2 and 4 on AMD's GPUs with 64 threads a warp.
 LANES = 128
 REDUCE_LANES = 256
+
+
+class Launch(NamedTuple):
+    """How one kernel is launched: elements per program, and threads."""
+
+    chunk: int
+    lanes: int
+
+
+@dataclass(frozen=True)
+class Launches:
+    """Launch configurations by kind of pass. Fixed: none is tuned while weights change.
+
+    ``bench/sweep.py`` compares others, on tensors that nobody needs.
+    """
+
+    perturb: Launch = Launch(CHUNK, LANES)
+    update: Launch = Launch(CHUNK, LANES)
+    reduce: Launch = Launch(REDUCE_CHUNK, REDUCE_LANES)  # one stream or two
+    reduce_streams: Launch = Launch(STREAMS_CHUNK, REDUCE_LANES)  # more of them
+
+
 #: Columns of the hyper-parameter table: one width, so that no kernel depends on the base.
 WIDTH = 24
 

@@ -10,7 +10,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from fastsam.kernels.layout import CHUNK, Row
+from fastsam.kernels.layout import Launch, Row
 from fastsam.kernels.table import Table
 
 from ..rules import Batch, Layout, Step, wide_dtype
@@ -177,7 +177,7 @@ class Bucket:
         return np.where(start < 0, list(map(Tensor.data_ptr, self.params)), copies)
 
 
-def state_rows(bucket: Bucket, batch: Batch, step: Step) -> dict[Row, list[int]]:
+def state_rows(bucket: Bucket, batch: Batch, step: Step, launch: Launch) -> dict[Row, list[int]]:
     """Addresses of the base's state, and what else the update kernel needs per tensor."""
     if step.base is None:
         return {}
@@ -189,7 +189,7 @@ def state_rows(bucket: Bucket, batch: Batch, step: Step) -> dict[Row, list[int]]
             rows[row].append(state[name].data_ptr())
         if step.base.counts_steps:
             rows[Row.STEP].append(state["step"].data_ptr())
-            rows[Row.CHUNKS].append(max(1, -(-w.numel() // CHUNK)))
+            rows[Row.CHUNKS].append(max(1, -(-w.numel() // launch.chunk)))
         rows[Row.FRESH].append(int(batch.fresh[k]))
     return rows
 

@@ -35,6 +35,23 @@ def same_layout(tensors: Sequence[Tensor]) -> bool:
 
 def split(batch: Batch, step: Step, descends: bool) -> tuple[list[Part], list[int]]:
     """The parts that the operators serve, and the other members."""
+    cache = {} if batch.layout is None else batch.layout.cache
+    key = "parts of the descent" if descends else "parts of the ascent"
+    found = cache.get(key)
+    if found is None or found[0] is not batch.prepared:
+        found = batch.prepared, *_divide(batch, step, descends)
+        if descends:
+            lasts = batch.prepared is not None and step.mix is None
+        else:
+            lasts = not any(step.ascent.states(group) for group in step.groups)
+        if lasts:  # with state of the ascent, or first gradients, other tensors come every time
+            cache[key] = found
+    _, members, others = found
+    parts = [Part(step.groups[i], ks, fresh, mixed) for (i, _, fresh, mixed), ks in members.items()]
+    return parts, others
+
+
+def _divide(batch: Batch, step: Step, descends: bool) -> tuple[dict[Any, list[int]], list[int]]:
     members: dict[Any, list[int]] = defaultdict(list)
     others = []
     for k, (param, i) in enumerate(zip(batch.params, batch.groups, strict=True)):
@@ -55,8 +72,7 @@ def split(batch: Batch, step: Step, descends: bool) -> tuple[list[Part], list[in
             members[i, param.dtype, fresh, mixed].append(k)
         else:
             others.append(k)
-    parts = [Part(step.groups[i], ks, fresh, mixed) for (i, _, fresh, mixed), ks in members.items()]
-    return parts, others
+    return members, others
 
 
 # --- norms -----------------------------------------------------------------------------------
@@ -211,7 +227,7 @@ def perturb(
         for _, (w, d, x) in pieces(weights, part.of(directions), targets):
             t = element_scales(w, group, memory)
             torch._foreach_mul_(t, t)
-            if len(x) == 1:
+            if w[0].numel() >= LARGE:  # alone, and always so: it rounds differently
                 torch.addcmul(w[0], t[0], d[0], value=float(scale), out=x[0])
             else:
                 torch._foreach_mul_(t, d)

@@ -10,13 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsam.kernels.layout import (
-    CHUNK,
-    LANES,
-    REDUCE_CHUNK,
-    REDUCE_LANES,
-    STREAMS_CHUNK,
     WIDTH,
     Hyper,
+    Launch,
+    Launches,
     Row,
     Task,
 )
@@ -45,12 +42,14 @@ from .reference import adapt, keep_rejected, leave_final_gradient
 FIRST, LAST = int(Task.FIRST), int(Task.LAST)
 #: What the table of hyper-parameters holds where there is no rule.
 NO_RATIO = SharpnessRatio()
+LAUNCHES = Launches()
 
 
 class TritonBackend:
     """See the module's docstring."""
 
-    def __init__(self) -> None:
+    def __init__(self, launches: Launches = LAUNCHES) -> None:
+        self.launches = launches
         # by pass and dtypes, so that a steady training loop finds its tables as it left them
         self._tables: dict[Any, Table] = {}
         self._scratches: dict[Any, Tensor] = {}
@@ -58,7 +57,7 @@ class TritonBackend:
         self._hyper_of: dict[Any, Step] = {}  # the pass that they were last made for
         self._uploads: dict[Any, Upload] = {}
         self._captured: list[Tensor] = []  # what graphs use
-        self._reductions: dict[Any, tuple[dict[str, Any], int, int]] = {}
+        self._reductions: dict[Any, tuple[dict[str, Any], int, bool]] = {}
 
     # --- the interface ---
 
@@ -68,6 +67,7 @@ class TritonBackend:
         states = ascent_states(step)
         for bucket in buckets:
             bucket.reserve(batch, backup)
+        for bucket in buckets:
             bucket.locate(batch, backup, step, ascent_rows(bucket, batch, step) if states else {})
         with _on(scalars.device):
             if step.needs_ascent_norm:
@@ -75,7 +75,7 @@ class TritonBackend:
             try:
                 for bucket in buckets:
                     self._launch(
-                        perturb_kernel, bucket, step, scalars, CHUNK, LANES,
+                        perturb_kernel, bucket, step, scalars, self.launches.perturb,
                         RULE=step.ascent.name, STATES=states, ADAPTIVE=step.adaptive,
                         **_only(bucket.types, "P", "G", "ACC"),
                     )  # fmt: skip
@@ -91,7 +91,7 @@ class TritonBackend:
         # the update kernel looks at the ascent's state only where it may have to put it back
         states = ascent_states(step) if step.skip_nonfinite else 0
         for bucket in buckets:
-            rows = {} if bucket.described else state_rows(bucket, batch, step)
+            rows = {} if bucket.described else state_rows(bucket, batch, step, self.launches.update)
             if step.mix is not None:
                 rows |= grad_rows(bucket, {Row.FIRST_GRAD: batch.firsts})
             if states or step.mix is not None:
@@ -111,7 +111,7 @@ class TritonBackend:
                 return
             for bucket in buckets:
                 self._launch(
-                    update_kernel, bucket, step, scalars, CHUNK, LANES,
+                    update_kernel, bucket, step, scalars, self.launches.update,
                     self._scratch("updated", bucket.table.columns, torch.int32, scalars.device),
                     BASE=step.base.name, SCALE=step.rescales, MIX=step.mix is not None,
                     SKIP=step.skip_nonfinite, ASCENT_STATES=states, **bucket.types,
@@ -139,12 +139,13 @@ class TritonBackend:
                step.max_grad_norm is None, needs_norm, type(step.mix))  # fmt: skip
         if key not in self._reductions:
             self._reductions[key] = _reduction(kind, step)
-        constants, tasks, chunk = self._reductions[key]
+        constants, tasks, streams = self._reductions[key]
+        launch = self.launches.reduce_streams if streams else self.launches.reduce
         for i, bucket in enumerate(buckets):
-            partials = constants["SUMS"] * bucket.table.chunks(chunk).size(0)
+            partials = constants["SUMS"] * bucket.table.chunks(launch.chunk).size(0)
             last = i == len(buckets) - 1
             self._launch(
-                reduce_kernel, bucket, step, scalars, chunk, REDUCE_LANES,
+                reduce_kernel, bucket, step, scalars, launch,
                 self._scratch("partials", partials, bucket.arithmetic, scalars.device),
                 self._scratch("reduced", 1, torch.int32, scalars.device),
                 tasks | (FIRST if i == 0 else 0) | (LAST if last else 0),
@@ -152,17 +153,18 @@ class TritonBackend:
             )  # fmt: skip
 
     def _launch(
-        self, kernel: Any, bucket: Bucket, step: Step, scalars: Tensor, chunk: int, lanes: int,
+        self, kernel: Any, bucket: Bucket, step: Step, scalars: Tensor, launch: Launch,
         *more: Any, **constants: Any,
     ) -> None:  # fmt: skip
         """One program per chunk of the bucket; every kernel's first arguments are the tables."""
-        chunks = bucket.table.chunks(chunk)
+        chunks = bucket.table.chunks(launch.chunk)
         if is_capturing(scalars.device):
-            bucket.table.captured(chunk)
+            bucket.table.captured(launch.chunk)
             self._captured += [x for x in more if isinstance(x, Tensor)]
         kernel[(chunks.size(0),)](
             bucket.table.pointers, chunks, bucket.table.columns, self._hyper_table(bucket, step),
-            scalars, *more, CHUNK=chunk, **constants, **_options(scalars.device, lanes),
+            scalars, *more, CHUNK=launch.chunk, **constants,
+            **_options(scalars.device, launch.lanes),
         )  # fmt: skip
 
     # --- tables ---
@@ -271,9 +273,12 @@ def _hyper_rows(
     return rows, on_device
 
 
-def _reduction(kind: str, step: Step) -> tuple[dict[str, Any], int, int]:
-    """A reduction's constants, tasks and chunk size; equal ones wherever the kernel is the same."""
-    rule, adaptive, tasks, chunk = step.ascent.name, step.adaptive, Task(0), STREAMS_CHUNK
+def _reduction(kind: str, step: Step) -> tuple[dict[str, Any], int, bool]:
+    """A reduction's constants and tasks, and whether it reads more than two streams.
+
+    The constants are equal wherever the kernel is the same.
+    """
+    rule, adaptive, tasks, streams = step.ascent.name, step.adaptive, Task(0), True
     states, sums = 0, 1
     if kind in ("mix", "diag"):  # what makes the perturbation once more
         states = len(step.ascent.states(step.groups[0]))
@@ -281,7 +286,7 @@ def _reduction(kind: str, step: Step) -> tuple[dict[str, Any], int, int]:
         if rule == "ema":
             sums = 2
         else:
-            chunk = REDUCE_CHUNK
+            streams = False
             rule = rule if rule == "adagrad_norm" else "unified"
     elif kind in ("descent", "mix"):
         scaled = adaptive and step.renormalize  # whether the norm is that of T g~
@@ -295,7 +300,7 @@ def _reduction(kind: str, step: Step) -> tuple[dict[str, Any], int, int]:
         )
         sums = 5
         if kind == "descent":
-            rule, chunk, adaptive = "unified", REDUCE_CHUNK, scaled
+            rule, streams, adaptive = "unified", False, scaled
             # the plain norm is a sum of its own only where T makes the other one different
             needs_plain = Task.CLIP | Task.SKIP | Task.ACCUMULATE
             sums = 2 if scaled and tasks & needs_plain else 1
@@ -304,7 +309,7 @@ def _reduction(kind: str, step: Step) -> tuple[dict[str, Any], int, int]:
     elif kind == "difference":
         rule, adaptive = "unified", False
     constants = {"KIND": kind, "RULE": rule, "STATES": states, "ADAPTIVE": adaptive, "SUMS": sums}
-    return constants, int(tasks), chunk
+    return constants, int(tasks), streams
 
 
 @functools.cache
