@@ -31,6 +31,7 @@ from measure import Sample, Timing, alternate, wall_clock
 
 KERNELS = ("perturb_kernel", "reduce_kernel", "update_kernel")
 METHODS = ("sam-sgd", "sam-adamw")
+STEPS = 10  # in every turn, of a step and of the sweep: caches are as warm for the one as the other
 ELEMENTS = 16  # per tensor: the work on the host does not depend on it
 SWEEP, STEP, FRESH = "sweep", "step", "step, moved gradients"
 
@@ -97,7 +98,7 @@ def measure(tensors: int, rounds: int) -> list[Timing]:
         optimizer = build(method, moving, "triton")
         samples[method, FRESH] = moving_gradients(optimizer, moving, problem.grads)
     before = NoLaunch.launches
-    times = alternate(samples, rounds)
+    times = alternate(samples, rounds, steps=STEPS)
     moved = any(not torch.equal(p, q) for params in stepped
                 for p, q in zip(params, swept, strict=True))  # fmt: skip
     if moved or NoLaunch.launches == before:

@@ -94,7 +94,7 @@ def device_clock(step: Callable[[], Any]) -> Sample:
 
 
 def alternate(
-    samples: Mapping[Any, Sample], rounds: int, shortest: float = SHORTEST
+    samples: Mapping[Any, Sample], rounds: int, shortest: float = SHORTEST, steps: int | None = None
 ) -> dict[Any, Times]:
     """Sample all contenders in turns.
 
@@ -102,11 +102,12 @@ def alternate(
         samples: By contender, in the order of the turns.
         rounds: How often each gets its turn.
         shortest: Seconds that a turn takes at least, by taking several steps; 0 for one step.
+        steps: Steps of every turn, instead of ``shortest``.
     """
-    steps = {}
+    counts = {}
     for name, sample in samples.items():
         fastest = min(sample(1) for _ in range(WARMUP))
-        steps[name] = max(1, min(1000, int(np.ceil(shortest / max(fastest, 1e-9)))))
+        counts[name] = steps or max(1, min(1000, int(np.ceil(shortest / max(fastest, 1e-9)))))
     taken: dict[Any, list[float]] = {name: [] for name in samples}
     enabled = gc.isenabled()
     gc.collect()
@@ -114,14 +115,14 @@ def alternate(
     try:
         for _ in range(rounds):
             for name, sample in samples.items():
-                taken[name].append(sample(steps[name]))
+                taken[name].append(sample(counts[name]))
     finally:
         if enabled:
             gc.enable()
     result = {}
     for name, seconds in taken.items():
         lower, median, upper = (float(x) for x in np.percentile(seconds, (25, 50, 75)))
-        result[name] = Times(median, lower, upper, rounds, steps[name])
+        result[name] = Times(median, lower, upper, rounds, counts[name])
     return result
 
 

@@ -6,6 +6,7 @@ Frontends fill these in; backends read them. The equations themselves are in ``k
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import is_
 from typing import Any
 
 import torch
@@ -151,6 +152,11 @@ class Step:
         return self.rescales or self.skip_nonfinite or needs_norm
 
 
+def identical(xs: Sequence[Any], ys: Sequence[Any]) -> bool:
+    """Whether two lists hold the same objects; ``==`` would compare tensors by their elements."""
+    return len(xs) == len(ys) and all(map(is_, xs, ys))
+
+
 @dataclass(eq=False)
 class Layout:
     """What passes have in common while nothing moves but gradients (``sweep.py``).
@@ -159,6 +165,7 @@ class Layout:
         params: The parameters that have a gradient.
         groups: Index of each parameter's group.
         addresses: Where the parameters are.
+        sizes: Their numbers of elements.
         dtypes: Of the gradients.
         strides: Of the gradients.
         contiguous: Whether all gradients are.
@@ -169,6 +176,7 @@ class Layout:
     params: list[Tensor]
     groups: list[int]
     addresses: list[int]
+    sizes: list[int]
     dtypes: list[torch.dtype]
     strides: list[tuple[int, ...]]
     contiguous: bool

@@ -180,7 +180,8 @@ class StatefulOptimizer(Optimizer):
 
     def _collect(self, which: str = "other") -> Batch:
         """The parameters that have a gradient in this pass, each once, checked."""
-        return self._sweeps[which].collect(self.param_groups, type(self).__name__)
+        again = which == "descent" and self._between_passes
+        return self._sweeps[which].collect(self.param_groups, type(self).__name__, again)
 
     def _check_capture(self, batch: Batch) -> None:
         """Under capture in a CUDA graph: whether the step can be replayed.

@@ -7,22 +7,17 @@ few sweeps over the parameters, in C wherever Python offers that.
 
 from collections.abc import Iterable, Sequence
 from itertools import chain, repeat
-from operator import is_, itemgetter
+from operator import itemgetter
 from typing import Any
 
 from torch import Tensor
 
 from .bases import Base, Group
 from .checks import check_tensors
-from .rules import Batch, Layout
+from .rules import Batch, Layout, identical
 
 #: Patterns of missing gradients that are remembered.
 PATTERNS = 8
-
-
-def identical(xs: Sequence[Any], ys: Sequence[Any]) -> bool:
-    """Whether two lists hold the same objects; ``==`` would compare tensors by their elements."""
-    return len(xs) == len(ys) and all(map(is_, xs, ys))
 
 
 class Sweep:
@@ -34,8 +29,13 @@ class Sweep:
         self._unique: tuple[list[Tensor], list[int]] = ([], [])
         self._layouts: dict[bytes | None, Layout] = {}
 
-    def collect(self, groups: Sequence[Group], name: str) -> Batch:
+    def collect(self, groups: Sequence[Group], name: str, again: bool = False) -> Batch:
         """The parameters that have a gradient, each once, in the order of their groups, checked.
+
+        Args:
+            groups: The optimizer's parameter groups.
+            name: The optimizer's.
+            again: Whether the parameters' shapes have been looked at in this step.
 
         Raises:
             RuntimeError: For tensors that ``name`` does not serve (``check_tensors``).
@@ -59,7 +59,7 @@ class Sweep:
             grads = [grads[k] for k in present]
             addresses = _addresses(grads)
         layout = self._layouts.get(pattern)
-        if layout is None or addresses is None or not _fits(layout, grads, addresses):
+        if layout is None or addresses is None or not _fits(layout, grads, addresses, again):
             for k, (param, grad) in enumerate(zip(params, grads, strict=True)):
                 check_tensors(param, grad, params[:1] if k else [], name)
             if len(self._layouts) >= PATTERNS:
@@ -68,11 +68,13 @@ class Sweep:
                 params=params,
                 groups=indices,
                 addresses=list(map(Tensor.data_ptr, params)),
+                sizes=list(map(Tensor.numel, params)),
                 dtypes=[grad.dtype for grad in grads],
                 strides=list(map(Tensor.stride, grads)),
                 contiguous=all(map(Tensor.is_contiguous, grads)),
             )
-        layout.seen = addresses or []
+        if addresses is not None and addresses != layout.seen:
+            layout.seen = addresses
         return Batch(params=layout.params, grads=grads, groups=layout.groups, layout=layout)
 
 
@@ -84,9 +86,11 @@ def _addresses(grads: list[Any]) -> list[int] | None:
         return None
 
 
-def _fits(layout: Layout, grads: list[Tensor], addresses: list[int]) -> bool:
+def _fits(layout: Layout, grads: list[Tensor], addresses: list[int], again: bool) -> bool:
     """Whether parameters and gradients still have the layout (a moved parameter may have not)."""
     if list(map(Tensor.data_ptr, layout.params)) != layout.addresses:
+        return False
+    if not again and list(map(Tensor.numel, grads)) != layout.sizes:  # shrunk where it was
         return False
     # a dtype is looked at only where a gradient moved: torch lets it change only along with .data
     if addresses != layout.seen and [grad.dtype for grad in grads] != layout.dtypes:

@@ -118,6 +118,7 @@ class Bucket:
         self._offsets: tuple[list[int], int] | None = None
         # where the copies of the weights are: which flat one, and the first byte, or -1
         self._places: tuple[np.ndarray, np.ndarray] | None = None
+        self._copied = False  # whether all of them have been
         self._backup: tuple[Layout | None, list[int]] | None = None
 
     def keep(self, x: Tensor) -> Tensor:
@@ -164,6 +165,7 @@ class Bucket:
         places = {} if backup is None else backup.places
         pairs = [places.get(batch.params[k], (0, -1)) for k in self.members]
         flat, start = np.array(pairs, np.int64).reshape(-1, 2).T
+        self._copied = bool((start >= 0).all())
         size = self.params[0].element_size()
         self._places = flat, np.where(start < 0, -1, start * size)
 
@@ -171,8 +173,8 @@ class Bucket:
         """Addresses of the unperturbed weights: of the copies, or the parameters' own."""
         assert self._places is not None
         flat, start = self._places
-        copies = np.array(flats, np.int64)[flat] + start if flats else start
-        if flats and (start >= 0).all():
+        copies = np.array(flats or [0], np.int64)[flat] + start
+        if self._copied:
             return copies
         return np.where(start < 0, list(map(Tensor.data_ptr, self.params)), copies)
 

@@ -10,7 +10,7 @@ through the reference backend's equations.
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from itertools import chain
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -89,27 +89,27 @@ def element_scales(weights: list[Tensor], group: Group, memory: Memory) -> list[
 
 
 def norm(
-    vectors: Sequence[Tensor], batch: Batch, parts: list[Part], step: Step, like: Tensor,
-    memory: Memory | None = None,
+    vectors: Sequence[Tensor], batch: Batch, parts: list[Part], others: list[int], step: Step,
+    like: Tensor, memory: Memory | None = None,
 ) -> Tensor:  # fmt: skip
     """``||x||`` over all groups; with memory for it ``||T x||`` at the parameters' present values.
 
     The tensors' norms are added in the order of the batch, however the parts divide it.
     """
-    squares: list[list[Tensor]] = [[] for _ in vectors]
-    norms: list[list[Tensor]] = [[] for _ in vectors]
+    found: list[tuple[int, Tensor]] = []  # norms, by position
+    squares: list[tuple[int, Tensor]] = []
 
     def measure(positions: list[int], xs: list[Tensor]) -> None:
-        small = []
+        small, tensors = [], []
         for k, x in zip(positions, xs, strict=True):
             if x.numel() < LARGE:
-                small.append((k, x))
+                small.append(k)
+                tensors.append(x)
             else:  # a dot product is faster than a norm, and more accurate
-                squares[k].append(torch.dot(flat(x), flat(x)))
+                elements = flat(x)
+                squares.append((k, torch.dot(elements, elements)))
         if small:
-            values = torch._foreach_norm([x for _, x in small])
-            for (k, _), value in zip(small, values, strict=True):
-                norms[k].append(value)
+            found.extend(zip(small, torch._foreach_norm(tensors), strict=True))
 
     for part in parts:
         if memory is not None and part.group["adaptive"]:
@@ -119,20 +119,17 @@ def norm(
                 measure([part.members[i] for i in positions], t)
         else:
             measure(part.members, part.of(vectors))
-    for k in range(len(vectors)):
-        if not squares[k] and not norms[k]:  # one of the others
-            wide = equations.wide(vectors[k])
-            if memory is not None:
-                group = step.groups[batch.groups[k]]
-                wide = equations.element_scale(batch.params[k], group) * wide
-            norms[k].append(torch.linalg.vector_norm(wide, dtype=like.dtype))
+    for k in others:
+        wide = equations.wide(vectors[k])
+        if memory is not None:
+            wide = equations.element_scale(batch.params[k], step.groups[batch.groups[k]]) * wide
+        found.append((k, torch.linalg.vector_norm(wide, dtype=like.dtype)))
     total = torch.zeros_like(like)
-    for values, power in ((squares, 1), (norms, 2)):
-        by_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
-        for value in chain.from_iterable(values):
-            by_dtype[value.dtype].append(value)
-        for same in by_dtype.values():
-            total += torch.stack(same).to(like.dtype).pow(power).sum()
+    for values, power in ((squares, 1), (found, 2)):
+        values.sort(key=itemgetter(0))
+        for dtype in dict.fromkeys(value.dtype for _, value in values):
+            same = torch.stack([value for _, value in values if value.dtype == dtype])
+            total += same.to(like.dtype).pow(power).sum()
     return total.sqrt()
 
 
@@ -148,14 +145,15 @@ def ascend(batch: Batch, step: Step, scalars: Tensor, memory: Memory) -> Scratch
         average(batch, parts, starting=False)
         directions = [state["ema"] for state in batch.next]
     if step.needs_ascent_norm:
-        n = m = norm(batch.grads, batch, parts, step, scalars[0], memory)
+        n = m = norm(batch.grads, batch, parts, others, step, scalars[0], memory)
         if step.ascent.name == "ema":
-            m = norm(directions, batch, parts, step, scalars[0], memory)
+            m = norm(directions, batch, parts, others, step, scalars[0], memory)
             if m.isnan() and n.isfinite():
                 average(batch, parts, starting=True)
-                m = norm(directions, batch, parts, step, scalars[0], memory)
+                m = norm(directions, batch, parts, others, step, scalars[0], memory)
         reference.finish_ascent(n, m, step, scalars)
-    backup = ScratchBackup(memory.scratch)
+    room = {} if batch.layout is None else batch.layout.cache.setdefault("room for copies", {})
+    backup = ScratchBackup(memory, room)
     try:
         # all copies come first: two parameters may be views of the same memory
         in_place = step.base is None or step.keeps_weights
@@ -187,7 +185,7 @@ def add_into(targets: list[Tensor], weights: list[Tensor], xs: Sequence[Tensor],
     """``targets = weights + a * xs``; a target may be its weight."""
     in_place: tuple[list[Tensor], list[Tensor]] = ([], [])
     for target, w, x in zip(targets, weights, xs, strict=True):
-        if same_memory(target, w):
+        if target is w or same_memory(target, w):
             in_place[0].append(w)
             in_place[1].append(x)
         else:
@@ -211,7 +209,7 @@ def perturb(
 ) -> None:
     """Write ``w + e`` to the targets."""
     weights, group, rule = part.of(batch.params), part.group, step.ascent.name
-    scale = radius(group, step, scalars)
+    scale = float(radius(group, step, scalars.tolist()))
     if rule in ("adagrad", "adam"):
         names = list(step.ascent.states(group))
         streams = [part.column(batch.ascent, name) for name in names]
@@ -228,12 +226,12 @@ def perturb(
             t = element_scales(w, group, memory)
             torch._foreach_mul_(t, t)
             if w[0].numel() >= LARGE:  # alone, and always so: it rounds differently
-                torch.addcmul(w[0], t[0], d[0], value=float(scale), out=x[0])
+                torch.addcmul(w[0], t[0], d[0], value=scale, out=x[0])
             else:
                 torch._foreach_mul_(t, d)
-                add_into(x, w, t, float(scale))
+                add_into(x, w, t, scale)
     else:
-        add_into(targets, weights, part.of(directions), float(scale))
+        add_into(targets, weights, part.of(directions), scale)
 
 
 def perturb_by_averages(
@@ -264,7 +262,8 @@ def perturb_by_averages(
             advanced = equations.advance(rule, g, state, group)
             good = equations.usable(rule, advanced, scalars)
             d = equations.direction(rule, g, advanced)
-            x.copy_(w + torch.where(good, equations.perturbation(w, d, group, scale), 0.0))
+            e = equations.perturbation(w, d, group, scale)
+            x.copy_(w + torch.where(good, e, 0.0))
             for name, column in zip(names, new, strict=True):
                 column[k].copy_(torch.where(good, advanced[name], state[name]))
     for x, target in zip(perturbed, targets, strict=True):
@@ -281,9 +280,9 @@ def descend(
     """See ``Backend.descend``."""
     parts, others = split(batch, step, descends=True)
     if step.needs_descent_norm:
-        plain = measured = norm(batch.grads, batch, parts, step, scalars[0])
+        plain = measured = norm(batch.grads, batch, parts, others, step, scalars[0])
         if step.adaptive and step.renormalize:
-            measured = norm(batch.grads, batch, parts, step, scalars[0], memory)
+            measured = norm(batch.grads, batch, parts, others, step, scalars[0], memory)
         measure = measure_mixture(batch, parts, others, backup, step, plain, scalars)
         reference.finish_descent(plain, measured, measure, step, scalars)
     if backup is not None:

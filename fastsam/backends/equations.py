@@ -5,6 +5,8 @@ updates that are torch's perform torch's own operations in the order of its for-
 implementations, so that they match ``torch.optim`` bit for bit.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -76,19 +78,28 @@ def usable(rule: str, state: dict[str, Tensor], scalars: Tensor) -> Tensor:
     return state["ascent_sum" if rule == "adagrad" else "ascent_exp_avg_sq"].isfinite()
 
 
-def radius(group: Group, step: Step, scalars: Tensor) -> Tensor:
-    """What the direction is multiplied by; 0 where a norm gives none, so that e is never NaN."""
-    norm = scalars[Scalar.ASCENT_NORM]
+def radius(group: Group, step: Step, scalars: Sequence[float] | Tensor) -> Any:
+    """What the direction is multiplied by; 0 where a norm gives none, so that e is never NaN.
+
+    A 0-dim tensor; a number where the scalars are numbers.
+    """
+    rho, norm = group["rho"], scalars[Scalar.ASCENT_NORM]
+    usable = (norm > 0) & (norm < math.inf)
     if step.ascent.name == "unified":  # SAM at lam = 1, USAM at lam = 0
-        scale = group["rho"] * (1 - step.lam + step.lam / (norm + EPS))
-        return torch.where(norm.isfinite() & (norm > 0), scale, 0.0)
+        return where(usable, rho * (1 - step.lam + step.lam / (norm + EPS)))
     if step.ascent.name == "ema":
-        return torch.where(norm.isfinite() & (norm > 0), group["rho"] / (norm + EMA_EPS), 0.0)
+        return where(usable, rho / (norm + EMA_EPS))
     if step.ascent.name == "adagrad_norm":
         a = scalars[Scalar.NEXT_SQUARED_NORMS]
-        return torch.where(norm.isfinite() & (a > 0), group["rho"] / a.sqrt(), 0.0)
-    constant: Tensor = torch.ones_like(norm) * group["rho"]
-    return constant
+        return where((abs(norm) < math.inf) & (a > 0), rho / (a + (a == 0)) ** 0.5)
+    return torch.ones_like(norm) * rho if isinstance(norm, Tensor) else rho
+
+
+def where(condition: bool | Tensor, x: Any) -> Any:
+    """``x`` where the condition holds, else 0."""
+    if isinstance(condition, Tensor):
+        return torch.where(condition, x, 0.0)
+    return x if condition else 0.0
 
 
 def perturbation(w: Tensor, d: Tensor, group: Group, scale: Tensor) -> Tensor:

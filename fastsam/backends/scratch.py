@@ -6,9 +6,12 @@ sees a parameter's memory: it has to own all of it, alone. Everything else is co
 in place. The memory is kept for the next step: fresh pages would cost more than the copy saved.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from ..rules import identical
 from .pieces import PIECE
 from .reference import ListBackup
 
@@ -68,15 +71,31 @@ class Memory:
 
 
 class ScratchBackup(ListBackup):
-    """The unperturbed weights: of moved parameters where they always were, of others a copy."""
+    """The unperturbed weights: of moved parameters where they always were, of others a copy.
 
-    def __init__(self, scratch: dict[Tensor, Tensor]) -> None:
-        super().__init__()
-        self.scratch = scratch
-        self.moved: dict[Tensor, Tensor] = {}
+    Args:
+        memory: What is kept from step to step.
+        room: Memory for copies, as an earlier step with the same layout left it, by part.
+    """
+
+    def __init__(self, memory: Memory, room: dict[Any, Any]) -> None:
+        self.scratch = memory.scratch
+        self.room = room
+        self.moved: list[tuple[Tensor, Tensor, Tensor]] = []  # parameter, scratch, home
+        self.copied: list[tuple[list[Tensor], list[Tensor]]] = []
+        self._copies: dict[Tensor, Tensor] = {}
+
+    @property
+    def copies(self) -> dict[Tensor, Tensor]:  # type: ignore[override]
+        """The unperturbed weights by parameter, until :meth:`restore`."""
+        if not self._copies:
+            self._copies = {param: home for param, _, home in self.moved}
+            for params, copies in self.copied:
+                self._copies.update(zip(params, copies, strict=True))
+        return self._copies
 
     def take(self, params: list[Tensor], in_place: bool) -> list[Tensor]:
-        """Keep the weights; where to write the perturbed ones.
+        """Keep the weights of one part; where to write the perturbed ones.
 
         Args:
             params: The parameters.
@@ -93,30 +112,34 @@ class ScratchBackup(ListBackup):
                     target = torch.empty_like(param, requires_grad=False)
                 targets.append(target)
             else:
-                self.scratch.pop(param, None)
                 targets.append(param)
                 copied.append(param)
-        copies = [torch.empty_like(param) for param in copied]
         if copied:
+            held = self.room.get(len(self.copied))
+            if held is not None and identical(held[0], copied):
+                copies = held[1]
+            else:
+                copies = [torch.empty_like(param) for param in copied]
+                self.room[len(self.copied)] = copied, copies
             torch._foreach_copy_(copies, copied)
-        self.copies.update(zip(copied, copies, strict=True))
+            self.copied.append((copied, copies))
         return targets
 
     def move(self, params: list[Tensor], targets: list[Tensor]) -> None:
         """Point the parameters at their scratch memory, which holds the perturbed weights."""
-        moved = [(p, t) for p, t in zip(params, targets, strict=True) if t is not p]
-        for param, target in moved:
-            self.copies[param] = param.data
-            self.moved[param] = self.scratch[param] = target
-            param.data = target
-        _count_as_changed([param for param, _ in moved])
+        moved = []
+        for param, target in zip(params, targets, strict=True):
+            if target is not param:
+                self.moved.append((param, target, param.data))
+                self.scratch[param] = target
+                param.data = target
+                moved.append(param)
+        _count_as_changed(moved)
 
     def restore(self) -> None:
-        copied = [param for param in self.copies if param not in self.moved]
-        if copied:
-            torch._foreach_copy_(copied, [self.copies[param] for param in copied])
-        for param, target in self.moved.items():
-            home = self.copies[param]
+        for params, copies in self.copied:
+            torch._foreach_copy_(params, copies)
+        for param, target, home in self.moved:
             if param.data_ptr() != target.data_ptr():  # pointed elsewhere in the meantime
                 param.copy_(home)
             elif references(target) == ALONE + 1:
@@ -124,8 +147,8 @@ class ScratchBackup(ListBackup):
             else:  # somebody has taken a view, which has to go on following the parameter
                 target.copy_(home)
                 self.scratch[param] = home
-        _count_as_changed(list(self.moved))
-        self.moved = {}
+        _count_as_changed([param for param, *_ in self.moved])
+        self._copies, self.moved = self.copies, []
 
 
 def _count_as_changed(params: list[Tensor]) -> None:

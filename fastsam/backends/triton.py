@@ -3,6 +3,7 @@
 import functools
 from collections import defaultdict
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from fastsam.kernels.update import update_kernel
 
 from ..bases import signed_lr
 from ..ratio import SharpnessRatio
-from ..rules import Batch, Step
+from ..rules import Batch, Step, identical
 from .buckets import (
     TYPES,
     Bucket,
@@ -55,6 +56,7 @@ class TritonBackend:
         self._scratches: dict[Any, Tensor] = {}
         self._hyper: dict[Any, tuple[list[list[float]], Tensor]] = {}
         self._hyper_of: dict[Any, Step] = {}  # the pass that they were last made for
+        self._hyper_values: dict[Any, list[Any]] = {}  # what they were made of
         self._uploads: dict[Any, Upload] = {}
         self._captured: list[Tensor] = []  # what graphs use
         self._reductions: dict[Any, tuple[dict[str, Any], int, bool]] = {}
@@ -233,9 +235,16 @@ class TritonBackend:
         key = dtype, bucket.table.device
         if self._hyper_of.get(key) is step:  # another launch of the same pass
             return self._hyper[key][1]
-        rows, on_device = _hyper_rows(step, bucket.table.device)
         cached = self._hyper.get(key)
         capturing = is_capturing(bucket.table.device)  # a graph has a table of its own
+        values = _values(step)
+        if cached and not capturing and identical(values, self._hyper_values.get(key, [])):
+            self._hyper_of[key] = step
+            return cached[1]
+        rows, on_device = _hyper_rows(step, bucket.table.device)
+        # numbers cannot change, tensors can
+        numbers = not any(isinstance(value, Tensor) for value in values)
+        self._hyper_values[key] = values if numbers and not capturing else []
         if capturing or cached is None or cached[0] != rows:
             padded = [row + [0.0] * (WIDTH - len(row)) for row in rows]
             upload = self._uploads.setdefault(key, Upload(bucket.table.device))
@@ -247,6 +256,12 @@ class TritonBackend:
             cached[1][i, j].copy_(x)
         self._hyper_of[key] = step
         return cached[1]
+
+
+def _values(step: Step) -> list[Any]:
+    """Everything that :func:`_hyper_rows` may look at."""
+    shared = [step.ascent, step.base, step.lam, step.max_grad_norm, step.mix]
+    return list(chain(shared, *(group.values() for group in step.groups)))
 
 
 def _hyper_rows(
