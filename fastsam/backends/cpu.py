@@ -9,9 +9,10 @@ through the reference backend's equations.
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from operator import itemgetter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -23,14 +24,18 @@ from ..rules import Batch, Step
 from . import equations, reference
 from .cpu_update import Part, Update, extremes, fused_adagrad, fused_adam
 from .equations import radius
-from .pieces import LARGE, flat, pieces
-from .scratch import Memory, ScratchBackup, is_dense
+from .pieces import LARGE, dots, pieces
+from .scratch import Memory, ScratchBackup, alike, is_dense
+
+#: Dtypes of parameters that the operators serve.
+SERVED = (torch.float32, torch.float64)
 
 
-def same_layout(tensors: Sequence[Tensor]) -> bool:
+def served(tensors: Sequence[Tensor]) -> bool:
+    """Whether the operators may walk the memory of the tensors, the first a parameter, alike."""
     first = tensors[0]
-    layout = first.dtype, first.shape, first.stride()
-    return all((t.dtype, t.shape, t.stride()) == layout for t in tensors[1:])
+    same = all(alike(first, other) for other in tensors[1:])
+    return same and first.dtype in SERVED and is_dense(first)
 
 
 def split(batch: Batch, step: Step, descends: bool) -> tuple[list[Part], list[int]]:
@@ -67,8 +72,7 @@ def _divide(batch: Batch, step: Step, descends: bool) -> tuple[dict[Any, list[in
                 mixed = True
         else:
             streams += [*batch.ascent[k].values(), *batch.next[k].values()]
-        served = param.dtype in (torch.float32, torch.float64)
-        if served and is_dense(param) and same_layout(streams):
+        if served(streams):
             members[i, param.dtype, fresh, mixed].append(k)
         else:
             others.append(k)
@@ -89,48 +93,63 @@ def element_scales(weights: list[Tensor], group: Group, memory: Memory) -> list[
 
 
 def norm(
-    vectors: Sequence[Tensor], batch: Batch, parts: list[Part], others: list[int], step: Step,
-    like: Tensor, memory: Memory | None = None,
-) -> Tensor:  # fmt: skip
+    vectors: Sequence[Tensor], batch: Batch, step: Step, like: Tensor, memory: Memory | None = None
+) -> Tensor:
     """``||x||`` over all groups; with memory for it ``||T x||`` at the parameters' present values.
 
-    The tensors' norms are added in the order of the batch, however the parts divide it.
+    How a tensor's norm is taken, and the order in which they are added, depend on the tensors
+    alone: equal gradients have equal norms in both passes, and in any groups.
     """
-    found: list[tuple[int, Tensor]] = []  # norms, by position
-    squares: list[tuple[int, Tensor]] = []
+    squares: list[tuple[int, Tensor]] = []  # by position
+    norms: list[tuple[int, Tensor]] = []
+    plain: list[int] = []
+    scaled: dict[int, list[int]] = defaultdict(list)  # by group
+    for k, (x, i) in enumerate(zip(vectors, batch.groups, strict=True)):
+        group = step.groups[i]
+        adaptive = memory is not None and group["adaptive"]
+        if x.dtype not in SERVED or (adaptive and not served([batch.params[k], x])):
+            x = equations.wide(x)
+            x = equations.element_scale(batch.params[k], group) * x if adaptive else x
+            norms.append((k, torch.linalg.vector_norm(x, dtype=like.dtype)))
+        elif adaptive:
+            scaled[i].append(k)
+        else:
+            plain.append(k)
 
-    def measure(positions: list[int], xs: list[Tensor]) -> None:
+    def measure(members: list[int], xs: list[Tensor]) -> None:
         small, tensors = [], []
-        for k, x in zip(positions, xs, strict=True):
-            if x.numel() < LARGE:
+        for k, x in zip(members, xs, strict=True):
+            if x.numel() < LARGE or not is_dense(x):
                 small.append(k)
                 tensors.append(x)
             else:  # a dot product is faster than a norm, and more accurate
-                elements = flat(x)
-                squares.append((k, torch.dot(elements, elements)))
+                squares.extend((k, part) for part in dots(x, x))
         if small:
-            found.extend(zip(small, torch._foreach_norm(tensors), strict=True))
+            norms.extend(zip(small, torch._foreach_norm(tensors), strict=True))
 
-    for part in parts:
-        if memory is not None and part.group["adaptive"]:
-            for positions, (w, x) in pieces(part.of(batch.params), part.of(vectors)):
-                t = element_scales(w, part.group, memory)
-                torch._foreach_mul_(t, x)
-                measure([part.members[i] for i in positions], t)
-        else:
-            measure(part.members, part.of(vectors))
-    for k in others:
-        wide = equations.wide(vectors[k])
-        if memory is not None:
-            wide = equations.element_scale(batch.params[k], step.groups[batch.groups[k]]) * wide
-        found.append((k, torch.linalg.vector_norm(wide, dtype=like.dtype)))
-    total = torch.zeros_like(like)
-    for values, power in ((squares, 1), (found, 2)):
-        values.sort(key=itemgetter(0))
-        for dtype in dict.fromkeys(value.dtype for _, value in values):
-            same = torch.stack([value for _, value in values if value.dtype == dtype])
-            total += same.to(like.dtype).pow(power).sum()
-    return total.sqrt()
+    measure(plain, [vectors[k] for k in plain])
+    for i, members in scaled.items():
+        assert memory is not None
+        streams = [batch.params[k] for k in members], [vectors[k] for k in members]
+        for positions, (ws, xs) in pieces(*streams):
+            t = element_scales(ws, step.groups[i], memory)
+            torch._foreach_mul_(t, xs)
+            measure([members[j] for j in positions], t)
+    squares.sort(key=itemgetter(0))
+    norms.sort(key=itemgetter(0))
+    large = total((value for _, value in squares), like)
+    return (large + total((value for _, value in norms), like, power=2)).sqrt()
+
+
+def total(values: Iterable[Tensor], like: Tensor, power: int = 1) -> Tensor:
+    """The sum of 0-dim tensors, or of their squares, in the dtype of ``like``."""
+    by_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+    for value in values:
+        by_dtype[value.dtype].append(value)
+    result = torch.zeros_like(like)
+    for same in by_dtype.values():
+        result += torch.stack(same).to(like.dtype).pow(power).sum()
+    return result
 
 
 # --- the ascent ------------------------------------------------------------------------------
@@ -145,12 +164,12 @@ def ascend(batch: Batch, step: Step, scalars: Tensor, memory: Memory) -> Scratch
         average(batch, parts, starting=False)
         directions = [state["ema"] for state in batch.next]
     if step.needs_ascent_norm:
-        n = m = norm(batch.grads, batch, parts, others, step, scalars[0], memory)
+        n = m = norm(batch.grads, batch, step, scalars[0], memory)
         if step.ascent.name == "ema":
-            m = norm(directions, batch, parts, others, step, scalars[0], memory)
+            m = norm(directions, batch, step, scalars[0], memory)
             if m.isnan() and n.isfinite():
                 average(batch, parts, starting=True)
-                m = norm(directions, batch, parts, others, step, scalars[0], memory)
+                m = norm(directions, batch, step, scalars[0], memory)
         reference.finish_ascent(n, m, step, scalars)
     room = {} if batch.layout is None else batch.layout.cache.setdefault("room for copies", {})
     backup = ScratchBackup(memory, room)
@@ -234,6 +253,12 @@ def perturb(
         add_into(targets, weights, part.of(directions), scale)
 
 
+def usable(averages: list[Tensor]) -> bool:
+    """Whether averages of squares are finite, and not so small that their root is not taken."""
+    low, high = extremes(averages)
+    return low >= equations.SMALLEST and high < math.inf
+
+
 def perturb_by_averages(
     weights: list[Tensor],
     grads: list[Tensor],
@@ -255,9 +280,10 @@ def perturb_by_averages(
         fused_adam(perturbed, grads, new, group["betas"], -float(scale))
     else:
         fused_adagrad(perturbed, grads, new[0], -float(scale))
-    low, high = extremes(new[-1])
-    if not (low >= equations.SMALLEST and high < math.inf):
+    if not usable(new[-1]):
         for k, (w, g, x) in enumerate(zip(weights, grads, perturbed, strict=True)):
+            if usable(new[-1][k : k + 1]):
+                continue
             state = {name: column[k] for name, column in zip(names, old, strict=True)}
             advanced = equations.advance(rule, g, state, group)
             good = equations.usable(rule, advanced, scalars)
@@ -280,9 +306,9 @@ def descend(
     """See ``Backend.descend``."""
     parts, others = split(batch, step, descends=True)
     if step.needs_descent_norm:
-        plain = measured = norm(batch.grads, batch, parts, others, step, scalars[0])
+        plain = measured = norm(batch.grads, batch, step, scalars[0])
         if step.adaptive and step.renormalize:
-            measured = norm(batch.grads, batch, parts, others, step, scalars[0], memory)
+            measured = norm(batch.grads, batch, step, scalars[0], memory)
         measure = measure_mixture(batch, parts, others, backup, step, plain, scalars)
         reference.finish_descent(plain, measured, measure, step, scalars)
     if backup is not None:
@@ -317,23 +343,24 @@ def measure_mixture(
     def measure(first: Tensor, coefficient: Tensor) -> tuple[Tensor, Tensor]:
         squared = torch.zeros_like(plain)  # of the first gradient
         product, sharpness = squared, squared
-        mixed = [part for part in parts if part.mixed]
-        seen = sum(len(part.members) for part in mixed)
-        for part in mixed:
-            if len(mixed) == 1 and backup is not None and len(backup.copies) == seen:
+        by_radius: dict[float, list[int]] = defaultdict(list)
+        for part in parts:
+            if part.mixed:
+                scale = float(radius(part.group, step, scalars.tolist()))
+                by_radius[scale] += part.members
+        for scale, members in by_radius.items():
+            firsts = [cast(Tensor, batch.firsts[k]) for k in sorted(members)]
+            if len(by_radius) == 1 and backup is not None and len(backup.copies) == len(members):
                 own = scalars[Scalar.GRAD_NORM].square()  # the ascent saw the same gradients
             else:
-                norms = torch._foreach_norm(part.of(batch.firsts))
-                own = torch.stack(norms).to(plain.dtype).square().sum()
-            dots = [torch.dot(g, g_).to(plain.dtype)
-                    for _, (gs, gs_) in pieces(part.of(batch.firsts), part.of(batch.grads))
-                    for g, g_ in zip(map(flat, gs), map(flat, gs_), strict=True)]  # fmt: skip
-            cross = torch.stack(dots).sum()
+                own = total(chain.from_iterable(dots(g, g) for g in firsts), plain)
+            pairs = zip(firsts, [batch.grads[k] for k in sorted(members)], strict=True)
+            cross = total(chain.from_iterable(dots(g, g_) for g, g_ in pairs), plain)
             squared, product = squared + own, product + cross
-            sharpness = sharpness + radius(part.group, step, scalars) * (own + cross) / 2
+            sharpness = sharpness + scale * (own + cross) / 2
         if first == 0:
             return coefficient * plain, sharpness
-        total = (coefficient * plain).square() + 2 * first * coefficient * product
-        return (total + first.square() * squared).clamp(min=0).sqrt(), sharpness
+        mixed = (coefficient * plain).square() + 2 * first * coefficient * product
+        return (mixed + first.square() * squared).clamp(min=0).sqrt(), sharpness
 
     return measure

@@ -119,10 +119,11 @@ class Update:
         betas = self.group["betas"]
         if extremes(states[1])[0] * betas[1] >= equations.SMALLEST:
             fused_adam(weights, u, states, betas, self.hyper["lr"], self._weight_decay)
-            return
-        names = self.base.states(self.group)
-        for w, g, *state in zip(weights, u, *states, strict=True):
-            equations.uncorrected_adam(w, g, dict(zip(names, state, strict=True)), self.group)
+        elif len(weights) > 1:
+            self._each(self.uncorrected_adam, weights, u, states)
+        else:
+            state = dict(zip(self.base.states(self.group), [x[0] for x in states], strict=True))
+            equations.uncorrected_adam(weights[0], u[0], state, self.group)
 
     def uncorrected_adagrad(
         self, weights: list[Tensor], u: list[Tensor], states: Any, steps: Any
@@ -130,11 +131,18 @@ class Update:
         if extremes(states[0])[0] >= equations.SMALLEST:
             self._decay(weights)
             fused_adagrad(weights, u, states[0], self.hyper["lr"])
-            return
-        for w, g, total in zip(weights, u, states[0], strict=True):
-            equations.uncorrected_adagrad(w, g, {"sum": total}, self.group)
+        elif len(weights) > 1:
+            self._each(self.uncorrected_adagrad, weights, u, states)
+        else:
+            equations.uncorrected_adagrad(weights[0], u[0], {"sum": states[0][0]}, self.group)
 
     # --- parts of them ---
+
+    @staticmethod
+    def _each(update: Any, weights: list[Tensor], u: list[Tensor], states: Any) -> None:
+        """One tensor at a time, so that none is computed otherwise because of its neighbours."""
+        for w, g, *state in zip(weights, u, *states, strict=True):
+            update([w], [g], [[x] for x in state], [])
 
     @property
     def _weight_decay(self) -> float:

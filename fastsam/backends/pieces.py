@@ -11,6 +11,9 @@ PIECE = 1 << 20
 #: Elements from which a tensor is a piece of its own; smaller ones are gathered.
 LARGE = 1 << 16
 
+#: Elements per dot product, which adds up in the tensors' own precision: a millionth is lost then.
+SPAN = 1 << 19
+
 #: A piece: positions in the lists, and for every stream a list of tensors.
 Piece = tuple[list[int], list[list[Tensor]]]
 
@@ -18,6 +21,12 @@ Piece = tuple[list[int], list[list[Tensor]]]
 def flat(x: Tensor) -> Tensor:
     """The elements of a dense tensor in the order of its memory."""
     return x.as_strided((x.numel(),), (1,))
+
+
+def dots(x: Tensor, y: Tensor) -> list[Tensor]:
+    """The dot product of two dense tensors of one layout, in parts to be added up."""
+    parts = zip(torch.split(flat(x), SPAN), torch.split(flat(y), SPAN), strict=True)
+    return [torch.dot(a, b) for a, b in parts]
 
 
 def pieces(*streams: Sequence[Tensor]) -> Iterator[Piece]:

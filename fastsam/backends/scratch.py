@@ -32,6 +32,11 @@ def references(x: Tensor) -> int:
 ALONE = references(torch.empty(1))
 
 
+def alike(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors have one layout."""
+    return (x.dtype, x.shape, x.stride()) == (y.dtype, y.shape, y.stride())
+
+
 def is_alone(x: Tensor) -> bool:
     """Whether no other tensor shares the memory of ``x``."""
     return references(x) == ALONE
@@ -41,13 +46,14 @@ def owns_memory(param: Tensor) -> bool:
     """Whether the parameter fills memory that is torch's own and that no other tensor sees.
 
     Subclasses such as DTensor look after their memory themselves; memory that cannot be resized
-    belongs to another process, a file or numpy.
+    belongs to numpy, say.
     """
     storage = param.untyped_storage()
     return (
         type(param) in (torch.nn.Parameter, Tensor)
         and storage.nbytes() == param.numel() * param.element_size()
         and storage.resizable()
+        and not storage.is_shared()
         and is_dense(param)
         and is_alone(param)
     )
@@ -108,7 +114,7 @@ class ScratchBackup(ListBackup):
         for param in params:
             if not in_place and param.numel() >= WORTHWHILE and owns_memory(param):
                 target = self.scratch.get(param)
-                if target is None or target.stride() != param.stride():
+                if target is None or not (alike(target, param) and is_alone(target)):
                     target = torch.empty_like(param, requires_grad=False)
                 targets.append(target)
             else:

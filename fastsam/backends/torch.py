@@ -18,10 +18,9 @@ from fastsam.kernels.layout import Scalar
 from ..bases import Group
 from ..rules import Batch, Step
 from . import cpu, reference
-from .cpu import same_layout
 from .cpu_update import FUSED
 from .reference import ListBackup, ReferenceBackend
-from .scratch import Memory, ScratchBackup, is_dense
+from .scratch import Memory, ScratchBackup
 
 
 def global_norm(grads: list[Tensor], like: Tensor) -> Tensor:
@@ -83,12 +82,7 @@ class TorchBackend(ReferenceBackend):
         fused: dict[Any, list[int]] = defaultdict(list)
         for k, (param, i) in enumerate(zip(batch.params, batch.groups, strict=True)):
             states = [batch.states[k][name] for name in step.base.states(step.groups[i])]
-            if (
-                step.base.name in FUSED
-                and same_layout([param, batch.grads[k], *states])
-                and is_dense(param)
-                and param.dtype in (torch.float32, torch.float64)
-            ):
+            if step.base.name in FUSED and cpu.served([param, batch.grads[k], *states]):
                 fused[i, param.dtype, batch.fresh[k]].append(k)
             else:
                 reference.update_one(batch, k, None, step, scalars)
