@@ -312,13 +312,19 @@ class SharpnessAwareOptimizer(StatefulOptimizer):
             seen = batch
             if self._records and step.base is None:  # which may write to the gradients
                 seen = replace(batch, grads=[grad.clone() for grad in batch.grads])
-            with uninterrupted():
-                self._backend_for(batch).descend(batch, self._backup, step, scalars)
-                if step.base is None:
-                    # it cannot skip on the device: the one branch on a device value
-                    if not step.skip_nonfinite or bool(scalars[Scalar.ACCEPTED]):
-                        self._step_foreign()
-                self._complete(seen, step, scalars)
+            try:
+                with uninterrupted():
+                    self._backend_for(batch).descend(batch, self._backup, step, scalars)
+                    if step.base is None:
+                        # it cannot skip on the device: the one branch on a device value
+                        if not step.skip_nonfinite or bool(scalars[Scalar.ACCEPTED]):
+                            self._step_foreign()
+                    self._complete(seen, step, scalars)
+            except BaseException:
+                for state, fresh in zip(batch.states, batch.fresh, strict=True):
+                    if fresh:  # it is still to begin
+                        state.pop("momentum_buffer", None)
+                raise
         else:  # nothing to update, nor to reject
             with uninterrupted():
                 if self._backup is not None:
@@ -342,7 +348,8 @@ class SharpnessAwareOptimizer(StatefulOptimizer):
                 self.state[param].update(old)
             elif state:
                 self.state[param].update(state)
-                self._spare[param] = old
+                if param.device.type == "cpu":
+                    self._spare[param] = old
         if self._records and batch.params and self._backup is not None:
             # of the ascent's state and the old weights only what the approximation reads
             diag = self._records == "diag"

@@ -25,6 +25,14 @@ from .sweep import Prepared, Sweep
 Record = tuple[Batch, backends.Backup | None, Step]
 
 
+def _holders(tensors: dict[str, Tensor], name: str) -> int:
+    """How often a tensor is referred to, up to a constant of the interpreter's."""
+    return sys.getrefcount(tensors[name])
+
+
+ALONE = _holders({"": torch.empty(0)}, "")
+
+
 class StatefulOptimizer(Optimizer):
     """An optimizer that shares its groups and its state with a base optimizer that it holds."""
 
@@ -223,15 +231,15 @@ class StatefulOptimizer(Optimizer):
         On a CPU the state before last gives its own, where nobody else holds it: fresh pages cost
         as much as writing to them. GPUs have torch's allocator for that.
         """
-        spare = self._spare.pop(param, {}) if param.device.type == "cpu" else {}
+        spare = self._spare.pop(param, {})
         room = {}
         for name, x in state.items():
-            y = spare.pop(name, None)
+            y = spare.get(name)
             layout = param.shape, param.stride(), x.dtype
             fits = y is not None and (y.shape, y.stride(), y.dtype) == layout
-            # two references to the object: the variable, and the argument of the call
-            if y is not None and fits and sys.getrefcount(y) == 2 and backends.is_alone(y):
-                room[name] = y
+            del y
+            if fits and _holders(spare, name) == ALONE and backends.is_alone(spare[name]):
+                room[name] = spare[name]
             else:
                 room[name] = torch.empty_like(param, dtype=x.dtype)
         return room

@@ -60,9 +60,7 @@ def moved(param, home):
 def test_large_parameters_move_and_small_ones_stay(method):
     params = parameters(BIG, BIG - 1, (BIG // 64, 65), SMALL)
     params[2].data = params[2].data.t().contiguous().t()
-    optimizer = create(method, params, "torch")
-    homes = [p.data_ptr() for p in params]
-    away = set()
+    optimizer, homes, away = create(method, params, "torch"), [p.data_ptr() for p in params], set()
     for _ in range(3):
         before = copies(params)
         for half, _ in enumerate(halves(optimizer, params)):

@@ -305,18 +305,18 @@ def descend(
 ) -> None:
     """See ``Backend.descend``."""
     parts, others = split(batch, step, descends=True)
-    if step.needs_descent_norm:
-        plain = measured = norm(batch.grads, batch, step, scalars[0])
-        if step.adaptive and step.renormalize:
-            measured = norm(batch.grads, batch, step, scalars[0], memory)
-        measure = measure_mixture(batch, parts, others, backup, step, plain, scalars)
-        reference.finish_descent(plain, measured, measure, step, scalars)
-    if backup is not None:
-        backup.restore()
-    # what may fail comes before the first update
-    updates = (
-        [] if step.base is None else [Update(batch, part, step, scalars, memory) for part in parts]
-    )
+    updates = []
+    with reference.undone_if_it_fails(scalars):
+        if step.needs_descent_norm:
+            plain = measured = norm(batch.grads, batch, step, scalars[0])
+            if step.adaptive and step.renormalize:
+                measured = norm(batch.grads, batch, step, scalars[0], memory)
+            measure = measure_mixture(batch, parts, others, backup, step, plain, scalars)
+            reference.finish_descent(plain, measured, measure, step, scalars)
+        if backup is not None:
+            backup.restore()
+        if step.base is not None:  # what may fail comes before the first update
+            updates = [Update(batch, part, step, scalars, memory) for part in parts]
     if step.base is None:
         reference.leave_final_gradient(batch, step, scalars)
     elif not step.skip_nonfinite or scalars[Scalar.ACCEPTED] != 0:

@@ -4,6 +4,7 @@ Any floating dtype; norms in float64. The equations it applies are in ``equation
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -73,6 +74,17 @@ def first_passes(
         w = param if backup is None else backup.copies.get(param, param)
         d = direction(step.ascent.name, first, batch.next[k])
         yield wide(first), perturbation(w, d, group, radius(group, step, scalars))
+
+
+@contextmanager
+def undone_if_it_fails(scalars: Tensor) -> Iterator[None]:
+    """Put the scalars back if the block raises: some of them are state."""
+    before = scalars.clone()
+    try:
+        yield
+    except BaseException:
+        scalars.copy_(before)
+        raise
 
 
 def measure_mixture(
@@ -284,7 +296,8 @@ class ReferenceBackend:
             if step.adaptive and step.renormalize:
                 measured = scaled_norm(batch.grads, batch, step, like=scalars)
             measure = measure_mixture(batch, backup, step, scalars)
-            finish_descent(plain, measured, measure, step, scalars)
+            with undone_if_it_fails(scalars):
+                finish_descent(plain, measured, measure, step, scalars)
         if backup is not None:
             updated = set(batch.params) if step.base is not None else set()
             for param, copy in backup.copies.items():

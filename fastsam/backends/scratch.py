@@ -1,10 +1,10 @@
 """Scratch memory for perturbed weights, so that the weights themselves need no copy.
 
-Between the passes a parameter points at the scratch memory, where ``w + e`` was written, and
-``w`` stays where it is. That saves two copies, 16 of 52 bytes per parameter with SAM and SGD, and is
-safe only where nothing else sees a parameter's memory: it has to own all of it, alone. Everything
-else is copied and perturbed in place. The memory is kept for the next step: fresh pages would cost
-as much as the copies.
+Between the passes a parameter points at the scratch memory, where ``w + e`` was written, and ``w``
+stays where it is. That saves two copies, 16 of 52 bytes per parameter with SAM and SGD, and is safe
+only where nothing else sees a parameter's memory: it has to own all of it, alone. Everything else
+is copied and perturbed in place. The memory is kept for the next step: fresh pages would cost as
+much as the copies.
 """
 
 from typing import Any

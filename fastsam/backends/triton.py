@@ -38,7 +38,7 @@ from .buckets import (
     state_rows,
     write_back,
 )
-from .reference import adapt, keep_rejected, leave_final_gradient
+from .reference import adapt, keep_rejected, leave_final_gradient, undone_if_it_fails
 
 FIRST, LAST = int(Task.FIRST), int(Task.LAST)
 #: What the table of hyper-parameters holds where there is no rule.
@@ -102,9 +102,12 @@ class TritonBackend:
         with _on(scalars.device):
             if step.needs_descent_norm:
                 kind = "descent" if step.mix is None else "mix"
-                self._reduce(kind, buckets, step, scalars)
-                if step.mix is not None and type(step.mix) is not SharpnessRatio:
-                    adapt(step.mix, scalars)
+                if step.mix is None or type(step.mix) is SharpnessRatio:
+                    self._reduce(kind, buckets, step, scalars)
+                else:  # a user's rule
+                    with undone_if_it_fails(scalars):
+                        self._reduce(kind, buckets, step, scalars)
+                        adapt(step.mix, scalars)
             if backup is not None:
                 backup.restore(None if step.base is None else backup.left_by(batch))
             if step.base is None:
