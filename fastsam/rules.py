@@ -167,8 +167,8 @@ class Layout:
         addresses: Where the parameters are.
         sizes: Their numbers of elements.
         dtypes: Of the gradients.
-        strides: Of the gradients.
-        contiguous: Whether all gradients are.
+        strides: Of the parameters, then of the gradients.
+        contiguous: Whether all of them are.
         seen: Where the gradients were in the last pass.
         cache: What a backend has worked out from this.
     """
@@ -181,7 +181,7 @@ class Layout:
     strides: list[tuple[int, ...]]
     contiguous: bool
     seen: list[int] = field(default_factory=list)
-    cache: dict[str, Any] = field(default_factory=dict)
+    cache: dict[Any, Any] = field(default_factory=dict)
 
 
 @dataclass

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import Optimizer
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastsam.kernels.layout import Scalar
 
@@ -46,7 +47,8 @@ class StatefulOptimizer(Optimizer):
     #: What ``_start`` sets.
     _transient = ("_backup", "_pending", "_firsts", "_between_passes", "_inside_step", "_perturbs",
                   "_lam", "_scalars", "_backends", "_records", "_record", "_spare",
-                  "_sweeps", "_served", "_was_captured")  # fmt: skip
+                  "_sweeps", "_served", "_was_captured",
+                  "_made")  # fmt: skip
 
     def _start(self) -> None:
         """Set what lives only as long as this process: nothing here is saved."""
@@ -55,8 +57,10 @@ class StatefulOptimizer(Optimizer):
         # state, and first gradients
         self._pending: dict[Tensor, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
         self._firsts: dict[Tensor, Tensor] = {}
-        self._spare: dict[Tensor, dict[str, Tensor]] = {}  # ascent state of the step before
+        # ascent state of the step before, until its memory is used again
+        self._spare: Any = WeakTensorKeyDictionary()
         self._sweeps = defaultdict[str, Sweep](Sweep)  # one for each pass
+        self._made = 0  # layouts of the ascent that the descent's sweep knows of
         self._between_passes = False
         self._inside_step = False
         self._was_captured = False  # in a CUDA graph
@@ -97,6 +101,8 @@ class StatefulOptimizer(Optimizer):
         """
         if self._between_passes:
             raise RuntimeError("expected second_step: load_state_dict cannot come between passes")
+        self._sweeps.clear()
+        self._made = 0
         before = self.param_groups
         super().load_state_dict(state_dict)
         for old, new in zip(before, self.param_groups, strict=True):
@@ -189,7 +195,11 @@ class StatefulOptimizer(Optimizer):
     def _collect(self, which: str = "other") -> Batch:
         """The parameters that have a gradient in this pass, each once, checked."""
         again = which == "descent" and self._between_passes
-        return self._sweeps[which].collect(self.param_groups, type(self).__name__, again)
+        batch = self._sweeps[which].collect(self.param_groups, type(self).__name__, again)
+        if which == "ascent" and self._sweeps[which].made != self._made:
+            self._made = self._sweeps[which].made
+            self._sweeps.pop("descent", None)  # which does not look at everything again
+        return batch
 
     def _check_capture(self, batch: Batch) -> None:
         """Under capture in a CUDA graph: whether the step can be replayed.
@@ -217,6 +227,7 @@ class StatefulOptimizer(Optimizer):
             batch.states, batch.prepared = held.states, held
             batch.fresh = [False] * len(batch.params)
             return
+        batch.layout.cache.pop("prepared", None)
         for param, grad, i in zip(batch.params, batch.grads, batch.groups, strict=True):
             state = self.state[param]
             batch.states.append(state)

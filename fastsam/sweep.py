@@ -28,6 +28,7 @@ class Sweep:
         self._sizes: list[int] = []
         self._unique: tuple[list[Tensor], list[int]] = ([], [])
         self._layouts: dict[bytes | None, Layout] = {}
+        self.made = 0  # how many layouts so far
 
     def collect(self, groups: Sequence[Group], name: str, again: bool = False) -> Batch:
         """The parameters that have a gradient, each once, in the order of their groups, checked.
@@ -35,7 +36,7 @@ class Sweep:
         Args:
             groups: The optimizer's parameter groups.
             name: The optimizer's.
-            again: Whether the parameters' shapes have been looked at in this step.
+            again: Whether another sweep has looked at the parameters' shapes in this step.
 
         Raises:
             RuntimeError: For tensors that ``name`` does not serve (``check_tensors``).
@@ -64,14 +65,15 @@ class Sweep:
                 check_tensors(param, grad, params[:1] if k else [], name)
             if len(self._layouts) >= PATTERNS:
                 self._layouts = {}
+            self.made += 1
             layout = self._layouts[pattern] = Layout(
                 params=params,
                 groups=indices,
                 addresses=list(map(Tensor.data_ptr, params)),
                 sizes=list(map(Tensor.numel, params)),
                 dtypes=[grad.dtype for grad in grads],
-                strides=list(map(Tensor.stride, grads)),
-                contiguous=all(map(Tensor.is_contiguous, grads)),
+                strides=list(map(Tensor.stride, chain(params, grads))),
+                contiguous=all(map(Tensor.is_contiguous, chain(params, grads))),
             )
         if addresses is not None and addresses != layout.seen:
             layout.seen = addresses
@@ -92,12 +94,14 @@ def _fits(layout: Layout, grads: list[Tensor], addresses: list[int], again: bool
         return False
     if not again and list(map(Tensor.numel, grads)) != layout.sizes:  # shrunk where it was
         return False
-    # a dtype is looked at only where a gradient moved: torch lets it change only along with .data
+    # dtypes are looked at only where a gradient moved: a cast one is elsewhere
     if addresses != layout.seen and [grad.dtype for grad in grads] != layout.dtypes:
         return False
+    tensors = grads if again else chain(layout.params, grads)
     if layout.contiguous:
-        return all(map(Tensor.is_contiguous, grads))
-    return list(map(Tensor.stride, grads)) == layout.strides
+        return all(map(Tensor.is_contiguous, tensors))
+    strides = layout.strides[len(layout.params) :] if again else layout.strides
+    return list(map(Tensor.stride, tensors)) == strides
 
 
 class Prepared:

@@ -50,13 +50,14 @@ class Upload:
 
     Each is copied to pinned memory, so that the host does not wait for the copy; torch's pool of
     such memory takes care not to reuse any that is still being read. A graph reads its own again at
-    every replay: under capture it comes from memory set aside before, which is never given back.
+    every replay: under capture it comes from memory set aside before, which is never used again.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, captured: list[torch.Tensor]):
+        """``captured`` takes what graphs read, which has to outlive this object."""
         self.device = device
         self._aside: list[torch.Tensor] = []  # two: a step has two passes
-        self._captured: list[torch.Tensor] = []
+        self._captured = captured
 
     def set_aside(self, like: torch.Tensor) -> None:
         """Have pinned memory ready for a capture."""
@@ -85,7 +86,7 @@ class Upload:
             return tensor.pin_memory().to(self.device, non_blocking=True)
         if not (self._aside and self._aside[-1].shape == tensor.shape):
             raise RuntimeError(
-                "a step can be captured in a CUDA graph, alone, after one like it was taken "
+                "a step can be captured in a CUDA graph, alone, after two like it were taken "
                 "outside: with the same parameters, gradients and groups"
             )
         source = self._aside.pop().copy_(tensor)
@@ -95,15 +96,17 @@ class Upload:
 class Table:
     """Device tables of one bucket for one pass, uploaded again only when an address moved."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, captured: list[torch.Tensor] | None = None):
+        """``captured`` takes what graphs read, which has to outlive this object."""
         self.device = device
         self.columns = 0
         self._rows = np.empty((0, 0), np.int64)
         self._sizes: list[int] = []
         self._groups: list[int] = []
         self._chunks: dict[int, torch.Tensor] = {}
-        self._upload = Upload(device)
-        self._upload_chunks = Upload(device)
+        captured = [] if captured is None else captured
+        self._upload = Upload(device, captured)
+        self._upload_chunks = Upload(device, captured)
         self.aligned = np.empty(0, bool)
 
     def set(self, rows: dict[Row, Addresses], sizes: list[int], groups: list[int]) -> None:

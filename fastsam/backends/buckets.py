@@ -106,7 +106,7 @@ class Bucket:
     params: list[Tensor]  # dense: the parameters, or copies of those with gaps
     grads: list[Tensor]
     types: dict[str, Any]  # the kernels' dtype arguments
-    table: Table
+    table: Table = field(init=False)
     kept: list[Tensor] = field(default_factory=list)  # copies whose addresses are in the table
     described: bool = False  # whether the table holds what does not move
     in_place: bool = False  # whether the kernels walk parameters and gradients, not copies
@@ -228,6 +228,12 @@ def grad_rows(bucket: Bucket, grads: dict[Row, list[Tensor | None]]) -> dict[Row
                 x = bucket.keep(like_layout(x, w).to(bucket.grad_dtype))
             rows[row].append(0 if x is None else x.data_ptr())
     return rows
+
+
+def release(buckets: list[Bucket]) -> None:
+    """Let go of what the launches of a pass needed."""
+    for bucket in buckets:
+        bucket.kept = []
 
 
 def write_back(bucket: Bucket, batch: Batch) -> None:

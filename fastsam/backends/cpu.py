@@ -41,7 +41,7 @@ def served(tensors: Sequence[Tensor]) -> bool:
 def split(batch: Batch, step: Step, descends: bool) -> tuple[list[Part], list[int]]:
     """The parts that the operators serve, and the other members."""
     cache = {} if batch.layout is None else batch.layout.cache
-    key = "parts of the descent" if descends else "parts of the ascent"
+    key = ("parts", descends, step.mix is None)
     found = cache.get(key)
     if found is None or found[0] is not batch.prepared:
         found = batch.prepared, *_divide(batch, step, descends)
@@ -171,8 +171,7 @@ def ascend(batch: Batch, step: Step, scalars: Tensor, memory: Memory) -> Scratch
                 average(batch, parts, starting=True)
                 m = norm(directions, batch, step, scalars[0], memory)
         reference.finish_ascent(n, m, step, scalars)
-    room = {} if batch.layout is None else batch.layout.cache.setdefault("room for copies", {})
-    backup = ScratchBackup(memory, room)
+    backup = ScratchBackup(memory, batch.layout)
     try:
         # all copies come first: two parameters may be views of the same memory
         in_place = step.base is None or step.keeps_weights

@@ -18,6 +18,12 @@ from .scratch import Memory
 
 #: Base updates for which torch has fused operators.
 FUSED = ("sgd", "adam", "adagrad")
+#: The hyper-parameters that these take, numbers and flags.
+NEEDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "sgd": (("lr", "momentum", "dampening", "weight_decay"), ("nesterov", "maximize")),
+    "adam": (("lr", "weight_decay", "eps"), ("amsgrad", "maximize", "decoupled_weight_decay")),
+    "adagrad": (("lr", "lr_decay", "weight_decay", "eps"), ("maximize",)),
+}
 #: Step counts at which the operators correct no bias, and decay no learning rate.
 UNBIASED, UNDECAYED = torch.tensor(math.inf), torch.tensor(1.0)
 
@@ -45,11 +51,10 @@ class Update:
         assert step.base is not None
         self.base, self.group, self.fresh = step.base, part.group, part.fresh
         self.memory = memory
-        self.hyper = {
-            name: float(value)
-            for name, value in part.group.items()
-            if name in ("lr", "momentum", "dampening", "weight_decay", "eps", "lr_decay")
-        }
+        numbers, flags = NEEDS.get(step.base.name, (("lr",), ()))
+        self.hyper = {name: float(part.group[name]) for name in numbers}
+        self.flags: dict[str, Any] = {name: bool(part.group[name]) for name in flags}
+        self.hyper.setdefault("weight_decay", float(part.group.get("weight_decay", 0.0)))
         if "betas" in part.group:
             self.hyper["beta1"], self.hyper["beta2"] = map(float, part.group["betas"])
         self.first = float(scalars[Scalar.FIRST_COEFFICIENT]) if part.mixed else 0.0
@@ -89,22 +94,22 @@ class Update:
     def sgd(self, weights: list[Tensor], u: list[Tensor], states: Any, steps: Any) -> None:
         torch._fused_sgd_(
             weights, u, states[0] if states else [], is_first_step=self.fresh,
-            nesterov=self.group["nesterov"], maximize=self.group["maximize"],
-            **self._only("lr", "momentum", "dampening", "weight_decay"),
+            **self.flags, **self._only("lr", "momentum", "dampening", "weight_decay"),
         )  # fmt: skip
 
     def adam(self, weights: list[Tensor], u: list[Tensor], states: Any, steps: Any) -> None:
-        decoupled = self.group["decoupled_weight_decay"]
-        operator = torch._fused_adamw_ if decoupled else torch._fused_adam_
+        flags = dict(self.flags)
+        operator = (
+            torch._fused_adamw_ if flags.pop("decoupled_weight_decay") else torch._fused_adam_
+        )
         operator(
-            weights, u, states[0], states[1], states[2] if self.group["amsgrad"] else [], steps,
-            amsgrad=self.group["amsgrad"], maximize=self.group["maximize"],
+            weights, u, states[0], states[1], states[2] if flags["amsgrad"] else [], steps, **flags,
             **self._only("lr", "beta1", "beta2", "weight_decay", "eps"),
         )  # fmt: skip
 
     def adagrad(self, weights: list[Tensor], u: list[Tensor], states: Any, steps: Any) -> None:
         torch._fused_adagrad_(
-            weights, u, states[0], steps, maximize=self.group["maximize"],
+            weights, u, states[0], steps, **self.flags,
             **self._only("lr", "lr_decay", "weight_decay", "eps"),
         )  # fmt: skip
 
@@ -146,7 +151,7 @@ class Update:
 
     @property
     def _weight_decay(self) -> float:
-        return self.hyper.get("weight_decay", 0.0)
+        return self.hyper["weight_decay"]
 
     def _decay(self, weights: list[Tensor]) -> None:
         if self._weight_decay != 0:

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..rules import identical
+from ..rules import Layout, identical
 from .pieces import PIECE
 from .reference import ListBackup
 
@@ -64,7 +65,9 @@ class Memory:
     """What is kept from step to step: scratch memory, and a buffer for intermediate results."""
 
     def __init__(self) -> None:
-        self.scratch: dict[Tensor, Tensor] = {}
+        self.scratch: Any = WeakTensorKeyDictionary()
+        # for copies, as the last step left it, by part; of use to the next with the same layout
+        self.copies: tuple[Layout | None, dict[int, tuple[list[Tensor], list[Tensor]]]] = None, {}
         self._buffers: dict[torch.dtype, Tensor] = {}
 
     def buffer(self, like: Tensor) -> Tensor:
@@ -82,12 +85,14 @@ class ScratchBackup(ListBackup):
 
     Args:
         memory: What is kept from step to step.
-        room: Memory for copies, as an earlier step with the same layout left it, by part.
+        layout: The step's.
     """
 
-    def __init__(self, memory: Memory, room: dict[Any, Any]) -> None:
+    def __init__(self, memory: Memory, layout: Layout | None) -> None:
         self.scratch = memory.scratch
-        self.room = room
+        if memory.copies[0] is not layout or layout is None:
+            memory.copies = layout, {}
+        self.room = memory.copies[1]
         self.moved: list[tuple[Tensor, Tensor, Tensor]] = []  # parameter, scratch, home
         self.copied: list[tuple[list[Tensor], list[Tensor]]] = []
         self._copies: dict[Tensor, Tensor] = {}
@@ -155,7 +160,9 @@ class ScratchBackup(ListBackup):
                 target.copy_(home)
                 self.scratch[param] = home
         _count_as_changed([param for param, *_ in self.moved])
-        self._copies, self.moved = self.copies, []
+        self._copies = self.copies
+        if self.moved:  # a fused update that fails later leaves all weights as far as it got
+            self.moved, self.copied = [], []
 
 
 def _count_as_changed(params: list[Tensor]) -> None:

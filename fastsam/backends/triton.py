@@ -3,7 +3,6 @@
 import functools
 from collections import defaultdict
 from contextlib import AbstractContextManager, nullcontext
-from itertools import chain
 from typing import Any
 
 import torch
@@ -35,6 +34,7 @@ from .buckets import (
     dense,
     grad_rows,
     like_layout,
+    release,
     state_rows,
     write_back,
 )
@@ -86,6 +86,7 @@ class TritonBackend:
             except BaseException:
                 backup.restore()
                 raise
+        release(buckets)
         return backup
 
     def descend(self, batch: Batch, backup: FlatBackup | None, step: Step, scalars: Tensor) -> None:
@@ -113,6 +114,7 @@ class TritonBackend:
             if step.base is None:
                 leave_final_gradient(batch, step, scalars)
                 keep_rejected(batch, step, scalars)
+                release(buckets)
                 return
             for bucket in buckets:
                 self._launch(
@@ -122,6 +124,7 @@ class TritonBackend:
                     SKIP=step.skip_nonfinite, ASCENT_STATES=states, **bucket.types,
                 )  # fmt: skip
                 write_back(bucket, batch)
+        release(buckets)
 
     def hypergradient(
         self, batch: Batch, backup: FlatBackup | None, hessian: str, step: Step, scalars: Tensor
@@ -134,6 +137,7 @@ class TritonBackend:
             bucket.locate(batch, backup, step, rows)
         with _on(scalars.device):
             self._reduce(hessian, buckets, step, scalars)
+        release(buckets)
 
     # --- launches ---
 
@@ -183,8 +187,6 @@ class TritonBackend:
         cache = {} if batch.layout is None else batch.layout.cache
         found: tuple[Any, list[Bucket]] | None = cache.get(name)
         if found is not None and found[0] is batch.prepared:
-            for bucket in found[1]:
-                bucket.kept = []
             return found[1]
         lasting = name == "ascent" or (name == "descent" and batch.prepared is not None)
         members = defaultdict(list)
@@ -201,26 +203,30 @@ class TritonBackend:
                 raise RuntimeError(
                     f"backend='triton' serves {', '.join(map(str, TYPES))}, got {unserved.pop()}"
                 )
-            device = batch.params[0].device
             params = [dense(batch.params[k]) for k in positions]
             grads = [like_layout(batch.grads[k], w) for k, w in zip(positions, params, strict=True)]
             in_place = all(
                 w is batch.params[k] and g is batch.grads[k]
                 for k, w, g in zip(positions, params, grads, strict=True)
             )
-            table = Table(device)
-            if not (lasting and in_place):
-                table = self._tables.setdefault((name, device, key), table)
             types = dict(
                 P=TYPES[param_type], G=TYPES[grad_type], STATES=len(states),
                 S=TYPES[states[0] if states else param_type],
                 ACC=tl.float64 if param_type == torch.float64 else tl.float32,
             )  # fmt: skip
-            bucket = Bucket(positions, params, grads, types, table, in_place=in_place)
-            buckets.append(bucket)
-        if lasting and all(bucket.in_place for bucket in buckets):
-            for bucket in buckets:
+            buckets.append(Bucket(positions, params, grads, types, in_place=in_place))
+        device = batch.params[0].device
+        kept = lasting and all(bucket.in_place for bucket in buckets)
+        for bucket, key in zip(buckets, members, strict=True):
+            if kept:
+                bucket.table = Table(device, self._captured)
                 bucket.grads = []  # they would be kept alive
+            else:  # one table for all passes like this one
+                table = self._tables.get((name, device, key))
+                if table is None:
+                    table = self._tables[name, device, key] = Table(device, self._captured)
+                bucket.table = table
+        if kept:
             cache[name] = batch.prepared, buckets
         return buckets
 
@@ -250,7 +256,7 @@ class TritonBackend:
         self._hyper_values[key] = values if numbers and not capturing else []
         if capturing or cached is None or cached[0] != rows:
             padded = [row + [0.0] * (WIDTH - len(row)) for row in rows]
-            upload = self._uploads.setdefault(key, Upload(bucket.table.device))
+            upload = self._uploads.setdefault(key, Upload(bucket.table.device, self._captured))
             uploaded = upload(torch.tensor(padded, dtype=dtype).numpy())
             cached = self._hyper[key] = ([] if capturing else rows), uploaded
         elif key in self._uploads:
@@ -263,8 +269,12 @@ class TritonBackend:
 
 def _values(step: Step) -> list[Any]:
     """Everything that :func:`_hyper_rows` may look at."""
-    shared = [step.ascent, step.base, step.lam, step.max_grad_norm, step.mix]
-    return list(chain(shared, *(group.values() for group in step.groups)))
+    values = [step.ascent, step.base, step.lam, step.max_grad_norm, step.mix]
+    for group in step.groups:
+        for name, value in group.items():
+            if name != "params":
+                values += value if isinstance(value, (tuple, list)) else (value,)
+    return values
 
 
 def _hyper_rows(
