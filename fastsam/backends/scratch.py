@@ -26,12 +26,16 @@ def is_dense(x: Tensor) -> bool:
     return bool(torch.ops.aten.is_non_overlapping_and_dense(x))
 
 
+#: Not part of torch's public interface: without it no memory counts as alone.
+_use_count = getattr(torch._C, "_storage_Use_Count", None)
+
+
 def references(x: Tensor) -> int:
     """How many tensors share the memory of ``x``, up to a constant."""
-    return int(torch._C._storage_Use_Count(x.untyped_storage()._cdata))
+    return 0 if _use_count is None else int(_use_count(x.untyped_storage()._cdata))
 
 
-ALONE = references(torch.empty(1))
+ALONE = references(torch.empty(1)) or -1
 
 
 def alike(x: Tensor, y: Tensor) -> bool:
