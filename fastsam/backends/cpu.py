@@ -1,4 +1,4 @@
-"""The torch backend on a CPU: every method through fused and foreach operators, near memory speed.
+"""The torch backend on a CPU: every method through torch's fused and foreach operators.
 
 What makes it fast: scratch memory instead of copies (``scratch.py``); chains of operators on pieces
 that stay in the cache (``pieces.py``); torch's fused Adam and Adagrad also for LightSAM's averages,
