@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fastsam
-from fastsam.backends import cpu, pieces, reference, scratch
+from fastsam.backends import cpu, norms, pieces, reference, scratch
 
 import oracles
 import registry
@@ -30,6 +30,7 @@ def small_pieces(monkeypatch):
     """The limits of pieces and of scratch memory, at sizes that cost nothing."""
     for module, name, value in (
         (pieces, "PIECE", 64), (scratch, "PIECE", 64), (pieces, "LARGE", 16), (cpu, "LARGE", 16),
+        (norms, "LARGE", 16),
         (scratch, "WORTHWHILE", 8),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, value)

@@ -133,9 +133,7 @@ class Bucket:
             self._offsets = offsets(self._originals)
         backup.reserve(self._originals, *self._offsets)
 
-    def locate(
-        self, batch: Batch, backup: FlatBackup | None, step: Step, rows: dict[Row, Any]
-    ) -> None:
+    def locate(self, batch: Batch, backup: FlatBackup | None, rows: dict[Row, Any]) -> None:
         """Bring the table up to date; ``rows`` are those that only this kind of pass has."""
         if self.grads or batch.layout is None:
             grad_addresses = list(map(Tensor.data_ptr, self.grads))

@@ -9,9 +9,8 @@ through the reference backend's equations.
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
-from operator import itemgetter
 from typing import Any, cast
 
 import torch
@@ -24,18 +23,9 @@ from ..rules import Batch, Step
 from . import equations, reference
 from .cpu_update import Part, Update, extremes, fused_adagrad, fused_adam
 from .equations import radius
+from .norms import element_scales, norm, served, total
 from .pieces import LARGE, dots, pieces
-from .scratch import Memory, ScratchBackup, alike, is_dense
-
-#: Dtypes of parameters that the operators serve.
-SERVED = (torch.float32, torch.float64)
-
-
-def served(tensors: Sequence[Tensor]) -> bool:
-    """Whether the operators may walk the memory of the tensors, the first a parameter, alike."""
-    first = tensors[0]
-    same = all(alike(first, other) for other in tensors[1:])
-    return same and first.dtype in SERVED and is_dense(first)
+from .scratch import Memory, ScratchBackup
 
 
 def split(batch: Batch, step: Step, descends: bool) -> tuple[list[Part], list[int]]:
@@ -77,79 +67,6 @@ def _divide(batch: Batch, step: Step, descends: bool) -> tuple[dict[Any, list[in
         else:
             others.append(k)
     return members, others
-
-
-# --- norms -----------------------------------------------------------------------------------
-
-
-def element_scales(weights: list[Tensor], group: Group, memory: Memory) -> list[Tensor]:
-    """ASAM's ``T = |w| + eta`` of one piece."""
-    if len(weights) == 1:
-        t = [torch.abs(weights[0], out=memory.buffer(weights[0]))]
-    else:
-        t = list(torch._foreach_abs(weights))
-    torch._foreach_add_(t, float(group["eta"]))
-    return t
-
-
-def norm(
-    vectors: Sequence[Tensor], batch: Batch, step: Step, like: Tensor, memory: Memory | None = None
-) -> Tensor:
-    """``||x||`` over all groups; with memory for it ``||T x||`` at the parameters' present values.
-
-    How a tensor's norm is taken, and the order in which they are added, depend on the tensors
-    alone: equal gradients have equal norms in both passes, and in any groups.
-    """
-    squares: list[tuple[int, Tensor]] = []  # by position
-    norms: list[tuple[int, Tensor]] = []
-    plain: list[int] = []
-    scaled: dict[int, list[int]] = defaultdict(list)  # by group
-    for k, (x, i) in enumerate(zip(vectors, batch.groups, strict=True)):
-        group = step.groups[i]
-        adaptive = memory is not None and group["adaptive"]
-        if x.dtype not in SERVED or (adaptive and not served([batch.params[k], x])):
-            x = equations.wide(x)
-            x = equations.element_scale(batch.params[k], group) * x if adaptive else x
-            norms.append((k, torch.linalg.vector_norm(x, dtype=like.dtype)))
-        elif adaptive:
-            scaled[i].append(k)
-        else:
-            plain.append(k)
-
-    def measure(members: list[int], xs: list[Tensor]) -> None:
-        small, tensors = [], []
-        for k, x in zip(members, xs, strict=True):
-            if x.numel() < LARGE or not is_dense(x):
-                small.append(k)
-                tensors.append(x)
-            else:  # a dot product is faster than a norm, and more accurate
-                squares.extend((k, part) for part in dots(x, x))
-        if small:
-            norms.extend(zip(small, torch._foreach_norm(tensors), strict=True))
-
-    measure(plain, [vectors[k] for k in plain])
-    for i, members in scaled.items():
-        assert memory is not None
-        streams = [batch.params[k] for k in members], [vectors[k] for k in members]
-        for positions, (ws, xs) in pieces(*streams):
-            t = element_scales(ws, step.groups[i], memory)
-            torch._foreach_mul_(t, xs)
-            measure([members[j] for j in positions], t)
-    squares.sort(key=itemgetter(0))
-    norms.sort(key=itemgetter(0))
-    large = total((value for _, value in squares), like)
-    return (large + total((value for _, value in norms), like, power=2)).sqrt()
-
-
-def total(values: Iterable[Tensor], like: Tensor, power: int = 1) -> Tensor:
-    """The sum of 0-dim tensors, or of their squares, in the dtype of ``like``."""
-    by_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
-    for value in values:
-        by_dtype[value.dtype].append(value)
-    result = torch.zeros_like(like)
-    for same in by_dtype.values():
-        result += torch.stack(same).to(like.dtype).pow(power).sum()
-    return result
 
 
 # --- the ascent ------------------------------------------------------------------------------

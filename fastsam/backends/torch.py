@@ -19,6 +19,7 @@ from ..bases import Group
 from ..rules import Batch, Step
 from . import cpu, reference
 from .cpu_update import FUSED
+from .norms import served
 from .reference import ListBackup, ReferenceBackend
 from .scratch import Memory, ScratchBackup
 
@@ -82,7 +83,7 @@ class TorchBackend(ReferenceBackend):
         fused: dict[Any, list[int]] = defaultdict(list)
         for k, (param, i) in enumerate(zip(batch.params, batch.groups, strict=True)):
             states = [batch.states[k][name] for name in step.base.states(step.groups[i])]
-            if step.base.name in FUSED and cpu.served([param, batch.grads[k], *states]):
+            if step.base.name in FUSED and served([param, batch.grads[k], *states]):
                 fused[i, param.dtype, batch.fresh[k]].append(k)
             else:
                 reference.update_one(batch, k, None, step, scalars)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fastsam.kernels.layout import (
     WIDTH,
-    Hyper,
     Launch,
     Launches,
     Row,
@@ -22,7 +21,6 @@ from fastsam.kernels.reduce import reduce_kernel
 from fastsam.kernels.table import Table, Upload, is_capturing
 from fastsam.kernels.update import update_kernel
 
-from ..bases import signed_lr
 from ..ratio import SharpnessRatio
 from ..rules import Batch, Step, identical
 from .buckets import (
@@ -38,11 +36,10 @@ from .buckets import (
     state_rows,
     write_back,
 )
+from .hyper import hyper_rows, hyper_values
 from .reference import adapt, keep_rejected, leave_final_gradient, undone_if_it_fails
 
 FIRST, LAST = int(Task.FIRST), int(Task.LAST)
-#: What the table of hyper-parameters holds where there is no rule.
-NO_RATIO = SharpnessRatio()
 LAUNCHES = Launches()
 
 
@@ -70,7 +67,7 @@ class TritonBackend:
         for bucket in buckets:
             bucket.reserve(batch, backup)
         for bucket in buckets:
-            bucket.locate(batch, backup, step, ascent_rows(bucket, batch, step) if states else {})
+            bucket.locate(batch, backup, ascent_rows(bucket, batch, step) if states else {})
         with _on(scalars.device):
             if step.needs_ascent_norm:
                 self._reduce("ascent", buckets, step, scalars)
@@ -99,7 +96,7 @@ class TritonBackend:
                 rows |= grad_rows(bucket, {Row.FIRST_GRAD: batch.firsts})
             if states or step.mix is not None:
                 rows |= ascent_rows(bucket, batch, step)
-            bucket.locate(batch, backup, step, rows)
+            bucket.locate(batch, backup, rows)
         with _on(scalars.device):
             if step.needs_descent_norm:
                 kind = "descent" if step.mix is None else "mix"
@@ -134,7 +131,7 @@ class TritonBackend:
                   Row.TRAINING: batch.training}  # fmt: skip
         for bucket in buckets:
             rows = ascent_rows(bucket, batch, step) | grad_rows(bucket, others)
-            bucket.locate(batch, backup, step, rows)
+            bucket.locate(batch, backup, rows)
         with _on(scalars.device):
             self._reduce(hessian, buckets, step, scalars)
         release(buckets)
@@ -246,11 +243,11 @@ class TritonBackend:
             return self._hyper[key][1]
         cached = self._hyper.get(key)
         capturing = is_capturing(bucket.table.device)  # a graph has a table of its own
-        values = _values(step)
+        values = hyper_values(step)
         if cached and not capturing and identical(values, self._hyper_values.get(key, [])):
             self._hyper_of[key] = step
             return cached[1]
-        rows, on_device = _hyper_rows(step, bucket.table.device)
+        rows, on_device = hyper_rows(step, bucket.table.device)
         # numbers cannot change, tensors can
         numbers = not any(isinstance(value, Tensor) for value in values)
         self._hyper_values[key] = values if numbers and not capturing else []
@@ -265,40 +262,6 @@ class TritonBackend:
             cached[1][i, j].copy_(x)
         self._hyper_of[key] = step
         return cached[1]
-
-
-def _values(step: Step) -> list[Any]:
-    """Everything that :func:`_hyper_rows` may look at."""
-    values = [step.ascent, step.base, step.lam, step.max_grad_norm, step.mix]
-    for group in step.groups:
-        for name, value in group.items():
-            if name != "params":
-                values += value if isinstance(value, (tuple, list)) else (value,)
-    return values
-
-
-def _hyper_rows(
-    step: Step, device: torch.device
-) -> tuple[list[list[float]], list[tuple[int, int, Tensor]]]:
-    """The hyper-parameters of every group, and where those go that live on the device."""
-    ratio = step.mix if isinstance(step.mix, SharpnessRatio) else NO_RATIO
-    shared = [step.max_grad_norm or 0.0, ratio.c, ratio.lam_min, ratio.lam_max, ratio.smoothing]
-    rows, on_device = [], []
-    for i, group in enumerate(step.groups):
-        row = [group["rho"], group["adaptive"], group["eta"], *shared]
-        row += step.ascent.columns(group, step.lam)
-        row += [0.0] * (Hyper.LR - len(row)) + [signed_lr(group)]
-        row += step.base.columns(group) if step.base else []
-        for j, x in enumerate(row):
-            if type(x) is float:
-                continue
-            if isinstance(x, Tensor) and x.device == device:  # it stays there
-                on_device.append((i, j, x))
-                row[j] = 0.0
-            else:
-                row[j] = float(x)
-        rows.append(row)
-    return rows, on_device
 
 
 def _reduction(kind: str, step: Step) -> tuple[dict[str, Any], int, bool]:
