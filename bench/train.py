@@ -7,6 +7,9 @@ At a given seed every optimizer starts from the same weights and sees the same b
 reported is the state after the last epoch, not the best epoch: choosing the epoch by its test
 accuracy would hide exactly the memorisation of wrong labels that flat minima are said to resist.
 The gap to SGD therefore needs training long enough to memorise: try a smaller --lr as well.
+
+landscape.png shows the training loss around the weights that each optimizer ended with: along the
+gradient, where SAM looks, and along a filter-normalised random direction.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,6 +32,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
 import fastsam
+from fastsam.flatness import sharpness
+from fastsam.landscape import Landscape, loss_landscape
 
 from data import Images, flip_labels, load_images, make_model
 from outputs import RADIUS, Row, make_table, write_csv, write_figure
@@ -59,6 +65,9 @@ METHODS: dict[str, tuple[Callable[..., Optimizer], dict[str, Any]]] = {
 }
 DEFAULT_METHODS = ["sgd", "sam", "asam", "usam", "ssam"]
 EPOCHS = {"digits": 40, "mnist5k": 20}  # enough for SGD to learn wrong labels by heart
+SLICES = {"gradient": "distance along the gradient",
+          "random": "along a random direction, filter-normalised"}  # fmt: skip
+POINTS = 15  # of a slice
 OUTPUT = Path(__file__).resolve().parent / "results" / "train"
 
 
@@ -73,32 +82,6 @@ def make_optimizer(name: str, params: Iterable[Tensor], args: argparse.Namespace
         if args.rho is not None:
             options["rho"] = args.rho
     return build(params, **options)
-
-
-def measure_sharpness(
-    params: Iterable[Tensor], loss_fn: Callable[[], Tensor], radius: float
-) -> tuple[float, float]:
-    """Return the loss at the weights w, and how much it rises at w + radius * g / ||g||.
-
-    Args:
-        params: the weights; they come back bit for bit, and their ``.grad`` is not touched.
-        loss_fn: computes the loss at the current weights, differentiably.
-        radius: the length of the perturbation along the gradient g; no step where g is zero.
-    """
-    params = list(params)
-    loss = loss_fn()
-    grads = torch.autograd.grad(loss, params)
-    norm = torch.stack([g.norm() for g in grads]).norm()
-    saved = [p.detach().clone() for p in params]
-    with torch.no_grad():
-        try:
-            for p, g in zip(params, grads, strict=True):
-                p.add_(torch.where(norm > 0, radius * g / norm, 0.0))
-            perturbed = loss_fn()
-        finally:
-            for p, s in zip(params, saved, strict=True):
-                p.copy_(s)
-    return loss.item(), (perturbed - loss).item()
 
 
 @torch.no_grad()
@@ -134,8 +117,11 @@ def train_epoch(
 
 def run(
     name: str, seed: int, train: Images, test: Images, args: argparse.Namespace, progress: tqdm
-) -> list[Row]:
-    """Train one network with one optimizer; after divergence the rows left hold NaN."""
+) -> tuple[list[Row], dict[str, Landscape]]:
+    """Train one network with one optimizer, then look around the weights it found.
+
+    After divergence the rows left hold NaN, and there are no slices.
+    """
     torch.manual_seed(seed)
     model = make_model(train.x.shape[-1]).to(train.x.device)
     generator = torch.Generator().manual_seed(seed)
@@ -146,6 +132,7 @@ def run(
     schedule = CosineAnnealingLR(optimizer, T_max=args.epochs)
     progress.set_description(f"{name}, seed {seed}")
     rows: list[Row] = []
+    slices: dict[str, Landscape] = {}
     for epoch in range(1, args.epochs + 1):
         seconds = train_epoch(model, optimizer, train, args.batch_size, generator)
         schedule.step()
@@ -155,14 +142,43 @@ def run(
             rows += [Row(*key, e, *[math.nan] * 4) for e in lost]
             progress.update(len(lost))
             break
-        sharpness = math.nan
+        rise = math.nan
         if epoch == args.epochs:
-            _, sharpness = measure_sharpness(
-                model.parameters(), lambda: F.cross_entropy(model(train.x), train.y), RADIUS
-            )
-        rows.append(Row(*key, epoch, loss, evaluate(model, test)[1], seconds, sharpness))
+
+            def training_loss() -> Tensor:
+                return F.cross_entropy(model(train.x), train.y)
+
+            rise = sharpness(model, training_loss, RADIUS).item()
+            for kind in SLICES:
+                slices[kind] = loss_landscape(model, training_loss, kind, points=POINTS, seed=seed)
+        rows.append(Row(*key, epoch, loss, evaluate(model, test)[1], seconds, rise))
         progress.update()
-    return rows
+    return rows, slices
+
+
+def write_landscape(slices: dict[str, list[dict[str, Landscape]]], title: str, path: Path) -> None:
+    """Draw each optimizer's slices: mean over seeds, and from the lowest to the highest as a band.
+
+    Args:
+        slices: of each optimizer, the slices of each seed that did not diverge.
+        title: of the figure.
+        path: of the PNG.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    for axis, (kind, label) in zip(figure.subplots(1, 2), SLICES.items(), strict=True):
+        for name, runs in slices.items():
+            losses = np.array([run[kind].losses for run in runs])
+            x = runs[0][kind].coordinates
+            (line,) = axis.plot(x, losses.mean(0), label=name)
+            axis.fill_between(x, losses.min(0), losses.max(0), alpha=0.15, color=line.get_color())
+        axis.set(xlabel=label, ylabel="training loss (nats)")
+        axis.grid(alpha=0.3)
+    if slices:
+        figure.axes[0].legend(title="optimizer")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=150)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -242,7 +258,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train, print the table, write ``train.csv`` and ``train.png``; return the exit status."""
+    """Train, print the table, write a CSV and two figures; return the exit status."""
     args = parse(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -253,16 +269,21 @@ def main(argv: list[str] | None = None) -> int:
         f"wrong, {len(test.y)} test images, {args.seeds} seed(s)"
     )
     rows: list[Row] = []
+    slices: dict[str, list[dict[str, Landscape]]] = {}
     with tqdm(total=len(names) * args.seeds * args.epochs, unit="epoch") as progress:
         for seed in range(args.seeds):
             for name in names:
-                rows += run(name, seed, train, test, args, progress)
+                trained, around = run(name, seed, train, test, args, progress)
+                rows += trained
+                if around:
+                    slices.setdefault(name, []).append(around)
     where = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     print(f"{title}, {args.epochs} epochs; {where}, {torch.get_num_threads()} CPU thread(s), "
           f"torch {torch.__version__}\n\n{make_table(rows)}\n")  # fmt: skip
     write_csv(rows, args.output / "train.csv")
     write_figure(rows, title, args.output / "train.png")
-    print(f"wrote {args.output / 'train.csv'} and {args.output / 'train.png'}")
+    write_landscape(slices, title, args.output / "landscape.png")
+    print(f"wrote train.csv, train.png and landscape.png to {args.output}")
     return 0
 
 

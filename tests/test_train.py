@@ -4,11 +4,16 @@ import argparse
 import csv
 import importlib.util
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
+
+from fastsam.landscape import Landscape, loss_landscape
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 
@@ -26,6 +31,12 @@ def load(name: str) -> ModuleType:
 
 train = load("train")
 data = sys.modules["data"]
+
+
+@pytest.fixture(autouse=True)
+def _few_points(monkeypatch):
+    """Nothing here looks at more of a slice than its middle and the next point."""
+    monkeypatch.setattr(train, "POINTS", 3)
 
 
 def read_csv(folder: Path) -> list[dict[str, str]]:
@@ -54,7 +65,8 @@ def test_run_writes_csv_figure_and_table(tmp_path, capsys):
         assert 0 <= float(row["test_accuracy_percent"]) <= 100
         assert float(row["train_loss"]) > 0 and float(row["seconds"]) > 0
         assert float(row["sharpness"]) > 0  # g is not 0 after one epoch, and the radius is small
-    assert (folder / "train.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("train.png", "landscape.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
     table = capsys.readouterr().out
     assert "40 % of labels wrong" in table
     for name in names:
@@ -88,7 +100,7 @@ def test_divergence_is_reported_and_does_not_stop_the_others(tmp_path, capsys):
     assert len(rows) == 2 * 2 * 2
     assert all(row["train_loss"] == "" == row["test_accuracy_percent"] for row in rows)
     assert capsys.readouterr().out.count("2 of 2") == 2
-    assert (tmp_path / "train.png").exists()
+    assert (tmp_path / "train.png").exists() and (tmp_path / "landscape.png").exists()
 
 
 def test_table_leaves_diverged_seeds_out_of_the_means():
@@ -158,64 +170,49 @@ def test_label_noise_reaches_training_and_never_the_test_labels(tmp_path, monkey
     assert torch.equal(seen[len(clean_test.y)], clean_test.y)
 
 
-def test_sharpness_of_a_quadratic_is_its_closed_form():
-    generator = torch.Generator().manual_seed(0)
-    a = torch.randn(6, 6, generator=generator, dtype=torch.float64)
-    a = a @ a.T
-    parts = [torch.randn(n, generator=generator, dtype=torch.float64) for n in (2, 4)]
-    params = [part.clone().requires_grad_() for part in parts]
-
-    def loss():
-        w = torch.cat(params)
-        return 0.5 * w @ a @ w
-
-    value, sharpness = train.measure_sharpness(params, loss, radius=0.3)
-    w = torch.cat(parts)
-    g = a @ w
-    unit = g / g.norm()
-    assert value == pytest.approx((0.5 * w @ a @ w).item(), rel=1e-12)
-    # f(w + r u) - f(w) = r |g| + r^2/2 u'Au
-    expected = 0.3 * g.norm() + 0.5 * 0.3**2 * unit @ a @ unit
-    assert sharpness == pytest.approx(expected.item(), rel=1e-10)
-    assert all(
-        torch.equal(p, part) and p.grad is None for p, part in zip(params, parts, strict=True)
-    )
-
-
-def test_sharpness_restores_float32_weights_bit_for_bit_and_leaves_gradients():
-    torch.manual_seed(0)
-    model = data.make_model(8)
-    x, y = torch.randn(16, 1, 8, 8), torch.arange(16) % 10
-    loss_fn = torch.nn.CrossEntropyLoss()
-    loss_fn(model(x), y).backward()
-    weights = [p.detach().clone() for p in model.parameters()]
-    grads = [p.grad.clone() for p in model.parameters()]
-    _, sharpness = train.measure_sharpness(model.parameters(), lambda: loss_fn(model(x), y), 0.05)
-    assert sharpness > 0
-    for p, w, g in zip(model.parameters(), weights, grads, strict=True):
-        assert torch.equal(p.view(torch.int32), w.view(torch.int32))
-        assert torch.equal(p.grad, g)
+def test_what_is_measured_is_the_loss_around_the_trained_weights(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(train, "write_landscape", lambda slices, *_: drawn.append(slices))
+    monkeypatch.setattr(train, "loss_landscape", partial(loss_landscape, span=train.RADIUS))
+    rows = run_main(tmp_path, "--optimizers", "sgd", "sam", "--seeds", "2", "--label-noise", "0.4")
+    (slices,) = drawn
+    assert list(slices) == ["sgd", "sam"]
+    for row in rows:
+        around = slices[row["optimizer"]][int(row["seed"])]
+        assert list(around) == ["gradient", "random"]
+        for result in around.values():
+            middle = len(result.losses) // 2
+            assert result.coordinates[middle] == 0
+            assert result.losses[middle] == pytest.approx(float(row["train_loss"]), rel=1e-5)
+    first, second = (run["random"].directions[0][0] for run in slices["sgd"])
+    assert not torch.equal(first / first.norm(), second / second.norm())
+    for row in rows:  # the slices end at the radius of the sharpness
+        losses = slices[row["optimizer"]][int(row["seed"])]["gradient"].losses
+        assert losses[-1] - losses[len(losses) // 2] == pytest.approx(
+            float(row["sharpness"]), rel=1e-3
+        )
 
 
-def test_sharpness_restores_the_weights_when_the_loss_raises():
-    w = torch.tensor([1.0, 2.0], requires_grad=True)
-    calls = []
+def test_landscape_has_a_line_for_each_optimizer(tmp_path):
+    x = np.linspace(-1, 1, 3)
 
-    def loss():
-        calls.append(w.detach().clone())
-        if len(calls) == 2:
-            raise RuntimeError("second pass")
-        return (w**2).sum()
+    def around(height):
+        return {kind: Landscape(x, height + x**2, (), (kind,)) for kind in train.SLICES}
 
-    with pytest.raises(RuntimeError, match="second pass"):
-        train.measure_sharpness([w], loss, 0.1)
-    assert not torch.equal(calls[1], calls[0])
-    assert torch.equal(w, calls[0])
-
-
-def test_sharpness_is_zero_where_the_gradient_is():
-    w = torch.zeros(3, requires_grad=True)
-    assert train.measure_sharpness([w], lambda: (w**2).sum(), 0.1) == (0.0, 0.0)
+    slices = {"sgd": [around(1.0), around(3.0)], "sam": [around(0.5)]}
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda figure, *_, **__: seen.append(figure))
+        train.write_landscape(slices, "title", tmp_path / "landscape.png")
+    (figure,) = seen
+    assert len(figure.axes) == 2
+    for axis in figure.axes:
+        lines = {line.get_label(): line.get_ydata() for line in axis.lines}
+        assert list(lines) == ["sgd", "sam"]
+        np.testing.assert_allclose(lines["sgd"], 2 + x**2)
+        np.testing.assert_allclose(lines["sam"], 0.5 + x**2)
+        low, high = axis.collections[0].get_datalim(axis.transData).intervaly
+        assert (low, high) == (1, 4)
 
 
 BAD_OPTIONS = [
