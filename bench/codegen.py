@@ -64,6 +64,8 @@ OWN_UPDATES = [
 #: Ascent rules: number of state tensors, and whether groups may be adaptive.
 RULES = [("unified", 0, False), ("unified", 0, True), ("ema", 1, False), ("ema", 1, True),
          ("adagrad_norm", 0, False), ("adagrad", 1, False), ("adam", 2, False)]  # fmt: skip
+#: Streams of which a step writes next to nothing, element by element.
+SPARSE = {("perturb_kernel", "master store")}
 AMD_BITS = {"byte": 8, "short": 16, "dword": 32}
 
 
@@ -116,22 +118,26 @@ def variants() -> list[Variant]:
     for types in dict.fromkeys((param, grad) for param, grad, _ in TYPES):
         for rule, states, adaptive in RULES:
             constants = {"RULE": rule, "STATES": states, "ADAPTIVE": adaptive}
-            found.append(_variant("perturb_kernel", types, **constants))
-            found.append(_variant("reduce_kernel", types, KIND="diag", SUMS=1, **constants))
+            for storage in _storages(types):
+                found.append(_variant("perturb_kernel", types, **storage, **constants))
+            lets = {"KIND": "diag", "SUMS": 1, "HAS_MASTER": False}
+            found.append(_variant("reduce_kernel", types, **lets, **constants))
             if rule not in ("adagrad", "adam"):
                 constants |= {"KIND": "ascent", "STATES": 0, "SUMS": 2 if rule == "ema" else 1}
-                found.append(_variant("reduce_kernel", types, **constants))
+                for master in _masters(types, adaptive):
+                    found.append(_variant("reduce_kernel", types, **master, **constants))
         for kind, adaptive, sums in (
             ("descent", False, 1), ("descent", True, 1), ("descent", True, 2),
             ("mix", False, 5), ("mix", True, 5), ("scaled mix", True, 5), ("difference", False, 1),
         ):  # fmt: skip
             constants = {"KIND": kind, "RULE": "unified", "STATES": 0, "ADAPTIVE": adaptive}
-            found.append(_variant("reduce_kernel", types, SUMS=sums, **constants))
+            for master in _masters(types, adaptive and kind != "difference"):
+                found.append(_variant("reduce_kernel", types, SUMS=sums, **master, **constants))
     for (base, states), types in itertools.product(BASES, TYPES):
         if states == 0 and types[2] != types[0]:
             continue  # without state, its dtype counts as the parameter's
-        for scale, skip in itertools.product(flags, flags):
-            rule = {"BASE": base, "STATES": states, "SCALE": scale, "SKIP": skip}
+        for scale, skip, storage in itertools.product(flags, flags, _storages(types)):
+            rule = {"BASE": base, "STATES": states, "SCALE": scale, "SKIP": skip, **storage}
             found.append(_variant("update_kernel", types, MIX=False, ASCENT_STATES=0, **rule))
             if skip:
                 found.append(_variant("update_kernel", types, MIX=False, ASCENT_STATES=1, **rule))
@@ -140,10 +146,23 @@ def variants() -> list[Variant]:
     for (base, states, ascent), types in itertools.product(OWN_UPDATES, TYPES):
         if types[2] != ("fp64" if types[0] == "fp64" else "fp32"):
             continue  # their state has the dtype of the arithmetic
-        for scale, skip in itertools.product(flags, flags):
+        for scale, skip, storage in itertools.product(flags, flags, _storages(types)):
             rule = {"BASE": base, "STATES": states, "SCALE": scale, "SKIP": skip, "MIX": False,
-                    "ASCENT_STATES": ascent if skip else 0}  # fmt: skip
+                    "ASCENT_STATES": ascent if skip else 0, **storage}  # fmt: skip
             found.append(_variant("update_kernel", types, **rule))
+    return found
+
+
+def _masters(types: Sequence[str], matter: bool) -> list[dict[str, bool]]:
+    half = types[0] in ("bf16", "fp16")
+    return [{"HAS_MASTER": master} for master in (False, True)[: 1 + (half and matter)]]
+
+
+def _storages(types: Sequence[str]) -> list[dict[str, bool]]:
+    """How weights are stored: as they are; behind them master weights; rounded stochastically."""
+    found = [{**master, "STOCHASTIC": False} for master in _masters(types, True)]
+    if types[0] == "bf16":
+        found.append({"HAS_MASTER": False, "STOCHASTIC": True})
     return found
 
 
@@ -209,6 +228,8 @@ def measure(variant: Variant, target_name: str) -> Report:
     for place, stream, bits in _chunk_accesses(compiled.asm["ttir"], variant["CHUNK"]):
         found = accesses[place]
         expected = bits * variant["CHUNK"] // variant["LANES"]
+        if (variant.kernel, stream) in SPARSE:
+            continue
         report.widths[stream] = min(found, default=0)
         if sum(found) != expected:
             report.problems.append(f"{stream}: found {sum(found)} of {expected} bits per thread")

@@ -3,6 +3,9 @@
 from . import theory
 from .adagrad_norm import AdaGradNorm
 from .adaptive import AdaSAM, LightSAM
+from .batch_norm import frozen_batch_norm
+from .flatness import sharpness
+from .landscape import Landscape, loss_landscape
 from .lets import LETS
 from .ratio import SharpnessRatio
 from .sam import ASAM, SAM, SSAM, USAM, UnifiedSAM
@@ -10,5 +13,6 @@ from .samar import SAMAR
 from .vasso import VaSSO
 
 __version__ = "0.1.0"
-__all__ = ["ASAM", "LETS", "SAM", "SAMAR", "SSAM", "USAM", "AdaGradNorm", "AdaSAM", "LightSAM",
-           "SharpnessRatio", "UnifiedSAM", "VaSSO", "theory"]  # fmt: skip
+__all__ = ["ASAM", "LETS", "SAM", "SAMAR", "SSAM", "USAM", "AdaGradNorm", "AdaSAM", "Landscape",
+           "LightSAM", "SharpnessRatio", "UnifiedSAM", "VaSSO", "frozen_batch_norm",
+           "loss_landscape", "sharpness", "theory"]  # fmt: skip

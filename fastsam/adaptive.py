@@ -70,7 +70,7 @@ class LightSAM(SharpnessAwareOptimizer):
         eps: Square root of where the accumulators start, at least 1e-18. Default 1e-8.
         weight_decay: Decoupled weight decay, at least 0; not in the paper. Default 0.
         backend: As in :class:`SAM`.
-        **kwargs: ``renormalize``, ``max_grad_norm`` and ``skip_nonfinite`` of :class:`SAM`.
+        **kwargs: ``renormalize`` and what follows it among the arguments of :class:`SAM`.
 
     Raises:
         ValueError: If a hyper-parameter is out of range, or ``rule`` or ``backend`` unknown.
@@ -140,7 +140,7 @@ class AdaSAM(SharpnessAwareOptimizer):
         eps: Square root of where the accumulators start, at least 1e-18. Default 1e-8.
         weight_decay: Decoupled weight decay, at least 0; not in the paper. Default 0.
         backend: As in :class:`SAM`.
-        **kwargs: ``renormalize``, ``max_grad_norm`` and ``skip_nonfinite`` of :class:`SAM`.
+        **kwargs: ``renormalize`` and what follows it among the arguments of :class:`SAM`.
 
     Raises:
         ValueError: If a hyper-parameter is out of range, or ``backend`` unknown.

@@ -37,8 +37,12 @@ class Base:
     needs_norm: bool = False
     wide: bool = False
 
-    def prepare(self, state: dict[str, Any], param: Tensor, grad: Tensor, group: Group) -> bool:
+    def prepare(
+        self, state: dict[str, Any], param: Tensor, grad: Tensor, group: Group, wide: bool = False
+    ) -> bool:
         """Create what is missing in a parameter's state; True if its momentum buffer is new.
+
+        ``wide`` is for a parameter with master weights: its state is in float32, too.
 
         Raises:
             RuntimeError: If a state tensor has not the parameter's shape.
@@ -54,7 +58,7 @@ class Base:
             if state.get(name) is None:
                 # torch clones the first gradient into the buffer, so it has the gradient's dtype
                 dtype = grad.dtype if name == "momentum_buffer" else param.dtype
-                if self.wide:
+                if self.wide or wide:
                     dtype = torch.promote_types(param.dtype, torch.float32)
                 state[name] = torch.full_like(param, start, dtype=dtype)
                 fresh = name == "momentum_buffer"

@@ -64,6 +64,29 @@ def check_max_grad_norm(value: Any) -> None:
         raise ValueError(f"max_grad_norm must be None or above 0, got {value!r}")
 
 
+def check_schedule(perturb_every: Any, start: Any, stop: Any) -> None:
+    """Which steps are sharpness-aware."""
+    for name, value, least in (("perturb_every", perturb_every, 1), ("start", start, 0)):
+        if isinstance(value, bool) or not (isinstance(value, int) and value >= least):
+            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    if isinstance(stop, bool) or not (stop is None or (isinstance(stop, int) and stop > start)):
+        raise ValueError(f"stop must be None or an integer above start={start}, got {stop!r}")
+
+
+def check_closure(name: str, closure: Any) -> None:
+    """What ``step`` was given."""
+    if closure is None:
+        raise RuntimeError(
+            f"{name}.step needs a closure that computes the loss and calls backward; without one, "
+            "alternate first_step and second_step"
+        )
+    if not callable(closure):
+        raise TypeError(
+            f"closure must be a function that computes the loss, calls backward and returns the "
+            f"loss, got {type(closure).__name__}"
+        )
+
+
 def check_lam(value: Any) -> float:
     """Unified SAM's weight, or what its schedule gave."""
     if isinstance(value, Real) and 0 <= float(value) <= 1:
@@ -90,7 +113,9 @@ def check_rule(rule: Any, known: Iterable[str]) -> None:
 
 def check_common(kwargs: Mapping[str, Any], cls: type) -> None:
     """What methods with an update of their own take besides their named arguments."""
-    allowed = ("renormalize", "max_grad_norm", "skip_nonfinite")
+    allowed = ("renormalize", "max_grad_norm", "skip_nonfinite", "perturb_every", "start", "stop",
+               "master_weights", "rounding", "seed", "ascent_context",
+               "descent_context")  # fmt: skip
     if unknown := [key for key in kwargs if key not in allowed]:
         raise TypeError(
             f"{cls.__name__} got an unexpected argument {unknown[0]!r}; besides its own it takes "

@@ -72,7 +72,7 @@ class LETS(Optimizer):
         TypeError: If ``optimizer`` is not one of fastsam's, or ``rho_optimizer`` not a class of
             optimizers that step without a closure.
         ValueError: If another argument is out of range; if the first group's radius is 0, or a
-            group has no ``lr``.
+            group has no ``lr``; if ``optimizer`` has master weights, which keep no old ones.
 
     Reference: Wang, Jiang, Fu and Zhang, "Enhancing sharpness-aware minimization by learning
     perturbation radius", ECML-PKDD 2024, arXiv 2408.08222.
@@ -89,6 +89,8 @@ class LETS(Optimizer):
     ):
         if not isinstance(optimizer, SharpnessAwareOptimizer):
             raise TypeError(f"optimizer must be one of fastsam's with a radius, got {optimizer!r}")
+        if optimizer.master_weights:
+            raise ValueError("optimizer must have master_weights=False to learn its radius")
         check_lets(rho_lr, hessian, interval, rho_optimizer, optimizer.param_groups)
         self.hessian = hessian
         self.interval = interval

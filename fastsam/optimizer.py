@@ -1,31 +1,38 @@
-"""The two-pass protocol that every method shares: groups, state, and the contract of a step."""
+"""The class behind every method: constructor, steps by closure, and what a step measured."""
 
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from fastsam.kernels.layout import Scalar
 
 from . import backends
 from .bases import BASES
-from .capture import is_captured
 from .checks import (
     check_base,
+    check_closure,
     check_group,
     check_keys,
     check_max_grad_norm,
+    check_schedule,
 )
-from .interrupts import uninterrupted
-from .rules import UNIFIED, Ascent, Batch, LamRule, Step
-from .stateful import StatefulOptimizer
+from .passes import TwoPassOptimizer
+from .precision import check_precision, warn_of_rounding
+from .rules import UNIFIED, Ascent
+from .stateful import uncompiled
+
+#: Gives a context manager, for one pass.
+Context = Callable[[], AbstractContextManager[Any]]
 
 
-class SharpnessAwareOptimizer(StatefulOptimizer):
+class SharpnessAwareOptimizer(TwoPassOptimizer):
     r"""Base class of fastsam's optimizers; use one of its subclasses.
 
     A step is two passes. The first gradient ``g`` decides the perturbation: ``w <- w + e``. The
@@ -46,7 +53,6 @@ class SharpnessAwareOptimizer(StatefulOptimizer):
     """
 
     _ascent: Ascent = UNIFIED
-    _mix: LamRule | None = None  # SAMAR's
 
     def __init__(
         self,
@@ -59,6 +65,14 @@ class SharpnessAwareOptimizer(StatefulOptimizer):
         renormalize: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
+        perturb_every: int = 1,
+        start: int = 0,
+        stop: int | None = None,
+        master_weights: bool = False,
+        rounding: str = "nearest",
+        seed: int = 0,
+        ascent_context: Context | None = None,
+        descent_context: Context | None = None,
         backend: str = "auto",
         own: Mapping[str, Any] | None = None,
         **base_kwargs: Any,
@@ -66,72 +80,87 @@ class SharpnessAwareOptimizer(StatefulOptimizer):
         """``own`` holds a subclass's further group keys and their defaults."""
         check_base(base_optimizer, not_below=SharpnessAwareOptimizer)
         check_max_grad_norm(max_grad_norm)
+        check_schedule(perturb_every, start, stop)
         own = {"rho": rho, "adaptive": adaptive, "eta": eta, **(own or {})}
         self._base = BASES.get(base_optimizer)
+        check_precision(master_weights, rounding, seed, self._base is not None)
         check_group(own | base_kwargs, self._base is not None, self._ascent.scales)
         self.renormalize = renormalize
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
+        self.perturb_every, self.start, self.stop = perturb_every, start, stop
+        self.master_weights = master_weights
+        self.rounding, self.seed = rounding, seed
+        self.ascent_context, self.descent_context = ascent_context, descent_context
         self.backend = backend
         super().__init__(params, own)
         self._check_groups()
         # The base validates its own arguments and completes the groups, which it then shares.
         # A fused base is never stepped; its mathematics runs in the update pass.
         self.base_optimizer = base_optimizer(self.param_groups, **base_kwargs)
-        check_keys(self.base_optimizer, (*own, "lam", "t"))
+        check_keys(self.base_optimizer, (*own, "lam", "t", "rounding_step"))
         self.defaults.update(self.base_optimizer.defaults)
         self.param_groups = self.base_optimizer.param_groups
         self.state = self.base_optimizer.state
         self._start()
         params_ = [p for group in self.param_groups for p in group["params"]]
         backends.resolve(backend, params_[0].device if params_ else torch.device("cpu"))
-        if any(p.dtype in (torch.float16, torch.bfloat16) for p in params_):
-            warnings.warn(
-                "some parameters are float16 or bfloat16: a perturbation of norm rho is mostly "
-                "below their resolution and is rounded away; keep parameters in float32 and use "
-                "torch.autocast instead",
-                stacklevel=3,
-            )
+        if (perturb_every, start, stop) != (1, 0, None):
+            self.param_groups[0].setdefault("t", 1)
+        if rounding == "stochastic":
+            self.param_groups[0].setdefault("rounding_step", 0.0)
+        elif not master_weights:
+            warn_of_rounding(params_)
 
-    # --- the step ---
+    # --- steps by closure ---
 
+    @uncompiled
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one sharpness-aware step.
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        grad_scaler: GradScaler | None = None,
+    ) -> Any:
+        """Take one step: sharpness-aware, or the base's where ``perturb_every`` says so.
 
         Args:
             closure: Computes the loss, calls ``backward`` and returns the loss (the contract of
-                ``torch.optim.LBFGS``). It is called twice; once where every ``rho`` is 0, unless
-                the first pass has state to keep. Gradients are zeroed before each call.
+                ``torch.optim.LBFGS``). It may run several micro-batches, if it runs the same in
+                both calls. It is called twice; once in a step of the base, and where every ``rho``
+                is 0, unless the first pass has state to keep. Gradients are zeroed before each
+                call. One that leaves no gradient is warned of, once.
+            grad_scaler: A ``torch.amp.GradScaler`` with which the closure scales the loss that it
+                calls ``backward`` on. A gradient that is not finite in either pass restores the
+                weights and skips the step; ``grad_scaler.update()`` is to be called after it, and
+                ``grad_scaler.step`` and ``unscale_`` are not.
 
         Returns:
             What the first call returned: the loss at ``w``.
 
         Raises:
-            RuntimeError: Without a closure; between ``first_step`` and ``second_step``; for
-                gradients that are sparse or complex. An exception in the closure leaves weights
-                and state as they were before the step, and propagates.
+            RuntimeError: Without a closure; between ``first_step`` and ``second_step``; inside a
+                closure; for gradients that are sparse or complex. An exception in the closure
+                leaves weights and state as they were before the step, and propagates.
+            TypeError: If an argument is something else.
         """
-        if closure is None:
-            raise RuntimeError(
-                f"{type(self).__name__}.step needs a closure that computes the loss and calls "
-                "backward; without one, alternate first_step and second_step"
-            )
-        self._expect("first_step")
+        if closure is None and self._is_bare:
+            self._create_state()
+            return None
+        check_closure(type(self).__name__, closure)
+        self._expect("first_step", "step")
         self._check_groups()
-        closure = torch.enable_grad()(closure)
         self._inside_step = True
         try:
-            self.zero_grad()
-            loss = closure()
-            if self._may_skip_ascent and all(_is_zero(g["rho"]) for g in self.param_groups):
-                self._perturbs = False
-                self._lam = self._next_lam()
-                self._descend(self._collect("descent"))
+            loss = self._call(closure, self.ascent_context)
+            self._warn_of_no_gradients()
+            zero_radius = all(_is_zero(group["rho"]) for group in self.param_groups)
+            if not self.perturbs_next or (self._may_skip_ascent and zero_radius):
+                self.plain_step(grad_scaler=grad_scaler)
                 return loss
-            self.first_step(zero_grad=True)
-            closure()
-            self.second_step()
+            self.first_step(zero_grad=True, grad_scaler=grad_scaler)
+            self._call(closure, self.descent_context)
+            self.second_step(grad_scaler=grad_scaler)
         except BaseException:
             self.restore()
             raise
@@ -139,76 +168,109 @@ class SharpnessAwareOptimizer(StatefulOptimizer):
             self._inside_step = False
         return loss
 
+    @uncompiled
     @torch.no_grad()
-    def first_step(self, zero_grad: bool = False) -> None:
-        """Perturb the weights along the present gradients: ``w <- w + e``.
+    def step_micro_batches(self, closures: Iterable[Callable[[], Any]]) -> list[Any]:
+        r"""Take one step in which every micro-batch has a perturbation of its own.
+
+        .. math:: u = \frac1m \sum_{i=1}^m \nabla L_i(w + e_i)
+
+        with :math:`e_i` along :math:`\nabla L_i(w)`: m-sharpness, with the memory of one more
+        gradient. In :meth:`step` a closure that runs all micro-batches perturbs along their sum.
 
         Args:
-            zero_grad: Zero the gradients afterwards.
+            closures: One for each micro-batch, at least one. Each computes the loss of its own,
+                not divided by their number, calls ``backward`` and returns the loss; each is
+                called twice. ``.grad`` is :math:`u` afterwards.
+
+        Returns:
+            What the first calls returned.
 
         Raises:
-            RuntimeError: If ``second_step`` is due; if a gradient is sparse or complex, or the
-                parameters lie on several devices. Nothing has changed then.
-            ValueError: If a group's hyper-parameter has been set out of range.
+            RuntimeError: For methods whose steps are more than a perturbation and the base's
+                update: with ``renormalize``, SAMAR, and those with state in the ascent. An
+                exception in a closure leaves weights and state as they were before the step.
+            TypeError, ValueError: If ``closures`` are not callable, or there is none.
         """
-        self._expect("first_step")
+        name = type(self).__name__
+        if self.renormalize or self._mix is not None or self._ascent is not UNIFIED:
+            raise RuntimeError(f"{name} does not serve perturbations by micro-batch")
+        closures = list(closures)
+        if not closures:
+            raise ValueError("closures must be at least one, got none")
+        for closure in closures:
+            check_closure(name, closure)
+        self._expect("first_step", "step_micro_batches")
         self._run_hooks("pre")
-        self._check_groups()
-        batch = self._collect("ascent")
-        self._check_capture(batch)
-        self._perturbs = True
-        self._lam = self._next_lam()
-        scalars = self._scalars_for(batch)
-        firsts = self._take_over(batch, cleared=zero_grad) if self._keeps_first else {}
-        if self._has_ascent_state:
-            for param, i in zip(batch.params, batch.groups, strict=True):
-                old = self._ascent.state(self.state.get(param, {}), param, self.param_groups[i])
-                batch.ascent.append(old)
-                batch.next.append(self._room_for(param, old))
-        else:
-            batch.ascent = batch.next = [{}] * len(batch.params)
-        with uninterrupted():
-            if batch.params:
-                self._backup = self._backend_for(batch).ascend(batch, self._describe(), scalars)
-            else:
-                scalars[Scalar.GRAD_NORM].zero_()
-                scalars[Scalar.NEXT_SQUARED_NORMS] = scalars[Scalar.ASCENT_SQUARED_NORMS]
-            self._firsts = firsts
-            if self._has_ascent_state:
-                pairs = zip(batch.ascent, batch.next, strict=True)
-                self._pending = dict(zip(batch.params, pairs, strict=True))
-            self._between_passes = True
-        if zero_grad:
-            self.zero_grad()
-
-    @torch.no_grad()
-    def second_step(self, zero_grad: bool = False) -> None:
-        """Restore the weights and update them with the gradients taken at ``w + e``.
-
-        Args:
-            zero_grad: Zero the gradients afterwards.
-
-        Raises:
-            RuntimeError: If ``first_step`` is due; if a gradient is sparse or complex. The weights
-                have been restored then, and the step is over without an update.
-        """
-        self._expect("second_step")
+        self._inside_step = True
+        losses: list[Any] = []
+        total: dict[Tensor, Tensor] = {}
         try:
-            self._descend(self._collect("descent"))
+            for closure in closures:
+                losses.append(self._call(closure, self.ascent_context))
+                self.first_step(zero_grad=True)
+                self._call(closure, self.descent_context)
+                for param in chain.from_iterable(group["params"] for group in self.param_groups):
+                    if param.grad is not None:
+                        share = param.grad / len(closures)
+                        total[param] = total[param] + share if param in total else share
+                self.restore()
+            self.zero_grad()
+            for param, grad in total.items():
+                param.grad = grad
+            self.plain_step()
+            self._perturbs = True
         except BaseException:
             self.restore()
             raise
-        self._opt_called = True  # what LR schedulers look at, to warn where no step came first
-        if zero_grad:
-            self.zero_grad()
+        finally:
+            self._inside_step = False
         self._run_hooks("post")
+        return losses
 
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Undo ``first_step``: for a loop whose second pass failed. Does nothing otherwise."""
-        if self._backup is not None:
-            self._backup.restore()
-        self._end_step()
+    @property
+    def perturbs_next(self) -> bool:
+        """Whether ``perturb_every``, ``start`` and ``stop`` make the next step sharpness-aware."""
+        since = self.param_groups[0].get("t", 1) - 1 - self.start
+        ended = self.stop is not None and since >= self.stop - self.start
+        return since >= 0 and not ended and bool(since % self.perturb_every == 0)
+
+    @property
+    def _is_static(self) -> bool:
+        return self.perturb_every == 1 and self.start == 0 and self.stop is None
+
+    @property
+    def _may_skip_ascent(self) -> bool:
+        """Whether a step with radius 0 needs no first pass."""
+        return self._ascent.name == "unified"
+
+    def _call(self, closure: Any, context: Context | None) -> Any:
+        """What the closure returns, called as one pass."""
+        self.zero_grad()
+        with self._in_closure(), context() if context else nullcontext(), torch.enable_grad():
+            return closure()
+
+    @contextmanager
+    def _in_closure(self) -> Iterator[None]:
+        self._inside_closure = True
+        try:
+            yield
+        finally:
+            self._inside_closure = False
+
+    def _warn_of_no_gradients(self) -> None:
+        if self._warned:
+            return
+        params = chain.from_iterable(group["params"] for group in self.param_groups)
+        if all(param.grad is None for param in params):
+            self._warned = True
+            warnings.warn(
+                "the closure left no gradient in any parameter: it has to call backward() on the "
+                "loss of the model whose parameters are optimized",
+                stacklevel=5,
+            )
+
+    # --- what a step measured ---
 
     @property
     def metrics(self) -> Mapping[str, Tensor]:
@@ -218,8 +280,10 @@ class SharpnessAwareOptimizer(StatefulOptimizer):
         needs it, and ``rho`` the first group's radius. ``perturbed_grad_norm``, the second
         gradient's norm, is there where the step needs it; with ``renormalize`` so is
         ``renormalization`` (gamma, and both norms are then of ``T g``), with ``skip_nonfinite``
-        so is ``skipped``, the number of steps skipped so far. Reading a value synchronises with
-        the device; making the mapping does not. Empty before the first step.
+        so is ``skipped``, the number of steps skipped so far (under a loss scale, too, without
+        which all norms are given). ``perturbed`` is 1, or 0 after a step of the base alone. Reading
+        a value synchronises with the device; making the mapping does not. Empty before the first
+        step.
         """
         if self._scalars is None:
             return {}
@@ -231,7 +295,7 @@ class SharpnessAwareOptimizer(StatefulOptimizer):
             names["perturbed_grad_norm"] = Scalar.PERTURBED_GRAD_NORM
         if step.renormalize:
             names["renormalization"] = Scalar.RENORMALIZATION
-        if self.skip_nonfinite:
+        if step.skip_nonfinite:
             names["skipped"] = Scalar.SKIPPED
         values = {name: self._scalars[slot].clone() for name, slot in names.items()}
         rho, like = self.param_groups[0]["rho"], self._scalars[0]
@@ -239,124 +303,8 @@ class SharpnessAwareOptimizer(StatefulOptimizer):
             values["rho"] = rho.to(like, copy=True)
         else:
             values["rho"] = torch.full_like(like, float(rho))
+        values["perturbed"] = torch.full_like(like, float(self._perturbs))
         return values
-
-    # --- what subclasses may refine ---
-
-    def _next_lam(self) -> float:
-        """Unified SAM's weight of normalisation in the step that begins; 1 is SAM."""
-        return 1.0
-
-    def _finish_step(self) -> None:
-        """Called when a step has been completed."""
-
-    @property
-    def _keeps_first(self) -> bool:
-        """Whether first gradients are needed after the first pass."""
-        return self._mix is not None or self._records is not None
-
-    @property
-    def _may_skip_ascent(self) -> bool:
-        """Whether a step with radius 0 needs no first pass."""
-        return self._ascent.name == "unified"
-
-    # --- parts of the step ---
-
-    @property
-    def _has_ascent_state(self) -> bool:
-        return any(self._ascent.states(group) for group in self.param_groups)
-
-    def _expect(self, call: str) -> None:
-        due = "second_step" if self._between_passes else "first_step"
-        if call != due:
-            raise RuntimeError(
-                f"expected {due}, which has to come before another {call}: first_step and "
-                "second_step alternate"
-            )
-
-    def _check_groups(self) -> None:
-        check_max_grad_norm(self.max_grad_norm)
-        for group in self.param_groups:
-            self._check_group(group)
-
-    def _describe(self) -> Step:
-        return Step(
-            groups=self.param_groups,
-            ascent=self._ascent,
-            base=self._base,
-            lam=self._lam,
-            renormalize=self.renormalize and self._perturbs,
-            mix=self._mix if self._perturbs else None,
-            max_grad_norm=self.max_grad_norm,
-            skip_nonfinite=self.skip_nonfinite,
-            keeps_weights=self._records == "diag",
-        )
-
-    def _descend(self, batch: Batch) -> None:
-        step = self._describe()
-        if self._pending:
-            without_ascent: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
-            pairs = [self._pending.get(param, without_ascent) for param in batch.params]
-            batch.ascent, batch.next = [old for old, _ in pairs], [new for _, new in pairs]
-        else:
-            batch.ascent = batch.next = [{}] * len(batch.params)
-        if self._firsts:
-            batch.firsts = [self._firsts.get(param) for param in batch.params]
-        else:
-            batch.firsts = [None] * len(batch.params)
-        scalars = self._scalars_for(batch)
-        if batch.params:
-            self._check_capture(batch)
-            if step.base is not None:
-                self._prepare(batch, step.base)
-            seen = batch
-            if self._records and step.base is None:  # which may write to the gradients
-                seen = replace(batch, grads=[grad.clone() for grad in batch.grads])
-            try:
-                with uninterrupted():
-                    self._backend_for(batch).descend(batch, self._backup, step, scalars)
-                    if step.base is None:
-                        # it cannot skip on the device: the one branch on a device value
-                        if not step.skip_nonfinite or bool(scalars[Scalar.ACCEPTED]):
-                            self._step_foreign()
-                    self._complete(seen, step, scalars)
-            except BaseException:
-                for state, fresh in zip(batch.states, batch.fresh, strict=True):
-                    if fresh:  # it is still to begin
-                        state.pop("momentum_buffer", None)
-                raise
-        else:  # nothing to update, nor to reject
-            with uninterrupted():
-                if self._backup is not None:
-                    self._backup.restore()
-                scalars[Scalar.ACCEPTED].fill_(1)
-                scalars[Scalar.ASCENT_SQUARED_NORMS] = scalars[Scalar.NEXT_SQUARED_NORMS]
-                self._complete(batch, step, scalars)
-
-    def _complete(self, batch: Batch, step: Step, scalars: Tensor) -> None:
-        """What the ascent computed becomes the state."""
-        if self._pending:
-            updated = set(batch.params)
-            rest = [pair for param, pair in self._pending.items() if param not in updated]
-            kept = Batch(ascent=[pair[0] for pair in rest], next=[pair[1] for pair in rest])
-            backends.keep_rejected(kept, step, scalars)
-        self._was_captured |= is_captured(batch)
-        for param, (old, state) in self._pending.items():
-            if self._was_captured:  # a replay looks for the state where it was at the capture
-                for name, x in state.items():
-                    old[name].copy_(x)
-                self.state[param].update(old)
-            elif state:
-                self.state[param].update(state)
-                if param.device.type == "cpu":
-                    self._spare[param] = old
-        if self._records and batch.params and self._backup is not None:
-            # of the ascent's state and the old weights only what the approximation reads
-            diag = self._records == "diag"
-            seen = replace(batch, ascent=[], next=batch.next if diag else [{}] * len(batch.params))
-            self._record = seen, self._backup if diag and step.adaptive else None, step
-        self._end_step()
-        self._finish_step()
 
 
 def _is_zero(rho: float | Tensor) -> bool:

@@ -120,6 +120,10 @@ class Step:
         mix: SAMAR's descent rule: its rule for lam, or None.
         max_grad_norm: Bound on the norm of ``u``.
         skip_nonfinite: Whether a non-finite second gradient leaves weights and state alone.
+        skip_first: With that, whether a non-finite first gradient does as well.
+        is_scaled: Whether gradients carry a loss scale, whose inverse is among the scalars.
+        has_masters: Whether 16-bit parameters have float32 master weights.
+        seed: Of stochastic rounding; None rounds to nearest.
         keeps_weights: Whether the copy of the weights is needed after the update (LETS).
     """
 
@@ -131,6 +135,10 @@ class Step:
     mix: LamRule | SharpnessRatio | None = None
     max_grad_norm: float | None = None
     skip_nonfinite: bool = False
+    skip_first: bool = False
+    is_scaled: bool = False
+    has_masters: bool = False
+    seed: int | None = None
     keeps_weights: bool = False
 
     @property
@@ -140,11 +148,13 @@ class Step:
     @property
     def rescales(self) -> bool:
         """Whether ``u`` may differ from the second gradient."""
-        return self.renormalize or self.mix is not None or self.max_grad_norm is not None
+        rescaled = self.renormalize or self.mix is not None or self.max_grad_norm is not None
+        return rescaled or self.is_scaled
 
     @property
     def needs_ascent_norm(self) -> bool:
-        return self.ascent.needs_norm or self.renormalize or self.mix is not None
+        rules = self.ascent.needs_norm or self.renormalize or self.mix is not None
+        return rules or self.skip_first
 
     @property
     def needs_descent_norm(self) -> bool:
@@ -200,6 +210,10 @@ class Batch:
     firsts: list[Tensor | None] = field(default_factory=list)
     validation: list[Tensor | None] = field(default_factory=list)  # at the updated weights
     training: list[Tensor | None] = field(default_factory=list)
+    # of 16-bit parameters: float32 weights behind them; and every parameter's place among all,
+    # which its random bits depend on. Empty where no step needs them
+    masters: list[Tensor | None] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
     # where equal ones mean that what was worked out from them still holds
     layout: Layout | None = None
     prepared: object = None

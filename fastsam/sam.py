@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from .checks import check_lam
-from .optimizer import SharpnessAwareOptimizer
+from .optimizer import Context, SharpnessAwareOptimizer
 
 
 class SAM(SharpnessAwareOptimizer):
@@ -36,10 +36,30 @@ class SAM(SharpnessAwareOptimizer):
         eta: Added to ``|w|`` in the adaptive scale, at least 0. Default 0.
         renormalize: SSAM's rescaling of the second gradient, see :class:`SSAM`. Default False.
         max_grad_norm: Clip the final gradient to this global norm, as
-            ``torch.nn.utils.clip_grad_norm_`` does. Default None: no clipping.
+            ``torch.nn.utils.clip_grad_norm_`` does: a norm that is NaN makes every weight NaN, an
+            infinite one those whose gradient is (``skip_nonfinite`` prevents both). Default None.
         skip_nonfinite: Where the second gradient's norm is not finite, restore the weights and
             leave the state alone. Default False. With a base optimizer that is not fused, this
             synchronises with the device once a step.
+        perturb_every, start, stop: Of the steps, counted from 0, those numbered ``start``,
+            ``start + perturb_every`` ... below ``stop`` are sharpness-aware; the others are the
+            base optimizer's, at the cost of one pass. The count is saved with the state, in
+            ``param_groups[0]["t"]``, which is one more. Default 1, 0 and None: all of them.
+        master_weights: Keep a float32 copy behind every float16 and bfloat16 parameter (8 to 10
+            bytes of traffic more, and no copy between the passes), perturb and update that, and
+            round the result. It is in the state, under ``master_weight``; where somebody has
+            written to a parameter since, that counts. The base's state is in float32 then.
+            Needs a fused base. Default False.
+        rounding: ``"nearest"`` (the default), or ``"stochastic"``: bfloat16 parameters are rounded
+            up or down at random, right on average, where ``w + e`` and the updated weight are
+            stored. The base's state, and what a base that is not fused updates, is rounded to
+            nearest.
+        seed: Of the random bits, in [0, 2^32). They depend on it, the step, the pass, the place of
+            the parameter in the optimizer and of the element in the parameter, and on nothing
+            else. Default 0.
+        ascent_context, descent_context: Functions without arguments that give a context manager:
+            ``step`` enters it for its first or second call of the closure, as
+            ``descent_context=lambda: fastsam.frozen_batch_norm(model)``. Default None.
         backend: ``"triton"``, ``"torch"``, ``"reference"`` or ``"auto"`` (the default: triton on
             a GPU it serves, else torch).
         **base_kwargs: Arguments of the base optimizer: ``lr=0.1, momentum=0.9`` ...
@@ -66,13 +86,23 @@ class SAM(SharpnessAwareOptimizer):
         renormalize: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
+        perturb_every: int = 1,
+        start: int = 0,
+        stop: int | None = None,
+        master_weights: bool = False,
+        rounding: str = "nearest",
+        seed: int = 0,
+        ascent_context: Context | None = None,
+        descent_context: Context | None = None,
         backend: str = "auto",
         **base_kwargs: Any,
     ):
         super().__init__(
             params, base_optimizer, rho=rho, adaptive=adaptive, eta=eta, renormalize=renormalize,
-            max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite, backend=backend,
-            **base_kwargs,
+            max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite,
+            perturb_every=perturb_every, start=start, stop=stop, master_weights=master_weights,
+            rounding=rounding, seed=seed, ascent_context=ascent_context,
+            descent_context=descent_context, backend=backend, **base_kwargs,
         )  # fmt: skip
 
 
@@ -148,8 +178,8 @@ class UnifiedSAM(SharpnessAwareOptimizer):
         self.param_groups[0].setdefault("t", 1)
 
     @property
-    def _is_static(self) -> bool:  # type: ignore[override]
-        return not (isinstance(self.lam, str) or callable(self.lam))
+    def _is_static(self) -> bool:
+        return super()._is_static and not (isinstance(self.lam, str) or callable(self.lam))
 
     def _next_lam(self) -> float:
         t: int = self.param_groups[0]["t"]
@@ -158,9 +188,6 @@ class UnifiedSAM(SharpnessAwareOptimizer):
         if self.lam == "1-1/t":
             return 1 - 1 / t
         return check_lam(self.lam(t) if callable(self.lam) else self.lam)
-
-    def _finish_step(self) -> None:
-        self.param_groups[0]["t"] += 1
 
     @property
     def metrics(self) -> dict[str, Tensor]:

@@ -1,14 +1,16 @@
 """What an optimizer holds: groups, checkpoints and copies, and the tensors of a pass."""
 
 import sys
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -19,8 +21,11 @@ from . import backends
 from .bases import Base
 from .capture import check_state, is_captured, refuse
 from .checks import check_group, check_theta, check_uncorrected
+from .precision import check_dtypes, find_masters, find_places
 from .rules import Ascent, Batch, Step
 from .sweep import Prepared, Sweep
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 #: What LETS needs of a step: the second pass's batch, perhaps the old weights, and the step.
 Record = tuple[Batch, backends.Backup | None, Step]
@@ -34,21 +39,32 @@ def _holders(tensors: dict[str, Tensor], name: str) -> int:
 ALONE = _holders({"": torch.empty(0)}, "")
 
 
+def uncompiled(function: Function) -> Function:
+    """Make the function a graph break inside ``torch.compile``; what it calls is not traced.
+
+    torch's own optimizers use the first of these, which imports the compiler when it is needed.
+    """
+    disable = getattr(torch, "_disable_dynamo", torch.compiler.disable)
+    return cast(Function, disable(function))
+
+
 class StatefulOptimizer(Optimizer):
     """An optimizer that shares its groups and its state with a base optimizer that it holds."""
 
     base_optimizer: Optimizer
     backend: str
     skip_nonfinite: bool
-    _is_static = True  # whether the host decides nothing anew in every step
+    master_weights: bool
+    rounding: str
+    seed: int
     _base: Base | None  # the base's rules where it is fused
     _ascent: Ascent
 
     #: What ``_start`` sets.
     _transient = ("_backup", "_pending", "_firsts", "_between_passes", "_inside_step", "_perturbs",
                   "_lam", "_scalars", "_backends", "_records", "_record", "_spare",
-                  "_sweeps", "_served", "_was_captured",
-                  "_made")  # fmt: skip
+                  "_sweeps", "_served", "_was_captured", "_made", "_inside_closure", "_is_scaled",
+                  "_was_scaled", "_scaler", "_seen", "_warned")  # fmt: skip
 
     def _start(self) -> None:
         """Set what lives only as long as this process: nothing here is saved."""
@@ -62,11 +78,17 @@ class StatefulOptimizer(Optimizer):
         self._sweeps = defaultdict[str, Sweep](Sweep)  # one for each pass
         self._made = 0  # layouts of the ascent that the descent's sweep knows of
         self._between_passes = False
-        self._inside_step = False
+        self._inside_step = self._inside_closure = False
         self._was_captured = False  # in a CUDA graph
         self._scalars: Tensor | None = None
         self._perturbs = True  # whether the present step, or the last, has two passes
         self._lam = 1.0
+        self._scaler: GradScaler | None = None  # of the present step
+        self._is_scaled = False  # whether the present step's gradients are, or the last one's
+        self._was_scaled = False  # whether the device's scalars say so
+        # gradients that the first pass left: parameter, gradient, its version
+        self._seen: list[tuple[Tensor, weakref.ref[Tensor], int]] = []
+        self._warned = False  # of a misuse: once
         self._backends: dict[str, backends.Backend] = {}
         self._served: dict[tuple[str, torch.device], backends.Backend] = {}  # as asked for
         # for LETS: for which approximation to keep what the last step saw, and that
@@ -81,6 +103,11 @@ class StatefulOptimizer(Optimizer):
         """
         self._check_group(self.defaults | param_group)
         super().add_param_group(param_group)
+        try:
+            check_dtypes(self.param_groups[-1]["params"], self.rounding)
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_group(group, self._base is not None, self._ascent.scales)
@@ -171,6 +198,8 @@ class StatefulOptimizer(Optimizer):
         self._backup = None
         self._pending = {}
         self._firsts = {}
+        self._seen = []
+        self._scaler = None
         self._between_passes = False
 
     def _run_hooks(self, when: str) -> None:
@@ -185,11 +214,18 @@ class StatefulOptimizer(Optimizer):
     # --- the tensors of a pass ---
 
     @property
+    def _is_static(self) -> bool:
+        """Whether the host decides nothing anew in every step."""
+        return True
+
+    @property
     def _kept_scalars(self) -> dict[str, Scalar]:
         """Device scalars that are state, by their keys in the first group."""
         kept = {}
         if self._base is not None and self._base.needs_norm:
             kept["squared_norms"] = Scalar.SQUARED_NORMS
+        if self.rounding == "stochastic":
+            kept["rounding_step"] = Scalar.ROUNDING_STEP
         return kept
 
     def _collect(self, which: str = "other") -> Batch:
@@ -199,7 +235,29 @@ class StatefulOptimizer(Optimizer):
         if which == "ascent" and self._sweeps[which].made != self._made:
             self._made = self._sweeps[which].made
             self._sweeps.pop("descent", None)  # which does not look at everything again
+        if self.master_weights:
+            batch.masters = find_masters(type(self).__name__, batch, self.state)
+        elif self.rounding == "stochastic":
+            batch.places = find_places(batch, self.param_groups)
         return batch
+
+    @property
+    def _is_bare(self) -> bool:
+        """Whether no step has been taken, and every learning rate is 0."""
+        rates = [group.get("lr") for group in self.param_groups]
+        return not self.state and all(lr is not None and float(lr) == 0 for lr in rates)
+
+    def _create_state(self) -> None:
+        """What a first step would create: ``torch.distributed.checkpoint`` asks for it so."""
+        batch = self._collect()
+        if self._base is None:
+            self.base_optimizer.step()
+        elif batch.params:
+            self._prepare(batch, self._base)
+        for param, i in zip(batch.params, batch.groups, strict=True):
+            ascent = self._ascent.state(self.state[param], param, self.param_groups[i])
+            self.state[param].update(ascent)
+        self._scalars_for(batch)
 
     def _check_capture(self, batch: Batch) -> None:
         """Under capture in a CUDA graph: whether the step can be replayed.
@@ -211,7 +269,8 @@ class StatefulOptimizer(Optimizer):
             return
         name = type(self).__name__
         if not self._is_static:
-            raise refuse(name, "its lam changes from step to step on the host; give a number")
+            raise refuse(name, "a lam that changes by schedule, perturb_every, start and stop are "
+                               "decided on the host in every step")  # fmt: skip
         if self._base is None and self.skip_nonfinite:
             raise refuse(name, "skip_nonfinite has to ask the device whether its base may step")
         if self._scalars is None:
@@ -231,7 +290,8 @@ class StatefulOptimizer(Optimizer):
         for param, grad, i in zip(batch.params, batch.grads, batch.groups, strict=True):
             state = self.state[param]
             batch.states.append(state)
-            batch.fresh.append(base.prepare(state, param, grad, self.param_groups[i]))
+            wide = bool(batch.masters) and batch.masters[len(batch.fresh)] is not None
+            batch.fresh.append(base.prepare(state, param, grad, self.param_groups[i], wide))
         if not any(batch.fresh):
             batch.prepared = Prepared(batch, base, self.param_groups, everything)
             batch.layout.cache["prepared"] = batch.prepared

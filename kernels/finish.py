@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .layout import Hyper, Scalar, Task
-from .perturb import ASCENT_NORM, EPS, NEXT_SQUARED_NORMS
+from .perturb import ASCENT_NORM, EPS, FIRST_INVERSE_SCALE, NEXT_SQUARED_NORMS
 from .stream import is_finite
 
 MAX_GRAD_NORM = tl.constexpr(int(Hyper.MAX_GRAD_NORM))
@@ -26,12 +26,15 @@ USED_LAM = tl.constexpr(int(Scalar.USED_LAM))
 SHARPNESS = tl.constexpr(int(Scalar.SHARPNESS))
 SMOOTHED_SHARPNESS = tl.constexpr(int(Scalar.SMOOTHED_SHARPNESS))
 HYPERGRADIENT = tl.constexpr(int(Scalar.HYPERGRADIENT))
+INVERSE_SCALE = tl.constexpr(int(Scalar.INVERSE_SCALE))
+FOUND_INF = tl.constexpr(int(Scalar.FOUND_INF))
 RENORMALIZE = tl.constexpr(int(Task.RENORMALIZE))
 CLIP = tl.constexpr(int(Task.CLIP))
 SKIP = tl.constexpr(int(Task.SKIP))
 ACCUMULATE = tl.constexpr(int(Task.ACCUMULATE))
 COMMIT = tl.constexpr(int(Task.COMMIT))
 ADAPT = tl.constexpr(int(Task.ADAPT))
+SKIP_FIRST = tl.constexpr(int(Task.SKIP_FIRST))
 
 
 @triton.jit
@@ -75,12 +78,16 @@ def finish_descent(hyper, scalars, measured_squared, plain_squared, sharpness, p
     clip = tl.full([], 1.0, tl.float64)
     if (tasks & CLIP) != 0:
         clip = tl.load(hyper + MAX_GRAD_NORM).to(tl.float64) / (norm + 1e-6)
-        clip = tl.where(clip < 1, clip, 1.0)
-    accepted = is_finite(plain) | ((tasks & SKIP) == 0)
+        clip = tl.where(clip >= 1, 1.0, clip)  # NaN stays, as in torch
+    accepted = is_finite(plain) & (tl.load(scalars + FOUND_INF) == 0)
+    accepted = (accepted & (is_finite(n) | ((tasks & SKIP_FIRST) == 0))) | ((tasks & SKIP) == 0)
     tl.store(scalars + PERTURBED_GRAD_NORM, measured)
     tl.store(scalars + RENORMALIZATION, gamma)
-    tl.store(scalars + COEFFICIENT, coefficient * clip)
-    tl.store(scalars + FIRST_COEFFICIENT, first * clip)
+    # the gradients that these will multiply carry their loss scales
+    clip_scaled = clip * tl.load(scalars + INVERSE_SCALE)
+    first_scaled = clip * tl.load(scalars + FIRST_INVERSE_SCALE)
+    tl.store(scalars + COEFFICIENT, coefficient * clip_scaled)
+    tl.store(scalars + FIRST_COEFFICIENT, first * first_scaled)
     tl.store(scalars + ACCEPTED, accepted.to(tl.float64))
     tl.store(scalars + SKIPPED, tl.load(scalars + SKIPPED) + tl.where(accepted, 0.0, 1.0))
     if (tasks & ACCUMULATE) != 0:

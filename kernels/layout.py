@@ -48,7 +48,9 @@ class Row(IntEnum):
 
     GRAD = 0
     PARAM = 1
-    BACKUP = 2  # what update restores from: the copy, or the parameter itself if unperturbed
+    # what update restores from: the copy, or the parameter itself if unperturbed; with master
+    # weights it is these, or the parameter
+    BACKUP = 2
     STEP = 3  # 0-dim float32 step count
     STATE0 = 4
     STATE1 = 5
@@ -62,11 +64,13 @@ class Row(IntEnum):
     NEXT1 = 13
     VALIDATION = 14  # LETS: gradients at the updated weights
     TRAINING = 15
+    MASTER = 16  # float32 weights behind 16-bit ones
+    KEY = 17  # not an address: what the tensor's random bits depend on
 
 
 #: Rows that hold addresses of element streams: these decide whether a tensor is aligned. An address
 #: of 0 stands for zeros in the last pass's optional streams (first, validation and training).
-STREAMS = tuple(set(Row) - {Row.STEP, Row.FRESH, Row.CHUNKS})
+STREAMS = tuple(set(Row) - {Row.STEP, Row.FRESH, Row.CHUNKS, Row.KEY})
 
 
 class Hyper(IntEnum):
@@ -113,6 +117,10 @@ class Scalar(IntEnum):
     SUM2 = 18
     SUM3 = 19
     SUM4 = 20
+    FIRST_INVERSE_SCALE = 21  # 1 / loss scale of the first pass's gradients, and the second's
+    INVERSE_SCALE = 22
+    FOUND_INF = 23  # not 0 where somebody else found the gradients to overflow
+    ROUNDING_STEP = 24  # steps rounded stochastically so far
 
 
 class Task(IntFlag):
@@ -122,7 +130,8 @@ class Task(IntFlag):
     LAST = 2  # closes it: write the scalars
     RENORMALIZE = 4
     CLIP = 8
-    SKIP = 16
+    SKIP = 16  # reject the step if the second gradient is not finite
     ACCUMULATE = 32  # add the squared norm of u to AdaGradNorm's b2
     COMMIT = 64  # make LightSAM I's new accumulator the old
     ADAPT = 128  # SAMAR's lam, by the ratio of sharpness values
+    SKIP_FIRST = 256  # reject it as well if the first one is not

@@ -9,17 +9,19 @@ import triton
 import triton.language as tl
 
 from .layout import Hyper, Scalar
+from .rounding import pass_key, round_weight
 from .stream import (
     ASCENT0,
     ASCENT1,
     BACKUP,
     GRAD,
+    MASTER,
     NEXT0,
     NEXT1,
     PARAM,
     hyper_row,
     is_finite,
-    narrow,
+    newest,
     read_chunk,
     stream,
 )
@@ -30,6 +32,7 @@ ETA = tl.constexpr(int(Hyper.ETA))
 ASCENT = tl.constexpr(int(Hyper.ASCENT))
 ASCENT_NORM = tl.constexpr(int(Scalar.ASCENT_NORM))
 NEXT_SQUARED_NORMS = tl.constexpr(int(Scalar.NEXT_SQUARED_NORMS))
+FIRST_INVERSE_SCALE = tl.constexpr(int(Scalar.FIRST_INVERSE_SCALE))
 EPS = tl.constexpr(1e-12)
 EMA_EPS = tl.constexpr(1e-7)
 SMALLEST = tl.constexpr(2.0**-126)
@@ -114,16 +117,23 @@ def is_usable(state0, state1, scalars, RULE: tl.constexpr):
 
 
 @triton.jit
-def _perturb(table, columns, tensor, start, offsets, mask, row, scalars, scale, P: tl.constexpr,
-             G: tl.constexpr, ACC: tl.constexpr, RULE: tl.constexpr, STATES: tl.constexpr,
-             ADAPTIVE: tl.constexpr, ALIGNED: tl.constexpr):  # fmt: skip
+def _perturb(table, columns, tensor, start, offsets, mask, row, scalars, scale, key,
+             P: tl.constexpr, G: tl.constexpr, ACC: tl.constexpr, RULE: tl.constexpr,
+             STATES: tl.constexpr, ADAPTIVE: tl.constexpr, HAS_MASTER: tl.constexpr,
+             STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr):  # fmt: skip
     param = stream(table, PARAM, columns, tensor, start, P, ALIGNED) + offsets
     grad = stream(table, GRAD, columns, tensor, start, G, ALIGNED) + offsets
-    backup = stream(table, BACKUP, columns, tensor, start, P, ALIGNED) + offsets
     stored = tl.load(param, mask=mask)
-    g = tl.load(grad, mask=mask).to(ACC)
-    tl.store(backup, stored, mask=mask)
-    w = stored.to(ACC)
+    g = tl.load(grad, mask=mask).to(ACC) * tl.load(scalars + FIRST_INVERSE_SCALE).to(ACC)
+    if HAS_MASTER:  # it is the backup; written to only where it has to follow the parameter
+        master = stream(table, MASTER, columns, tensor, start, ACC, ALIGNED) + offsets
+        held = tl.load(master, mask=mask)
+        w = newest(held, stored, P)
+        tl.store(master, w, mask=mask & (w != held))
+    else:
+        backup = stream(table, BACKUP, columns, tensor, start, P, ALIGNED) + offsets
+        tl.store(backup, stored, mask=mask)
+        w = stored.to(ACC)
     old0 = g
     old1 = g
     if STATES > 0:
@@ -143,14 +153,15 @@ def _perturb(table, columns, tensor, start, offsets, mask, row, scalars, scale, 
         if STATES > 1:
             next1 = stream(table, NEXT1, columns, tensor, start, ACC, ALIGNED) + offsets
             tl.store(next1, tl.where(usable, new1, old1), mask=mask)
-    tl.store(param, narrow(w + e, P), mask=mask)
+    tl.store(param, round_weight(w + e, start + offsets, key, P, STOCHASTIC), mask=mask)
 
 
 @triton.jit(do_not_specialize=["columns"])
 def perturb_kernel(table, chunks, columns, hyper, scalars, P: tl.constexpr,
                    G: tl.constexpr, ACC: tl.constexpr, RULE: tl.constexpr,
-                   STATES: tl.constexpr, ADAPTIVE: tl.constexpr, CHUNK: tl.constexpr,
-                   LANES: tl.constexpr):  # fmt: skip
+                   STATES: tl.constexpr, ADAPTIVE: tl.constexpr,
+                   HAS_MASTER: tl.constexpr, STOCHASTIC: tl.constexpr,
+                   CHUNK: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
     """``e = radius * T^2 * direction``, one chunk per program.
 
     Args:
@@ -162,16 +173,21 @@ def perturb_kernel(table, chunks, columns, hyper, scalars, P: tl.constexpr,
         RULE: ``"unified"``, ``"ema"``, ``"adagrad_norm"``, ``"adagrad"`` or ``"adam"``.
         STATES: Number of the rule's state tensors per parameter, which are in ``ACC``.
         ADAPTIVE: Whether some group has ASAM's element-wise scale.
+        HAS_MASTER: Whether the parameters have master weights, in ``ACC``.
+        STOCHASTIC: Whether bfloat16 parameters are rounded stochastically.
     """
     tensor, group, index, length, vector = read_chunk(chunks, tl.program_id(0))
     start = index * CHUNK
     row = hyper_row(hyper, group)
     scale = radius(row, scalars, RULE, ACC)
+    key = 0
+    if STOCHASTIC:
+        key = pass_key(table, columns, tensor, scalars, 0)
     if vector > 0:
         offsets = tl.arange(0, CHUNK)
         _perturb(table, columns, tensor, start, offsets, offsets < vector, row, scalars, scale,
-                 P, G, ACC, RULE, STATES, ADAPTIVE, True)  # fmt: skip
+                 key, P, G, ACC, RULE, STATES, ADAPTIVE, HAS_MASTER, STOCHASTIC, True)  # fmt: skip
     for first in range(vector, length, LANES):
         offsets = first + tl.arange(0, LANES)
         _perturb(table, columns, tensor, start, offsets, offsets < length, row, scalars, scale,
-                 P, G, ACC, RULE, STATES, ADAPTIVE, False)  # fmt: skip
+                 key, P, G, ACC, RULE, STATES, ADAPTIVE, HAS_MASTER, STOCHASTIC, False)  # fmt: skip

@@ -9,20 +9,28 @@ is enough.
 import triton
 import triton.language as tl
 
-from .finish import COEFFICIENT, finish_ascent, finish_descent, finish_hypergradient
+from .finish import (
+    COEFFICIENT,
+    INVERSE_SCALE,
+    finish_ascent,
+    finish_descent,
+    finish_hypergradient,
+)
 from .layout import Hyper, Scalar, Task
-from .perturb import advance, direction, element_scale, radius
+from .perturb import FIRST_INVERSE_SCALE, advance, direction, element_scale, radius
 from .stream import (
     ASCENT0,
     BACKUP,
     FIRST_GRAD,
     GRAD,
+    MASTER,
     NEXT0,
     NEXT1,
     PARAM,
     TRAINING,
     VALIDATION,
     hyper_row,
+    newest,
     read_chunk,
     stream,
     where_present,
@@ -39,14 +47,20 @@ WINDOW = tl.constexpr(1024)
 @triton.jit
 def _terms(table, columns, tensor, start, offsets, mask, row, scalars, P: tl.constexpr,
            G: tl.constexpr, ACC: tl.constexpr, KIND: tl.constexpr, RULE: tl.constexpr,
-           STATES: tl.constexpr, ADAPTIVE: tl.constexpr, ALIGNED: tl.constexpr):  # fmt: skip
+           STATES: tl.constexpr, ADAPTIVE: tl.constexpr, HAS_MASTER: tl.constexpr,
+           ALIGNED: tl.constexpr):  # fmt: skip
     """What is summed, element by element: up to five sums."""
     grad = stream(table, GRAD, columns, tensor, start, G, ALIGNED) + offsets
-    present = tl.load(grad, mask=mask, other=0.0).to(ACC)
+    SCALE: tl.constexpr = FIRST_INVERSE_SCALE if KIND == "ascent" else INVERSE_SCALE
+    present = tl.load(grad, mask=mask, other=0.0).to(ACC) * tl.load(scalars + SCALE).to(ACC)
     here = 1.0  # T at the weights of this pass
     if ADAPTIVE and KIND != "diag" and KIND != "mix":
         param = stream(table, PARAM, columns, tensor, start, P, ALIGNED) + offsets
-        here = element_scale(tl.load(param, mask=mask, other=0.0).to(ACC), row, ADAPTIVE)
+        w = tl.load(param, mask=mask, other=0.0)
+        if HAS_MASTER and KIND == "ascent":
+            master = stream(table, MASTER, columns, tensor, start, ACC, ALIGNED) + offsets
+            w = newest(tl.load(master, mask=mask, other=0.0), w, P)
+        here = element_scale(w.to(ACC), row, ADAPTIVE)
 
     if KIND == "ascent":
         d = present
@@ -67,6 +81,7 @@ def _terms(table, columns, tensor, start, offsets, mask, row, scalars, P: tl.con
         perturbed = where_present(table, FIRST_GRAD, columns, tensor, mask)
         first_grad = stream(table, FIRST_GRAD, columns, tensor, start, G, ALIGNED) + offsets
         g = tl.load(first_grad, mask=perturbed, other=0.0).to(ACC)
+        g *= tl.load(scalars + FIRST_INVERSE_SCALE).to(ACC)
         state0 = g
         state1 = g
         if STATES > 0:
@@ -77,7 +92,10 @@ def _terms(table, columns, tensor, start, offsets, mask, row, scalars, P: tl.con
             state1 = tl.load(next1, mask=perturbed, other=0.0)
         t = 1.0
         if ADAPTIVE:
-            backup = stream(table, BACKUP, columns, tensor, start, P, ALIGNED) + offsets
+            if HAS_MASTER:
+                backup = stream(table, MASTER, columns, tensor, start, ACC, ALIGNED) + offsets
+            else:
+                backup = stream(table, BACKUP, columns, tensor, start, P, ALIGNED) + offsets
             t = element_scale(tl.load(backup, mask=perturbed, other=0.0).to(ACC), row, ADAPTIVE)
         scale = radius(row, scalars, RULE, ACC)
         d = direction(g, state0, state1, RULE)
@@ -127,7 +145,8 @@ def _total(sums, slot, tasks):
 def reduce_kernel(table, chunks, columns, hyper, scalars, partials, arrivals, tasks,
                   P: tl.constexpr, G: tl.constexpr, ACC: tl.constexpr, KIND: tl.constexpr,
                   RULE: tl.constexpr, STATES: tl.constexpr, ADAPTIVE: tl.constexpr,
-                  SUMS: tl.constexpr, CHUNK: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
+                  HAS_MASTER: tl.constexpr, SUMS: tl.constexpr, CHUNK: tl.constexpr,
+                  LANES: tl.constexpr):  # fmt: skip
     """Sums over one bucket.
 
     Args:
@@ -139,6 +158,7 @@ def reduce_kernel(table, chunks, columns, hyper, scalars, partials, arrivals, ta
             ``T`` in the second one's norm; ``"diag"`` or ``"difference"``, LETS's hypergradient.
         RULE, STATES: The ascent rule and its state, where the sums depend on it.
         ADAPTIVE: Whether ``T`` matters to the sums.
+        HAS_MASTER: Whether ``T`` is that of master weights.
         SUMS: How many are taken: 1, 2 or 5.
 
     The other arguments are ``perturb_kernel``'s.
@@ -156,7 +176,8 @@ def reduce_kernel(table, chunks, columns, hyper, scalars, partials, arrivals, ta
     if vector > 0:
         offsets = tl.arange(0, CHUNK)
         a, b, c, d, f = _terms(table, columns, tensor, start, offsets, offsets < vector, row,
-                               scalars, P, G, ACC, KIND, RULE, STATES, ADAPTIVE, True)  # fmt: skip
+                               scalars, P, G, ACC, KIND, RULE, STATES, ADAPTIVE, HAS_MASTER,
+                               True)  # fmt: skip
         sum0 += tl.sum(a)
         if SUMS > 1:
             sum1 += tl.sum(b)
@@ -174,7 +195,7 @@ def reduce_kernel(table, chunks, columns, hyper, scalars, partials, arrivals, ta
             offsets = first + tl.arange(0, LANES)
             a, b, c, d, f = _terms(table, columns, tensor, start, offsets, offsets < length, row,
                                    scalars, P, G, ACC, KIND, RULE, STATES, ADAPTIVE,
-                                   False)  # fmt: skip
+                                   HAS_MASTER, False)  # fmt: skip
             lanes0 += a
             lanes1 += b
             lanes2 += c

@@ -29,6 +29,8 @@ NEXT0 = tl.constexpr(int(Row.NEXT0))
 NEXT1 = tl.constexpr(int(Row.NEXT1))
 VALIDATION = tl.constexpr(int(Row.VALIDATION))
 TRAINING = tl.constexpr(int(Row.TRAINING))
+MASTER = tl.constexpr(int(Row.MASTER))
+KEY = tl.constexpr(int(Row.KEY))
 COLUMNS = tl.constexpr(WIDTH)
 
 #: The interpreter truncates float32 to bfloat16 where every GPU rounds to nearest even.
@@ -92,6 +94,12 @@ def narrow(x, dtype: tl.constexpr):
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         x = tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
     return x.to(dtype)
+
+
+@triton.jit
+def newest(master, stored, P: tl.constexpr):
+    """The master weight; what is stored where somebody has written to the parameter since."""
+    return tl.where(narrow(master, P) == stored, master, stored.to(master.dtype))
 
 
 @triton.jit

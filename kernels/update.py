@@ -11,6 +11,7 @@ import triton.language as tl
 from .finish import ACCEPTED, COEFFICIENT, FIRST_COEFFICIENT, SQUARED_NORMS
 from .layout import Hyper
 from .perturb import over_root
+from .rounding import pass_key, round_weight
 from .stream import (
     ASCENT0,
     ASCENT1,
@@ -19,6 +20,7 @@ from .stream import (
     FIRST_GRAD,
     FRESH,
     GRAD,
+    MASTER,
     NEXT0,
     NEXT1,
     PARAM,
@@ -28,6 +30,7 @@ from .stream import (
     STEP,
     hyper_row,
     narrow,
+    newest,
     only_if,
     read_chunk,
     stream,
@@ -149,14 +152,24 @@ def uncorrected_adagrad(w, u, total, h):
 
 
 @triton.jit
-def _update(table, columns, tensor, start, offsets, mask, h, scalars, counter, P: tl.constexpr,
-            G: tl.constexpr, S: tl.constexpr, ACC: tl.constexpr, BASE: tl.constexpr,
-            STATES: tl.constexpr, SCALE: tl.constexpr, MIX: tl.constexpr, SKIP: tl.constexpr,
-            ASCENT_STATES: tl.constexpr, ALIGNED: tl.constexpr):  # fmt: skip
+def _update(table, columns, tensor, start, offsets, mask, h, scalars, counter, key,
+            P: tl.constexpr, G: tl.constexpr, S: tl.constexpr, ACC: tl.constexpr,
+            BASE: tl.constexpr, STATES: tl.constexpr, SCALE: tl.constexpr, MIX: tl.constexpr,
+            SKIP: tl.constexpr, ASCENT_STATES: tl.constexpr, HAS_MASTER: tl.constexpr,
+            STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr):  # fmt: skip
     param = stream(table, PARAM, columns, tensor, start, P, ALIGNED) + offsets
     grad = stream(table, GRAD, columns, tensor, start, G, ALIGNED) + offsets
-    backup = stream(table, BACKUP, columns, tensor, start, P, ALIGNED) + offsets
-    w = tl.load(backup, mask=mask).to(ACC)
+    if HAS_MASTER:
+        master = stream(table, MASTER, columns, tensor, start, ACC, ALIGNED) + offsets
+        w = tl.load(master, mask=mask)
+        # what was not perturbed in this step may have been written to since the last
+        backup = tl.load(table + BACKUP * columns + tensor)
+        unperturbed = only_if(backup != tl.load(table + MASTER * columns + tensor), mask)
+        stored = tl.load(param, mask=unperturbed)
+        w = tl.where(unperturbed, newest(w, stored, P), w)
+    else:
+        backup = stream(table, BACKUP, columns, tensor, start, P, ALIGNED) + offsets
+        w = tl.load(backup, mask=mask).to(ACC)
     u = tl.load(grad, mask=mask).to(ACC)
     if SCALE:
         u = tl.load(scalars + COEFFICIENT).to(ACC) * u
@@ -212,7 +225,9 @@ def _update(table, columns, tensor, start, offsets, mask, h, scalars, counter, P
                 ascent1 = stream(table, ASCENT1, columns, tensor, start, ACC, ALIGNED) + offsets
                 next1 = stream(table, NEXT1, columns, tensor, start, ACC, ALIGNED) + offsets
                 tl.store(next1, tl.load(ascent1, mask=rejected), mask=rejected)
-    tl.store(param, narrow(new, P), mask=mask)
+    if HAS_MASTER:
+        tl.store(master, new, mask=mask)
+    tl.store(param, round_weight(new, start + offsets, key, P, STOCHASTIC), mask=mask)
     if STATES > 0:
         tl.store(state0, narrow(new0, S), mask=mask)
     if STATES > 1:
@@ -226,6 +241,7 @@ def update_kernel(table, chunks, columns, hyper, scalars, arrivals, P: tl.conste
                   G: tl.constexpr, S: tl.constexpr, ACC: tl.constexpr,
                   BASE: tl.constexpr, STATES: tl.constexpr, SCALE: tl.constexpr,
                   MIX: tl.constexpr, SKIP: tl.constexpr, ASCENT_STATES: tl.constexpr,
+                  HAS_MASTER: tl.constexpr, STOCHASTIC: tl.constexpr,
                   CHUNK: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
     """Restore, ``u = coefficient * g~ + first coefficient * g``, base update: a chunk per program.
 
@@ -235,7 +251,7 @@ def update_kernel(table, chunks, columns, hyper, scalars, arrivals, P: tl.conste
         BASE: ``"sgd"``, ``"adam"``, ``"adagrad"``, ``"adagrad_norm"``, ``"uncorrected_adam"`` or
             ``"uncorrected_adagrad"``.
         STATES: Number of state tensors per parameter.
-        SCALE: Whether ``u`` differs from ``g~`` (renormalisation, clipping, SAMAR).
+        SCALE: Whether ``u`` differs from ``g~`` (renormalisation, clipping, SAMAR, a loss scale).
         MIX: Whether ``u`` has a part along the first gradient (SAMAR).
         SKIP: Whether a step may be rejected on the device.
         ASCENT_STATES: With SKIP, number of the ascent rule's state tensors, to be rejected too.
@@ -253,14 +269,19 @@ def update_kernel(table, chunks, columns, hyper, scalars, arrivals, P: tl.conste
         counter = (step + 1).to(ACC)
     if BASE == "sgd" and STATES > 0:
         counter = tl.load(table + FRESH * columns + tensor) != 0
+    key = 0
+    if STOCHASTIC:
+        key = pass_key(table, columns, tensor, scalars, 1)
     if vector > 0:
         offsets = tl.arange(0, CHUNK)
-        _update(table, columns, tensor, start, offsets, offsets < vector, h, scalars, counter, P,
-                G, S, ACC, BASE, STATES, SCALE, MIX, SKIP, ASCENT_STATES, True)  # fmt: skip
+        _update(table, columns, tensor, start, offsets, offsets < vector, h, scalars, counter, key,
+                P, G, S, ACC, BASE, STATES, SCALE, MIX, SKIP, ASCENT_STATES, HAS_MASTER,
+                STOCHASTIC, True)  # fmt: skip
     for first in range(vector, length, LANES):
         offsets = first + tl.arange(0, LANES)
-        _update(table, columns, tensor, start, offsets, offsets < length, h, scalars, counter, P,
-                G, S, ACC, BASE, STATES, SCALE, MIX, SKIP, ASCENT_STATES, False)  # fmt: skip
+        _update(table, columns, tensor, start, offsets, offsets < length, h, scalars, counter, key,
+                P, G, S, ACC, BASE, STATES, SCALE, MIX, SKIP, ASCENT_STATES, HAS_MASTER,
+                STOCHASTIC, False)  # fmt: skip
     if COUNTS:
         # Every chunk of a tensor reads its step count, so only the last to finish may write it;
         # the barrier keeps this program's own reads ahead of its arrival.

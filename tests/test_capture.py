@@ -214,8 +214,8 @@ def test_what_the_host_decides_is_refused(monkeypatch):
         return 0.5
 
     for optimizer, match in [
-        (fastsam.UnifiedSAM(params, sgd, lam="1/t", lr=0.1, backend="triton"), "its lam changes"),
-        (fastsam.UnifiedSAM(params, sgd, lam=lambda t: 0.5, lr=0.1, backend="triton"), "its lam"),
+        (fastsam.UnifiedSAM(params, sgd, lam="1/t", lr=0.1, backend="triton"), "lam that changes"),
+        (fastsam.UnifiedSAM(params, sgd, lam=lambda t: 0.5, lr=0.1, backend="triton"), "lam that"),
         (fastsam.SAM(params, torch.optim.RMSprop, skip_nonfinite=True, backend="triton"), "skip_"),
         (
             fastsam.SAMAR(params, sgd, rule=rule, lr=0.1, backend="triton"),

@@ -138,7 +138,7 @@ def test_schedulers_hooks_names_and_metrics():
     assert seen == ["pre", "post"] * 3 + ["save", "load"]
     assert lets.state_dict()["param_groups"][0]["param_names"] == ["w0", "w1", "w2", "w3"]
     metrics = lets.metrics
-    names = {"grad_norm", "lam", "rho", "hypergradient", "validation_gap"}
+    names = {"grad_norm", "lam", "rho", "hypergradient", "validation_gap", "perturbed"}
     assert metrics.keys() == names
     assert all(x.ndim == 0 and x.device == params[0].device for x in metrics.values())
     assert metrics["rho"] == lets.param_groups[0]["rho"]  # of the next step

@@ -14,8 +14,11 @@ def test_python_runs(block):
     torch.manual_seed(0)
     names = {}
     exec(block, names)
-    assert torch.isfinite(names["loss"])
-    assert float(names["optimizer"].metrics["grad_norm"]) > 0
+    if "optimizer" in names:
+        assert torch.isfinite(names["loss"])
+        assert float(names["optimizer"].metrics["grad_norm"]) > 0
+    else:  # what looks at flatness
+        assert torch.isfinite(names["rise"]) and names["figure"].axes
 
 
 def test_two_commands():

@@ -175,7 +175,7 @@ def test_repr_and_metrics():
     run(optimizer, loss_fn, 1)
     run(optimizer, loss_fn, 1)
     metrics = optimizer.metrics
-    assert metrics.keys() == {"grad_norm", "rho", "lam"}
+    assert metrics.keys() == {"grad_norm", "rho", "lam", "perturbed"}
     assert float(metrics["lam"]) == 0.5  # of the step taken, the second
     device = next(model.parameters()).device
     assert all(m.ndim == 0 and m.device == device for m in metrics.values())

@@ -14,6 +14,7 @@ from fastsam.kernels.layout import Launch, Row
 from fastsam.kernels.table import Table
 
 from ..rules import Batch, Layout, Step, wide_dtype
+from .rounding import tensor_key
 from .scratch import is_dense
 
 TYPES: dict[torch.dtype, Any] = {
@@ -50,6 +51,7 @@ class FlatBackup:
         self._parts: list[tuple[list[Tensor], list[int]]] = []  # parameters, first elements
         self.written = 0  # how many buckets have been copied
         self._places: dict[Tensor, tuple[int, int]] = {}
+        self.masters: dict[Tensor, Tensor] = {}  # of parameters that need no copy
 
     def reserve(self, params: list[Tensor], starts: list[int], size: int) -> Tensor:
         """Allocate for one bucket, by :func:`offsets`."""
@@ -74,14 +76,17 @@ class FlatBackup:
         if self.layout is not None and cache.get("same parameters as") is self.layout:
             return []
         updated = set(batch.params)
-        left = [param for param in self.places if param not in updated]
+        left = [param for param in (*self.places, *self.masters) if param not in updated]
         if not left:
             cache["same parameters as"] = self.layout
         return left
 
     def restore(self, params: Iterable[Tensor] | None = None) -> None:
         """Copy weights back: those of ``params``, or all that have been copied."""
-        for param in list(self.places) if params is None else params:
+        for param in [*self.places, *self.masters] if params is None else params:
+            if param in self.masters:
+                param.copy_(self.masters[param])
+                continue
             i, start = self.places[param]
             if i < self.written:
                 strides = torch.empty_like(param).stride()  # a gap-free copy's
@@ -106,10 +111,11 @@ class Bucket:
     params: list[Tensor]  # dense: the parameters, or copies of those with gaps
     grads: list[Tensor]
     types: dict[str, Any]  # the kernels' dtype arguments
+    in_place: bool = False  # whether the kernels walk parameters and gradients, not copies
+    has_master: bool = False  # whether the parameters have master weights
     table: Table = field(init=False)
     kept: list[Tensor] = field(default_factory=list)  # copies whose addresses are in the table
     described: bool = False  # whether the table holds what does not move
-    in_place: bool = False  # whether the kernels walk parameters and gradients, not copies
 
     def __post_init__(self) -> None:
         self.grad_dtype = self.grads[0].dtype
@@ -120,6 +126,8 @@ class Bucket:
         self._places: tuple[np.ndarray, np.ndarray] | None = None
         self._copied = False  # whether all of them have been
         self._backup: tuple[Layout | None, list[int]] | None = None
+        self._masters: tuple[list[int], list[int]] | None = None
+        self._seed: int | None = None  # of the keys in the table
 
     def keep(self, x: Tensor) -> Tensor:
         """Keep a tensor alive until the launches of this pass are made."""
@@ -131,7 +139,13 @@ class Bucket:
         if self._offsets is None:
             self._originals = [batch.params[k] for k in self.members]
             self._offsets = offsets(self._originals)
-        backup.reserve(self._originals, *self._offsets)
+        if self.has_master:
+            masters = (batch.masters[k] for k in self.members)
+            backup.masters.update(
+                (w, x) for w, x in zip(self._originals, masters, strict=True) if x is not None
+            )
+        else:
+            backup.reserve(self._originals, *self._offsets)
 
     def locate(self, batch: Batch, backup: FlatBackup | None, rows: dict[Row, Any]) -> None:
         """Bring the table up to date; ``rows`` are those that only this kind of pass has."""
@@ -143,13 +157,10 @@ class Bucket:
                 grad_addresses = [grad_addresses[k] for k in self.members]
         if grad_addresses != self._grad_addresses:
             rows[Row.GRAD] = self._grad_addresses = grad_addresses
-        layout = None if backup is None else backup.layout
-        flats = [] if backup is None else list(map(Tensor.data_ptr, backup.flats))
-        if self._backup is None or self._backup[0] is not layout or layout is None:
-            self._find(batch, backup)
-        if self._backup != (layout, flats):
-            rows[Row.BACKUP] = self._backup_row(flats)
-            self._backup = layout, flats
+        if self.has_master:
+            self._locate_masters(batch, backup, rows)
+        else:
+            self._locate_copies(batch, backup, rows)
         if self.described:
             if rows:
                 self.table.move(rows)
@@ -158,6 +169,30 @@ class Bucket:
         sizes = [w.numel() for w in self.params]
         self.table.set(rows, sizes, [batch.groups[k] for k in self.members])
         self.described = True
+
+    def _locate_masters(
+        self, batch: Batch, backup: FlatBackup | None, rows: dict[Row, Any]
+    ) -> None:
+        perturbed = {} if backup is None else backup.masters
+        masters, sources = [], []
+        for k in self.members:
+            master = batch.masters[k]
+            assert master is not None
+            masters.append(master.data_ptr())
+            param = batch.params[k]
+            sources.append(masters[-1] if param in perturbed else param.data_ptr())
+        if self._masters != (masters, sources):
+            self._masters = masters, sources
+            rows[Row.MASTER], rows[Row.BACKUP] = masters, sources
+
+    def _locate_copies(self, batch: Batch, backup: FlatBackup | None, rows: dict[Row, Any]) -> None:
+        layout = None if backup is None else backup.layout
+        flats = [] if backup is None else list(map(Tensor.data_ptr, backup.flats))
+        if self._backup is None or self._backup[0] is not layout or layout is None:
+            self._find(batch, backup)
+        if self._backup != (layout, flats):
+            rows[Row.BACKUP] = self._backup_row(flats)
+            self._backup = layout, flats
 
     def _find(self, batch: Batch, backup: FlatBackup | None) -> None:
         places = {} if backup is None else backup.places
@@ -192,6 +227,14 @@ def state_rows(bucket: Bucket, batch: Batch, step: Step, launch: Launch) -> dict
             rows[Row.CHUNKS].append(max(1, -(-w.numel() // launch.chunk)))
         rows[Row.FRESH].append(int(batch.fresh[k]))
     return rows
+
+
+def key_rows(bucket: Bucket, batch: Batch, step: Step) -> dict[Row, list[int]]:
+    """What the tensors' random bits depend on, where they are rounded stochastically."""
+    if step.seed is None or step.seed == bucket._seed:
+        return {}
+    bucket._seed = step.seed
+    return {Row.KEY: [tensor_key(step.seed, batch.places[k]) for k in bucket.members]}
 
 
 def ascent_states(step: Step) -> int:

@@ -75,25 +75,29 @@ def _divide(batch: Batch, step: Step, descends: bool) -> tuple[dict[Any, list[in
 def ascend(batch: Batch, step: Step, scalars: Tensor, memory: Memory) -> ScratchBackup:
     """See ``Backend.ascend``."""
     parts, others = split(batch, step, descends=False)
+    reference.follow_parameters(batch, None)
+    weights = reference.at_weights(batch)
     slow = {k: reference.advance_one(batch, k, step) for k in others}
     directions = batch.grads
     if step.ascent.name == "ema":
         average(batch, parts, starting=False)
         directions = [state["ema"] for state in batch.next]
     if step.needs_ascent_norm:
-        n = m = norm(batch.grads, batch, step, scalars[0], memory)
+        n = m = norm(batch.grads, weights, step, scalars[0], memory)
         if step.ascent.name == "ema":
-            m = norm(directions, batch, step, scalars[0], memory)
+            m = norm(directions, weights, step, scalars[0], memory)
             if m.isnan() and n.isfinite():
                 average(batch, parts, starting=True)
-                m = norm(directions, batch, step, scalars[0], memory)
+                m = norm(directions, weights, step, scalars[0], memory)
         reference.finish_ascent(n, m, step, scalars)
     backup = ScratchBackup(memory, batch.layout)
     try:
         # all copies come first: two parameters may be views of the same memory
         in_place = step.base is None or step.keeps_weights
         targets = [backup.take(part.of(batch.params), in_place) for part in parts]
-        backup.take([batch.params[k] for k in others], in_place=True)
+        with_master = [k for k in others if weights.params[k] is not batch.params[k]]
+        backup.borrow({batch.params[k]: weights.params[k] for k in with_master})
+        backup.take([batch.params[k] for k in others if k not in with_master], in_place=True)
         for part, target in zip(parts, targets, strict=True):
             perturb(batch, part, target, directions, step, scalars, memory)
             backup.move(part.of(batch.params), target)
@@ -221,7 +225,8 @@ def descend(
 ) -> None:
     """See ``Backend.descend``."""
     parts, others = split(batch, step, descends=True)
-    updates = []
+    updates: list[Update] = []
+    slow: reference.Values = []
     with reference.undone_if_it_fails(scalars):
         if step.needs_descent_norm:
             plain = measured = norm(batch.grads, batch, step, scalars[0])
@@ -229,18 +234,20 @@ def descend(
                 measured = norm(batch.grads, batch, step, scalars[0], memory)
             measure = measure_mixture(batch, parts, others, backup, step, plain, scalars)
             reference.finish_descent(plain, measured, measure, step, scalars)
+        reference.keep_rejected(batch, step, scalars)
+        reference.follow_parameters(batch, backup)
         if backup is not None:
             backup.restore()
-        if step.base is not None:  # what may fail comes before the first update
+        if step.base is None:
+            reference.leave_final_gradient(batch, step, scalars)
+        elif not step.skip_nonfinite or scalars[Scalar.ACCEPTED] != 0:
+            # what may fail comes before the first update
             updates = [Update(batch, part, step, scalars, memory) for part in parts]
-    if step.base is None:
-        reference.leave_final_gradient(batch, step, scalars)
-    elif not step.skip_nonfinite or scalars[Scalar.ACCEPTED] != 0:
-        for update in updates:
-            update.run()
-        for k in others:
-            reference.update_one(batch, k, None, step, scalars)
-    reference.keep_rejected(batch, step, scalars)
+            for k in others:
+                slow += reference.update_one(batch, k, None, step, scalars)
+    for update in updates:
+        update.run()
+    reference.write(slow)
 
 
 def measure_mixture(

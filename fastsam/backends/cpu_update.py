@@ -50,7 +50,6 @@ class Update:
     def __init__(self, batch: Batch, part: Part, step: Step, scalars: Tensor, memory: Memory):
         assert step.base is not None
         self.base, self.group, self.fresh = step.base, part.group, part.fresh
-        self.memory = memory
         numbers, flags = NEEDS.get(step.base.name, (("lr",), ()))
         self.hyper = {name: float(part.group[name]) for name in numbers}
         self.flags: dict[str, Any] = {name: bool(part.group[name]) for name in flags}
@@ -70,18 +69,34 @@ class Update:
             self.pieces = [(list(range(len(part.members))), streams)]
         else:
             self.pieces = list(pieces(*streams))
+        # where u is computed, piece by piece, if it is not the gradient: all of it, and tensors
+        self.rooms: list[list[Tensor]] = [[] for _ in self.pieces]
+        if self.coefficient != 1 or self.mixed:
+            cache = {} if batch.layout is None else batch.layout.cache
+            key = ("rooms", *part.members)
+            if key not in cache:
+                cache[key] = [carve(memory, xs[1]) for _, xs in self.pieces]
+            self.rooms = cache[key]
+        if step.base.name.startswith("uncorrected"):
+            like = streams[0][0]
+            size = max(sum(map(Tensor.numel, xs[0])) for _, xs in self.pieces)
+            self.spare = like.new_empty(size)
+            self.ends = like.new_empty(()), like.new_empty(())
 
     def run(self) -> None:
+        """Change weights and state. Nothing here allocates a tensor, which might fail half-way."""
         if self.steps:
             torch._foreach_add_(self.steps, 1)
-        for positions, (weights, grads, *streams) in self.pieces:
+        for room, (positions, (weights, grads, *streams)) in zip(
+            self.rooms, self.pieces, strict=True
+        ):
             u = grads
-            if self.coefficient != 1 or self.mixed:
-                if len(grads) == 1:
-                    out = self.memory.buffer(grads[0])
-                    u = [torch.mul(grads[0], self.coefficient, out=out)]
-                else:
-                    u = list(torch._foreach_mul(grads, self.coefficient))
+            if len(room) == 2:
+                u = [torch.mul(grads[0], self.coefficient, out=room[1])]
+            elif room:
+                flat_room, *u = room
+                torch._foreach_copy_(u, grads)
+                flat_room.mul_(self.coefficient)
             if self.mixed:
                 firsts = streams.pop(0)
                 if self.first != 0:
@@ -122,24 +137,28 @@ class Update:
         self, weights: list[Tensor], u: list[Tensor], states: Any, steps: Any
     ) -> None:
         betas = self.group["betas"]
-        if extremes(states[1])[0] * betas[1] >= equations.SMALLEST:
+        if self._smallest(states[1]) * betas[1] >= equations.SMALLEST:
             fused_adam(weights, u, states, betas, self.hyper["lr"], self._weight_decay)
         elif len(weights) > 1:
             self._each(self.uncorrected_adam, weights, u, states)
         else:
-            state = dict(zip(self.base.states(self.group), [x[0] for x in states], strict=True))
-            equations.uncorrected_adam(weights[0], u[0], state, self.group)
+            exp_avg, second, *highest = (x[0] for x in states)
+            exp_avg.lerp_(u[0], 1 - betas[0])
+            second.mul_(betas[1]).addcmul_(u[0], u[0], value=1 - betas[1])
+            for x in highest:
+                second = torch.maximum(x, second, out=x)
+            self._move(weights, exp_avg, second)
 
     def uncorrected_adagrad(
         self, weights: list[Tensor], u: list[Tensor], states: Any, steps: Any
     ) -> None:
-        if extremes(states[0])[0] >= equations.SMALLEST:
+        if self._smallest(states[0]) >= equations.SMALLEST:
             self._decay(weights)
             fused_adagrad(weights, u, states[0], self.hyper["lr"])
         elif len(weights) > 1:
             self._each(self.uncorrected_adagrad, weights, u, states)
         else:
-            equations.uncorrected_adagrad(weights[0], u[0], {"sum": states[0][0]}, self.group)
+            self._move(weights, u[0], states[0][0].addcmul_(u[0], u[0]))
 
     # --- parts of them ---
 
@@ -148,6 +167,16 @@ class Update:
         """One tensor at a time, so that none is computed otherwise because of its neighbours."""
         for w, g, *state in zip(weights, u, *states, strict=True):
             update([w], [g], [[x] for x in state], [])
+
+    def _smallest(self, tensors: list[Tensor]) -> float:
+        return extremes(tensors, self.spare, self.ends)[0]
+
+    def _move(self, weights: list[Tensor], x: Tensor, second: Tensor) -> None:
+        """Weight decay and ``w - lr x / sqrt(second)``, as ``equations.over_root`` has the root."""
+        self._decay(weights)
+        t = self.spare.as_strided(weights[0].shape, weights[0].stride())
+        torch.clamp(second, min=equations.SMALLEST, out=t)
+        weights[0].sub_(torch.div(x, t.sqrt_(), out=t).mul_(self.hyper["lr"]))
 
     @property
     def _weight_decay(self) -> float:
@@ -188,10 +217,30 @@ def fused_adagrad(weights: list[Tensor], u: list[Tensor], sums: list[Tensor], lr
     )  # fmt: skip
 
 
-def extremes(tensors: list[Tensor]) -> tuple[float, float]:
-    """The smallest and the largest element; NaN where one is NaN."""
-    x = tensors[0] if len(tensors) == 1 else torch.cat([flat(x) for x in tensors])
+def carve(memory: Memory, like: list[Tensor]) -> list[Tensor]:
+    """A piece of memory, and its parts in the layouts of dense tensors, one after another."""
+    buffer, start = memory.buffer(like[0]), 0
+    parts = []
+    for x in like:
+        parts.append(buffer.as_strided(x.shape, x.stride(), start))
+        start += x.numel()
+    return [buffer.as_strided((start,), (1,)), *parts]
+
+
+def extremes(
+    tensors: list[Tensor],
+    spare: Tensor | None = None,
+    ends: tuple[Tensor, Tensor] | None = None,
+) -> tuple[float, float]:
+    """The smallest and the largest element; NaN where one is NaN.
+
+    With memory for all elements, and for two, nothing is allocated.
+    """
+    x = tensors[0]
+    if len(tensors) > 1:
+        out = None if spare is None else spare[: sum(map(Tensor.numel, tensors))]
+        x = torch.cat([flat(x) for x in tensors], out=out)
     if not x.numel():
         return 1.0, 1.0
-    low, high = torch.aminmax(x)
+    low, high = torch.aminmax(x, out=ends)
     return float(low), float(high)

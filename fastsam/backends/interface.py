@@ -24,8 +24,11 @@ class Backup(Protocol):
 class Backend(Protocol):
     """What a backend does for the optimizer, with at least one parameter in the batch.
 
-    Nothing here synchronises with the host on a GPU.
+    Nothing here synchronises with the host on a GPU. ``takes_scaled`` says whether gradients may
+    carry a loss scale, whose inverse is then among the scalars.
     """
+
+    takes_scaled: bool
 
     def ascend(self, batch: Batch, step: Step, scalars: Tensor) -> Backup:
         """Set ``w <- w + e`` and keep ``w``. If it fails, the weights are as they were.
@@ -57,9 +60,9 @@ def new_scalars(device: torch.device) -> Tensor:
     # float64 costs nothing for two dozen numbers; Apple's GPUs have none
     dtype = torch.float32 if device.type == "mps" else torch.float64
     scalars = torch.zeros(len(Scalar), dtype=dtype, device=device)
-    scalars[Scalar.RENORMALIZATION].fill_(1)
-    scalars[Scalar.COEFFICIENT].fill_(1)
-    scalars[Scalar.ACCEPTED].fill_(1)
+    for slot in (Scalar.RENORMALIZATION, Scalar.COEFFICIENT, Scalar.ACCEPTED,
+                 Scalar.FIRST_INVERSE_SCALE, Scalar.INVERSE_SCALE):  # fmt: skip
+        scalars[slot].fill_(1)
     return scalars
 
 

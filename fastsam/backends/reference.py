@@ -5,6 +5,7 @@ Any floating dtype; norms in float64. The equations it applies are in ``equation
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from .equations import (
     usable,
     wide,
 )
+from .rounding import rounded
 
 # --- norms and scalars -----------------------------------------------------------------------
 
@@ -45,6 +47,27 @@ def scaled_norm(vectors: Sequence[Tensor], batch: Batch, step: Step, like: Tenso
         ),
         like,
     )
+
+
+def weight(batch: Batch, k: int) -> Tensor:
+    """Parameter ``k``, or the master weights behind it."""
+    master = batch.masters[k] if batch.masters else None
+    return batch.params[k] if master is None else master
+
+
+def at_weights(batch: Batch) -> Batch:
+    """The batch with master weights in the place of their parameters."""
+    if not any(master is not None for master in batch.masters):
+        return batch
+    return replace(batch, params=[weight(batch, k) for k in range(len(batch.params))])
+
+
+def follow_parameters(batch: Batch, backup: "ListBackup | None") -> None:
+    """Let master weights take over what somebody has written to parameters since the last step."""
+    for param, master in zip(batch.params, batch.masters, strict=False):
+        if master is not None and (backup is None or param not in backup.copies):
+            in_step = master.to(param.dtype) == param
+            torch.where(in_step, master, wide(param), out=master)
 
 
 def dot(pairs: Iterable[tuple[Tensor, Tensor]], like: Tensor) -> Tensor:
@@ -134,8 +157,12 @@ def finish_descent(
     clip = torch.ones_like(n)
     if step.max_grad_norm is not None:
         clip = step.max_grad_norm / (norm + 1e-6)
-        clip = torch.where(clip < 1, clip, 1.0)
-    accepted = plain.isfinite() if step.skip_nonfinite else torch.ones_like(plain, dtype=torch.bool)
+        clip = torch.where(clip >= 1, 1.0, clip)  # NaN stays, as in torch
+    accepted = torch.ones_like(plain, dtype=torch.bool)
+    if step.skip_nonfinite:
+        accepted = plain.isfinite() & (scalars[Scalar.FOUND_INF] == 0)
+    if step.skip_first:
+        accepted = accepted & n.isfinite()
     scalars[Scalar.PERTURBED_GRAD_NORM] = measured
     scalars[Scalar.RENORMALIZATION] = gamma
     scalars[Scalar.COEFFICIENT] = coefficient * clip
@@ -181,7 +208,7 @@ def adapt(rule: LamRule | SharpnessRatio, scalars: Tensor) -> None:
 
 
 class ListBackup:
-    """Copies of the weights, one tensor each."""
+    """The unperturbed weights by parameter: copies of them, or master weights."""
 
     def __init__(self) -> None:
         self.copies: dict[Tensor, Tensor] = {}
@@ -201,23 +228,30 @@ def advance_one(batch: Batch, k: int, step: Step) -> Tensor:
 
 def perturb_one(batch: Batch, k: int, d: Tensor, step: Step, scalars: Tensor) -> None:
     """Perturb parameter ``k`` along ``d``, and drop the next ascent state where it is unusable."""
-    w, group = batch.params[k], step.groups[batch.groups[k]]
+    w, group = weight(batch, k), step.groups[batch.groups[k]]
     e = perturbation(w, d, group, radius(group, step, scalars))
     if batch.next[k]:
         good = usable(step.ascent.name, batch.next[k], scalars)
         e = torch.where(good, e, 0.0)
         for name, x in batch.next[k].items():
             x.copy_(torch.where(good, x, batch.ascent[k][name]))
-    w.copy_(wide(w) + e)
+    param = batch.params[k]
+    param.copy_(rounded(wide(w) + e, batch, k, step, scalars, descends=False))
+
+
+#: Tensors, each with the values that it is about to take.
+Values = list[tuple[Tensor, Tensor]]
 
 
 def update_one(
     batch: Batch, k: int, backup: ListBackup | None, step: Step, scalars: Tensor
-) -> None:
-    """Restore parameter ``k`` of the batch and apply the base update to it."""
+) -> Values:
+    """The base update of parameter ``k`` at its unperturbed weights: computed, not yet written."""
     assert step.base is not None
     param, group, stored = batch.params[k], step.groups[batch.groups[k]], batch.states[k]
-    before = param if backup is None else backup.copies.get(param, param)
+    before = weight(batch, k)
+    if before is param and backup is not None:
+        before = backup.copies.get(param, param)
     w = wide(before).clone()
     u = final_gradient(batch, k, step, scalars)
     names = step.base.states(group)
@@ -230,9 +264,16 @@ def update_one(
         w = torch.where(accepted, w, wide(before))
         for name, new in state.items():
             state[name] = torch.where(accepted, new, wide(stored[name]))
-    param.copy_(w)
-    for name, new in state.items():
-        stored[name].copy_(new)
+    values = [(stored[name], new) for name, new in state.items()]
+    if weight(batch, k) is not param:
+        values.append((weight(batch, k), w))
+    return [(param, rounded(w, batch, k, step, scalars, descends=True)), *values]
+
+
+def write(values: Values) -> None:
+    """Let tensors take their new values; nothing here needs memory."""
+    for x, new in values:
+        x.copy_(new)
 
 
 def final_gradient(batch: Batch, k: int, step: Step, scalars: Tensor) -> Tensor:
@@ -264,25 +305,29 @@ def keep_rejected(batch: Batch, step: Step, scalars: Tensor) -> None:
     accepted = scalars[Scalar.ACCEPTED] != 0
     for old, new in zip(batch.ascent, batch.next, strict=True):
         for name in new:
-            new[name].copy_(torch.where(accepted, new[name], old[name]))
+            torch.where(accepted, new[name], old[name], out=new[name])
 
 
 class ReferenceBackend:
     """See the module's docstring."""
 
+    takes_scaled = False
+
     def ascend(self, batch: Batch, step: Step, scalars: Tensor) -> ListBackup:
         everyone = range(len(batch.params))
+        follow_parameters(batch, None)
+        weights = at_weights(batch)
         directions = [advance_one(batch, k, step) for k in everyone]
         if step.needs_ascent_norm:
-            n = scaled_norm(batch.grads, batch, step, like=scalars)
-            same = step.ascent.name != "ema"
-            finish_ascent(
-                n, n if same else scaled_norm(directions, batch, step, scalars), step, scalars
-            )
+            n = m = scaled_norm(batch.grads, weights, step, like=scalars)
+            if step.ascent.name == "ema":
+                m = scaled_norm(directions, weights, step, like=scalars)
+            finish_ascent(n, m, step, scalars)
         backup = ListBackup()
         try:
             # all copies come first: two parameters may be views of the same memory
-            backup.copies = {w: w.detach().clone() for w in batch.params}
+            for param, w in zip(batch.params, weights.params, strict=True):
+                backup.copies[param] = w.detach().clone() if w is param else w
             for k in everyone:
                 perturb_one(batch, k, directions[k], step, scalars)
         except BaseException:
@@ -291,24 +336,25 @@ class ReferenceBackend:
         return backup
 
     def descend(self, batch: Batch, backup: ListBackup | None, step: Step, scalars: Tensor) -> None:
-        if step.needs_descent_norm:
-            plain = measured = global_norm(batch.grads, like=scalars)
-            if step.adaptive and step.renormalize:
-                measured = scaled_norm(batch.grads, batch, step, like=scalars)
-            measure = measure_mixture(batch, backup, step, scalars)
-            with undone_if_it_fails(scalars):
+        updates: Values = []
+        with undone_if_it_fails(scalars):  # what may fail comes before the first write
+            if step.needs_descent_norm:
+                plain = measured = global_norm(batch.grads, like=scalars)
+                if step.adaptive and step.renormalize:
+                    measured = scaled_norm(batch.grads, batch, step, like=scalars)
+                measure = measure_mixture(batch, backup, step, scalars)
                 finish_descent(plain, measured, measure, step, scalars)
+            keep_rejected(batch, step, scalars)
+            follow_parameters(batch, backup)
+            if step.base is None:
+                leave_final_gradient(batch, step, scalars)
+            else:
+                for k in range(len(batch.params)):
+                    updates += update_one(batch, k, backup, step, scalars)
         if backup is not None:
             updated = set(batch.params) if step.base is not None else set()
-            for param, copy in backup.copies.items():
-                if param not in updated:
-                    param.copy_(copy)
-        if step.base is None:
-            leave_final_gradient(batch, step, scalars)
-        else:
-            for k in range(len(batch.params)):
-                update_one(batch, k, backup, step, scalars)
-        keep_rejected(batch, step, scalars)
+            write([(w, copy) for w, copy in backup.copies.items() if w not in updated])
+        write(updates)
 
     def hypergradient(
         self, batch: Batch, backup: ListBackup | None, hessian: str, step: Step, scalars: Tensor

@@ -141,6 +141,11 @@ class ScratchBackup(ListBackup):
             self.copied.append((copied, copies))
         return targets
 
+    def borrow(self, masters: dict[Tensor, Tensor]) -> None:
+        """Restore these parameters from their master weights, which stay as they are."""
+        if masters:
+            self.copied.append((list(masters), list(masters.values())))
+
     def move(self, params: list[Tensor], targets: list[Tensor]) -> None:
         """Point the parameters at their scratch memory, which holds the perturbed weights."""
         moved = []

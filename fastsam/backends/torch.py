@@ -8,6 +8,7 @@ assume the second away, and in the third would round ``u`` before they saw it (a
 """
 
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,16 +47,20 @@ class TorchBackend(ReferenceBackend):
             return cpu.ascend(batch, step, scalars, self._memory)
         if step.ascent.name != "unified":
             return super().ascend(batch, step, scalars)
+        reference.follow_parameters(batch, None)
+        weights = reference.at_weights(batch)
         if step.adaptive:
-            n = reference.scaled_norm(batch.grads, batch, step, like=scalars)
+            n = reference.scaled_norm(batch.grads, weights, step, like=scalars)
         else:
             n = global_norm(batch.grads, like=scalars)
         reference.finish_ascent(n, n, step, scalars)
         backup = ListBackup()
         try:
-            copies = [torch.empty_like(w) for w in batch.params]
-            torch._foreach_copy_(copies, batch.params)
-            backup.copies = dict(zip(batch.params, copies, strict=True))
+            backup.copies = dict(zip(batch.params, weights.params, strict=True))
+            copied = [param for param, w in backup.copies.items() if w is param]
+            copies = [torch.empty_like(w) for w in copied]
+            torch._foreach_copy_(copies, copied)
+            backup.copies.update(zip(copied, copies, strict=True))
             for k in range(len(batch.params)):
                 reference.perturb_one(batch, k, batch.grads[k], step, scalars)
         except BaseException:
@@ -68,34 +73,44 @@ class TorchBackend(ReferenceBackend):
             assert backup is None or isinstance(backup, ScratchBackup)
             cpu.descend(batch, backup, step, scalars, self._memory)
             return
-        if step.needs_descent_norm:
-            plain = measured = global_norm(batch.grads, like=scalars)
-            if step.adaptive and step.renormalize:
-                measured = reference.scaled_norm(batch.grads, batch, step, like=scalars)
-            measure = reference.measure_mixture(batch, backup, step, scalars)
-            reference.finish_descent(plain, measured, measure, step, scalars)
-        if backup is not None:
-            torch._foreach_copy_(list(backup.copies), list(backup.copies.values()))
-        if step.base is None:
-            reference.leave_final_gradient(batch, step, scalars)
+        slow: reference.Values = []
+        updates: list[Callable[[], None]] = []
+        # what may fail comes before the first update
+        with reference.undone_if_it_fails(scalars):
+            if step.needs_descent_norm:
+                plain = measured = global_norm(batch.grads, like=scalars)
+                if step.adaptive and step.renormalize:
+                    measured = reference.scaled_norm(batch.grads, batch, step, like=scalars)
+                measure = reference.measure_mixture(batch, backup, step, scalars)
+                reference.finish_descent(plain, measured, measure, step, scalars)
             reference.keep_rejected(batch, step, scalars)
-            return
-        fused: dict[Any, list[int]] = defaultdict(list)
-        for k, (param, i) in enumerate(zip(batch.params, batch.groups, strict=True)):
-            states = [batch.states[k][name] for name in step.base.states(step.groups[i])]
-            if step.base.name in FUSED and served([param, batch.grads[k], *states]):
-                fused[i, param.dtype, batch.fresh[k]].append(k)
-            else:
-                reference.update_one(batch, k, None, step, scalars)
-        for (i, _, fresh), members in fused.items():
-            self._fused_update(batch, members, step.groups[i], fresh, step, scalars)
-        reference.keep_rejected(batch, step, scalars)
+            reference.follow_parameters(batch, backup)
+            if backup is not None:
+                torch._foreach_copy_(list(backup.copies), list(backup.copies.values()))
+            if step.base is None:
+                reference.leave_final_gradient(batch, step, scalars)
+                return
+            fused: dict[Any, list[int]] = defaultdict(list)
+            for k, (param, i) in enumerate(zip(batch.params, batch.groups, strict=True)):
+                states = [batch.states[k][name] for name in step.base.states(step.groups[i])]
+                if step.base.name in FUSED and served([param, batch.grads[k], *states]):
+                    fused[i, param.dtype, batch.fresh[k]].append(k)
+                else:
+                    slow += reference.update_one(batch, k, None, step, scalars)
+            for (i, _, fresh), members in fused.items():
+                group = step.groups[i]
+                updates.append(self._fused_update(batch, members, group, fresh, step, scalars))
+        for update in updates:
+            update()
+        reference.write(slow)
 
     @staticmethod
     def _fused_update(
         batch: Batch, members: list[int], group: Group, fresh: bool, step: Step, scalars: Tensor
-    ) -> None:
+    ) -> Callable[[], None]:
+        """The update of tensors that share an operator, with all that needs memory done."""
         assert step.base is not None
+        base = step.base
         params = [batch.params[k] for k in members]
         grads = [batch.grads[k] for k in members]
         if step.mix is not None:
@@ -103,24 +118,22 @@ class TorchBackend(ReferenceBackend):
         elif step.rescales:
             # a cast, because 0-dim gradients would be promoted to the coefficient's float64
             grads = list(torch._foreach_mul(grads, scalars[Scalar.COEFFICIENT].to(grads[0].dtype)))
-        states = {
-            name: [batch.states[k][name] for k in members] for name in step.base.states(group)
-        }
+        states = {name: [batch.states[k][name] for k in members] for name in base.states(group)}
         found_inf = (1 - scalars[Scalar.ACCEPTED]).float() if step.skip_nonfinite else None
         common: dict[str, Any] = dict(
             lr=group["lr"], weight_decay=group["weight_decay"], maximize=group["maximize"],
             found_inf=found_inf,
         )  # fmt: skip
-        if step.base.counts_steps:
-            steps = [batch.states[k]["step"] for k in members]
-            torch._foreach_add_(steps, 1)
-        if step.base.name == "sgd":
+        steps = [batch.states[k]["step"] for k in members] if base.counts_steps else []
+
+        def sgd() -> None:
             torch._fused_sgd_(
                 params, grads, states.get("momentum_buffer", []), momentum=group["momentum"],
                 dampening=group["dampening"], nesterov=group["nesterov"], is_first_step=fresh,
                 **common,
             )  # fmt: skip
-        elif step.base.name == "adam":
+
+        def adam() -> None:
             decoupled = group["decoupled_weight_decay"]
             operator = torch._fused_adamw_ if decoupled else torch._fused_adam_
             beta1, beta2 = group["betas"]
@@ -129,10 +142,20 @@ class TorchBackend(ReferenceBackend):
                 states.get("max_exp_avg_sq", []), steps, beta1=beta1, beta2=beta2,
                 eps=group["eps"], amsgrad=group["amsgrad"], **common,
             )  # fmt: skip
-        else:
+
+        def adagrad() -> None:
             torch._fused_adagrad_(
                 params, grads, states["sum"], steps, lr_decay=group["lr_decay"],
                 eps=group["eps"], **common,
             )  # fmt: skip
-        if found_inf is not None and step.base.counts_steps:
-            torch._foreach_sub_(steps, [found_inf] * len(steps))
+
+        update = {"sgd": sgd, "adam": adam, "adagrad": adagrad}[base.name]
+
+        def run() -> None:
+            if steps:
+                torch._foreach_add_(steps, 1)
+            update()
+            if steps and found_inf is not None:
+                torch._foreach_sub_(steps, [found_inf] * len(steps))
+
+        return run

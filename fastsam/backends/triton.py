@@ -2,6 +2,7 @@
 
 import functools
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -31,6 +32,7 @@ from .buckets import (
     ascent_states,
     dense,
     grad_rows,
+    key_rows,
     like_layout,
     release,
     state_rows,
@@ -41,10 +43,13 @@ from .reference import adapt, keep_rejected, leave_final_gradient, undone_if_it_
 
 FIRST, LAST = int(Task.FIRST), int(Task.LAST)
 LAUNCHES = Launches()
+Launched = Callable[[], Any]
 
 
 class TritonBackend:
     """See the module's docstring."""
+
+    takes_scaled = True
 
     def __init__(self, launches: Launches = LAUNCHES) -> None:
         self.launches = launches
@@ -57,27 +62,57 @@ class TritonBackend:
         self._uploads: dict[Any, Upload] = {}
         self._captured: list[Tensor] = []  # what graphs use
         self._reductions: dict[Any, tuple[dict[str, Any], int, bool]] = {}
+        self._compiled: set[Any] = set()
 
     # --- the interface ---
 
     def ascend(self, batch: Batch, step: Step, scalars: Tensor) -> FlatBackup:
+        try:
+            return self._ascend(batch, step, scalars)
+        except BaseException:
+            self._forget(batch)
+            raise
+
+    def descend(self, batch: Batch, backup: FlatBackup | None, step: Step, scalars: Tensor) -> None:
+        try:
+            self._descend(batch, backup, step, scalars)
+        except BaseException:
+            self._forget(batch)
+            raise
+
+    def hypergradient(
+        self, batch: Batch, backup: FlatBackup | None, hessian: str, step: Step, scalars: Tensor
+    ) -> None:
+        try:
+            self._hypergradient(batch, backup, hessian, step, scalars)
+        except BaseException:
+            self._forget(batch)
+            raise
+
+    # --- the passes ---
+
+    def _ascend(self, batch: Batch, step: Step, scalars: Tensor) -> FlatBackup:
         backup = FlatBackup(batch.layout)
         buckets = self._buckets("ascent", batch, step)
         states = ascent_states(step)
         for bucket in buckets:
             bucket.reserve(batch, backup)
         for bucket in buckets:
-            bucket.locate(batch, backup, ascent_rows(bucket, batch, step) if states else {})
+            rows = key_rows(bucket, batch, step)
+            if states:
+                rows |= ascent_rows(bucket, batch, step)
+            bucket.locate(batch, backup, rows)
         with _on(scalars.device):
             if step.needs_ascent_norm:
-                self._reduce("ascent", buckets, step, scalars)
+                run(self._reduce("ascent", buckets, step, scalars))
             try:
                 for bucket in buckets:
-                    self._launch(
+                    self._prepare(
                         perturb_kernel, bucket, step, scalars, self.launches.perturb,
                         RULE=step.ascent.name, STATES=states, ADAPTIVE=step.adaptive,
+                        HAS_MASTER=bucket.has_master, STOCHASTIC=_is_stochastic(bucket, step),
                         **_only(bucket.types, "P", "G", "ACC"),
-                    )  # fmt: skip
+                    )()  # fmt: skip
                     backup.written += 1
                     write_back(bucket, batch)
             except BaseException:
@@ -86,44 +121,67 @@ class TritonBackend:
         release(buckets)
         return backup
 
-    def descend(self, batch: Batch, backup: FlatBackup | None, step: Step, scalars: Tensor) -> None:
+    def _descend(
+        self, batch: Batch, backup: FlatBackup | None, step: Step, scalars: Tensor
+    ) -> None:
         buckets = self._buckets("descent", batch, step)
         # the update kernel looks at the ascent's state only where it may have to put it back
         states = ascent_states(step) if step.skip_nonfinite else 0
         for bucket in buckets:
-            rows = {} if bucket.described else state_rows(bucket, batch, step, self.launches.update)
+            rows = key_rows(bucket, batch, step)
+            if not bucket.described:
+                rows |= state_rows(bucket, batch, step, self.launches.update)
             if step.mix is not None:
                 rows |= grad_rows(bucket, {Row.FIRST_GRAD: batch.firsts})
             if states or step.mix is not None:
                 rows |= ascent_rows(bucket, batch, step)
             bucket.locate(batch, backup, rows)
+        # a user's rule runs on the host; the reduction knows SAMAR's own
+        rule = None if type(step.mix) is SharpnessRatio else step.mix
         with _on(scalars.device):
+            # Whatever needs memory or a compiler comes before the first launch: the reduction
+            # changes scalars that are state, and no update can be undone.
+            reduction: list[Launched] = []
             if step.needs_descent_norm:
                 kind = "descent" if step.mix is None else "mix"
-                if step.mix is None or type(step.mix) is SharpnessRatio:
-                    self._reduce(kind, buckets, step, scalars)
-                else:  # a user's rule
-                    with undone_if_it_fails(scalars):
-                        self._reduce(kind, buckets, step, scalars)
-                        adapt(step.mix, scalars)
-            if backup is not None:
-                backup.restore(None if step.base is None else backup.left_by(batch))
+                reduction = self._reduce(kind, buckets, step, scalars)
             if step.base is None:
-                leave_final_gradient(batch, step, scalars)
-                keep_rejected(batch, step, scalars)
+                with undone_if_it_fails(scalars):
+                    run(reduction)
+                    if rule is not None:
+                        adapt(rule, scalars)
+                    if backup is not None:
+                        backup.restore()
+                    keep_rejected(batch, step, scalars)
+                    leave_final_gradient(batch, step, scalars)
                 release(buckets)
                 return
+            updates = []
             for bucket in buckets:
-                self._launch(
-                    update_kernel, bucket, step, scalars, self.launches.update,
-                    self._scratch("updated", bucket.table.columns, torch.int32, scalars.device),
-                    BASE=step.base.name, SCALE=step.rescales, MIX=step.mix is not None,
-                    SKIP=step.skip_nonfinite, ASCENT_STATES=states, **bucket.types,
-                )  # fmt: skip
+                arrivals = self._scratch(
+                    "updated", bucket.table.columns, torch.int32, scalars.device
+                )
+                updates.append(self._prepare(
+                    update_kernel, bucket, step, scalars, self.launches.update, arrivals,
+                    compiles=True, BASE=step.base.name, SCALE=step.rescales,
+                    MIX=step.mix is not None, SKIP=step.skip_nonfinite, ASCENT_STATES=states,
+                    HAS_MASTER=bucket.has_master, STOCHASTIC=_is_stochastic(bucket, step),
+                    **bucket.types,
+                ))  # fmt: skip
+            if backup is not None:
+                backup.restore(backup.left_by(batch))
+            if rule is None:
+                run(reduction)
+            else:
+                with undone_if_it_fails(scalars):
+                    run(reduction)
+                    adapt(rule, scalars)
+            for bucket, update in zip(buckets, updates, strict=True):
+                update()
                 write_back(bucket, batch)
         release(buckets)
 
-    def hypergradient(
+    def _hypergradient(
         self, batch: Batch, backup: FlatBackup | None, hessian: str, step: Step, scalars: Tensor
     ) -> None:
         buckets = self._buckets("hypergradient", batch, step)
@@ -133,45 +191,73 @@ class TritonBackend:
             rows = ascent_rows(bucket, batch, step) | grad_rows(bucket, others)
             bucket.locate(batch, backup, rows)
         with _on(scalars.device):
-            self._reduce(hessian, buckets, step, scalars)
+            run(self._reduce(hessian, buckets, step, scalars))
         release(buckets)
 
     # --- launches ---
 
-    def _reduce(self, kind: str, buckets: list[Bucket], step: Step, scalars: Tensor) -> None:
+    def _reduce(
+        self, kind: str, buckets: list[Bucket], step: Step, scalars: Tensor
+    ) -> list[Launched]:
         # the flags take longer than the launch: they are worked out once for every kind of step
         needs_norm = step.base is not None and step.base.needs_norm
         key = (kind, step.ascent.name, step.adaptive, step.renormalize, step.skip_nonfinite,
-               step.max_grad_norm is None, needs_norm, type(step.mix))  # fmt: skip
+               step.max_grad_norm is None, needs_norm, type(step.mix),
+               step.skip_first)  # fmt: skip
         if key not in self._reductions:
             self._reductions[key] = _reduction(kind, step)
         constants, tasks, streams = self._reductions[key]
         launch = self.launches.reduce_streams if streams else self.launches.reduce
+        launches = []
         for i, bucket in enumerate(buckets):
             partials = constants["SUMS"] * bucket.table.chunks(launch.chunk).size(0)
             last = i == len(buckets) - 1
-            self._launch(
+            launches.append(self._prepare(
                 reduce_kernel, bucket, step, scalars, launch,
                 self._scratch("partials", partials, bucket.arithmetic, scalars.device),
                 self._scratch("reduced", 1, torch.int32, scalars.device),
                 tasks | (FIRST if i == 0 else 0) | (LAST if last else 0),
+                HAS_MASTER=bucket.has_master and constants["ADAPTIVE"],
                 **constants, **_only(bucket.types, "P", "G", "ACC"),
-            )  # fmt: skip
+            ))  # fmt: skip
+        return launches
 
-    def _launch(
+    def _prepare(
         self, kernel: Any, bucket: Bucket, step: Step, scalars: Tensor, launch: Launch,
-        *more: Any, **constants: Any,
-    ) -> None:  # fmt: skip
-        """One program per chunk of the bucket; every kernel's first arguments are the tables."""
+        *more: Any, compiles: bool = False, **constants: Any,
+    ) -> Launched:  # fmt: skip
+        """A launch that only has to be made: one program per chunk of the bucket.
+
+        Every kernel's first arguments are the tables. With ``compiles`` the kernel is compiled and
+        loaded here, if it has not been before.
+        """
         chunks = bucket.table.chunks(launch.chunk)
         if is_capturing(scalars.device):
             bucket.table.captured(launch.chunk)
             self._captured += [x for x in more if isinstance(x, Tensor)]
-        kernel[(chunks.size(0),)](
-            bucket.table.pointers, chunks, bucket.table.columns, self._hyper_table(bucket, step),
-            scalars, *more, CHUNK=launch.chunk, **constants,
-            **_options(scalars.device, launch.lanes),
+        tables = (
+            bucket.table.pointers, chunks, bucket.table.columns, self._hyper_table(bucket, step)
         )  # fmt: skip
+        constants |= _options(scalars.device, launch.lanes)
+        if compiles:
+            key = scalars.device, launch.chunk, *constants.values()
+            if key not in self._compiled:
+                compiled = kernel.warmup(
+                    *tables, scalars, *more, grid=(1,), CHUNK=launch.chunk, **constants
+                )
+                getattr(compiled, "run", None)  # loads it
+                self._compiled.add(key)
+        return functools.partial(
+            kernel[(chunks.size(0),)], *tables, scalars, *more, CHUNK=launch.chunk, **constants
+        )
+
+    def _forget(self, batch: Batch) -> None:
+        """After a failure: no table is known to hold what it should."""
+        if batch.layout is not None:
+            for name in ("ascent", "descent"):
+                batch.layout.cache.pop(name, None)
+        for tables in (self._tables, self._hyper, self._hyper_of, self._hyper_values):
+            tables.clear()
 
     # --- tables ---
 
@@ -192,10 +278,11 @@ class TritonBackend:
             if name == "descent" and step.base is not None:
                 names = step.base.states(step.groups[i])
                 states = tuple(batch.states[k][state].dtype for state in names)
-            members[p.dtype, g.dtype, states].append(k)
+            has_master = bool(batch.masters) and batch.masters[k] is not None
+            members[p.dtype, g.dtype, states, has_master].append(k)
         buckets = []
         for key, positions in members.items():
-            param_type, grad_type, states = key
+            param_type, grad_type, states, has_master = key
             if unserved := {param_type, grad_type, *states} - TYPES.keys():
                 raise RuntimeError(
                     f"backend='triton' serves {', '.join(map(str, TYPES))}, got {unserved.pop()}"
@@ -211,7 +298,7 @@ class TritonBackend:
                 S=TYPES[states[0] if states else param_type],
                 ACC=tl.float64 if param_type == torch.float64 else tl.float32,
             )  # fmt: skip
-            buckets.append(Bucket(positions, params, grads, types, in_place=in_place))
+            buckets.append(Bucket(positions, params, grads, types, in_place, has_master))
         device = batch.params[0].device
         kept = lasting and all(bucket.in_place for bucket in buckets)
         for bucket, key in zip(buckets, members, strict=True):
@@ -285,6 +372,7 @@ def _reduction(kind: str, step: Step) -> tuple[dict[str, Any], int, bool]:
             Task.RENORMALIZE * step.renormalize
             | Task.CLIP * (step.max_grad_norm is not None)
             | Task.SKIP * step.skip_nonfinite
+            | Task.SKIP_FIRST * step.skip_first
             | Task.ACCUMULATE * (step.base is not None and step.base.needs_norm)
             | Task.COMMIT * (rule == "adagrad_norm")
             | Task.ADAPT * (type(step.mix) is SharpnessRatio)
@@ -303,11 +391,20 @@ def _reduction(kind: str, step: Step) -> tuple[dict[str, Any], int, bool]:
     return constants, int(tasks), streams
 
 
+def run(launches: list[Launched]) -> None:
+    for launch in launches:
+        launch()
+
+
 @functools.cache
 def _options(device: torch.device, lanes: int) -> dict[str, Any]:
     """Launch options for one thread per lane. Triton's default for fusion is about to change."""
     warp = torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
     return {"LANES": lanes, "num_warps": lanes // warp, "enable_fp_fusion": True}
+
+
+def _is_stochastic(bucket: Bucket, step: Step) -> bool:
+    return step.seed is not None and bucket.types["P"] == tl.bfloat16
 
 
 def _only(types: dict[str, Any], *names: str) -> dict[str, Any]:

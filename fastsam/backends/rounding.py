@@ -1,0 +1,57 @@
+"""Stochastic rounding to bfloat16 in torch: the arithmetic of ``kernels/rounding.py``, bit for bit.
+
+In int64, because torch has few operators for unsigned integers.
+"""
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from fastsam.kernels.layout import Scalar
+
+from ..rules import Batch, Step
+
+LOW = 0xFFFFFFFF
+Bits = TypeVar("Bits", int, Tensor)
+
+
+def mix(x: Bits) -> Bits:
+    """A bijection of 32 bits in which every bit depends on all of them (murmur3's finalizer)."""
+    x = x ^ (x >> 16)
+    x = (x * 0x85EBCA6B) & LOW
+    x = x ^ (x >> 13)
+    x = (x * 0xC2B2AE35) & LOW
+    return x ^ (x >> 16)
+
+
+def tensor_key(seed: int, place: int) -> int:
+    """What one tensor's random bits depend on, in every step; 32 bits."""
+    return mix(mix(seed) ^ (place * 0x9E3779B1 & LOW))
+
+
+def add_noise(x: Tensor, like: Tensor, key: Tensor) -> Tensor:
+    """``x``, such that cutting off its lower 16 bits rounds it stochastically; they are cut off.
+
+    Args:
+        x: float32.
+        like: Has the layout in memory by which elements are counted.
+        key: 0-dim int64: what the bits depend on.
+    """
+    index = torch.empty_like(like, dtype=torch.int64, requires_grad=False)
+    index.as_strided((index.numel(),), (1,)).copy_(torch.arange(index.numel(), device=like.device))
+    noise = mix((index * 0x9E3779B1 + key) & LOW) & 0xFFFF
+    bits = x.contiguous().view(torch.int32).long() & LOW
+    rounded = (bits + noise) & 0xFFFF0000
+    signed = torch.where(rounded >= 2**31, rounded - 2**32, rounded).int()
+    return torch.where(x.isfinite(), signed.view(torch.float32), x)
+
+
+def rounded(x: Tensor, batch: Batch, k: int, step: Step, scalars: Tensor, descends: bool) -> Tensor:
+    """``x``, such that parameter ``k`` takes it by ``copy_`` as the step rounds."""
+    param = batch.params[k]
+    if step.seed is None or param.dtype != torch.bfloat16:
+        return x
+    count = 2 * scalars[Scalar.ROUNDING_STEP].long() + descends
+    key = mix(tensor_key(step.seed, batch.places[k]) ^ mix(count & LOW))
+    return add_noise(x, param, key)

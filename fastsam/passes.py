@@ -1,0 +1,327 @@
+"""The two passes that every method shares, and the contract of a step."""
+
+import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
+
+from fastsam.kernels.layout import Scalar
+
+from . import backends
+from .capture import is_captured
+from .checks import check_max_grad_norm
+from .interrupts import uninterrupted
+from .rules import Batch, LamRule, Step
+from .scaling import check_scaler, is_scaled, record, unscaled, write_scale
+from .stateful import StatefulOptimizer, uncompiled
+
+
+class TwoPassOptimizer(StatefulOptimizer):
+    """``first_step`` and ``second_step``, or ``plain_step``; and what a failure in them leaves."""
+
+    _mix: LamRule | None = None  # SAMAR's
+    renormalize: bool
+    max_grad_norm: float | None
+
+    @uncompiled
+    @torch.no_grad()
+    def first_step(self, zero_grad: bool = False, *, grad_scaler: GradScaler | None = None) -> None:
+        """Perturb the weights along the present gradients: ``w <- w + e``.
+
+        Args:
+            zero_grad: Zero the gradients afterwards.
+            grad_scaler: The scaler of the loss that they, and those of the second pass, are of.
+
+        Raises:
+            RuntimeError: If ``second_step`` is due; if a gradient is sparse or complex, or the
+                parameters lie on several devices. Nothing has changed then.
+            ValueError: If a group's hyper-parameter has been set out of range.
+            TypeError: If ``grad_scaler`` is something else.
+        """
+        self._expect("first_step")
+        scaler = check_scaler(grad_scaler, self)
+        self._run_hooks("pre")
+        self._check_groups()
+        batch = self._collect("ascent")
+        self._check_capture(batch)
+        self._begin_step(scaler, perturbs=True)
+        scalars = self._scalars_for(batch)
+        batch = self._scale(batch, Scalar.FIRST_INVERSE_SCALE, scalars)
+        firsts = self._take_over(batch, cleared=zero_grad) if self._keeps_first else {}
+        if self._has_ascent_state:
+            for param, i in zip(batch.params, batch.groups, strict=True):
+                old = self._ascent.state(self.state.get(param, {}), param, self.param_groups[i])
+                batch.ascent.append(old)
+                batch.next.append(self._room_for(param, old))
+        else:
+            batch.ascent = batch.next = [{}] * len(batch.params)
+        with uninterrupted():
+            if batch.params:
+                self._backup = self._backend_for(batch).ascend(batch, self._describe(), scalars)
+            else:
+                scalars[Scalar.GRAD_NORM].zero_()
+                scalars[Scalar.NEXT_SQUARED_NORMS] = scalars[Scalar.ASCENT_SQUARED_NORMS]
+            self._firsts = firsts
+            if self._has_ascent_state:
+                pairs = zip(batch.ascent, batch.next, strict=True)
+                self._pending = dict(zip(batch.params, pairs, strict=True))
+            self._between_passes = True
+        if zero_grad:
+            self.zero_grad()
+        else:
+            ends = batch.params[:1] + batch.params[-1:]
+            self._seen = [(param, weakref.ref(param.grad), param.grad._version)
+                          for param in ends if param.grad is not None]  # fmt: skip
+
+    @uncompiled
+    @torch.no_grad()
+    def second_step(
+        self, zero_grad: bool = False, *, grad_scaler: GradScaler | None = None
+    ) -> None:
+        """Restore the weights and update them with the gradients taken at ``w + e``.
+
+        Warns once where the gradients are still those of the first pass, or were added to them.
+
+        Args:
+            zero_grad: Zero the gradients afterwards.
+            grad_scaler: The same, or None, as in :meth:`first_step`. ``grad_scaler.update()`` is to
+                be called after this. A gradient that is not finite in either pass skips the step.
+
+        Raises:
+            RuntimeError: If ``first_step`` is due; if a gradient is sparse or complex; if
+                ``grad_scaler`` is another than in the first pass. The weights have been restored
+                then, and the step is over without an update.
+        """
+        self._expect("second_step")
+        with self._restoring():
+            if check_scaler(grad_scaler, self) is not self._scaler and grad_scaler is not None:
+                raise RuntimeError("grad_scaler has to be given to first_step as well")
+            self._warn_of_stale_gradients()
+            self._descend(self._collect("descent"))
+        self._after_step(zero_grad)
+
+    @uncompiled
+    @torch.no_grad()
+    def plain_step(self, zero_grad: bool = False, *, grad_scaler: GradScaler | None = None) -> None:
+        """The base optimizer's step with the present gradients: one pass, nothing perturbed.
+
+        For loops that take turns between the two kinds of step; ``perturbs_next`` says which is
+        due by ``perturb_every``, ``start`` and ``stop``.
+
+        Args:
+            zero_grad: Zero the gradients afterwards.
+            grad_scaler: As in :meth:`second_step`.
+
+        Raises:
+            RuntimeError: If ``second_step`` is due; if a gradient is sparse or complex.
+            ValueError: If a group's hyper-parameter has been set out of range.
+        """
+        self._expect("first_step", "plain_step")
+        scaler = check_scaler(grad_scaler, self)
+        self._run_hooks("pre")
+        self._check_groups()
+        batch = self._collect("descent")
+        self._begin_step(scaler, perturbs=False)
+        with self._restoring():
+            self._descend(batch)
+        self._after_step(zero_grad)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Undo ``first_step``: for a loop whose second pass failed. Does nothing otherwise."""
+        if self._backup is not None:
+            self._backup.restore()
+        self._end_step()
+
+    # --- what subclasses may refine ---
+
+    def _next_lam(self) -> float:
+        """Unified SAM's weight of normalisation in the step that begins; 1 is SAM."""
+        return 1.0
+
+    @property
+    def _keeps_first(self) -> bool:
+        """Whether first gradients are needed after the first pass."""
+        return self._mix is not None or self._records is not None
+
+    # --- parts of the step ---
+
+    @contextmanager
+    def _restoring(self) -> Iterator[None]:
+        """Undo the first pass if the block fails."""
+        try:
+            yield
+        except BaseException:
+            self.restore()
+            raise
+
+    @property
+    def _has_ascent_state(self) -> bool:
+        return any(self._ascent.states(group) for group in self.param_groups)
+
+    def _expect(self, due: str, call: str = "") -> None:
+        call = call or due
+        if self._inside_closure:
+            raise RuntimeError(f"{call} cannot be called from inside a closure given to step")
+        if (due == "second_step") != self._between_passes:
+            due = "second_step" if self._between_passes else "first_step"
+            raise RuntimeError(
+                f"expected {due}, which has to come before another {call}: first_step and "
+                "second_step alternate"
+            )
+
+    def _check_groups(self) -> None:
+        check_max_grad_norm(self.max_grad_norm)
+        for group in self.param_groups:
+            self._check_group(group)
+
+    def _describe(self) -> Step:
+        return Step(
+            groups=self.param_groups,
+            ascent=self._ascent,
+            base=self._base,
+            lam=self._lam,
+            renormalize=self.renormalize and self._perturbs,
+            mix=self._mix if self._perturbs else None,
+            max_grad_norm=self.max_grad_norm,
+            skip_nonfinite=self.skip_nonfinite or self._is_scaled,
+            skip_first=self._is_scaled and self._perturbs,
+            is_scaled=self._is_scaled,
+            has_masters=self.master_weights,
+            seed=self.seed if self.rounding == "stochastic" else None,
+            keeps_weights=self._records == "diag",
+        )
+
+    def _begin_step(self, scaler: GradScaler | None, perturbs: bool) -> None:
+        """Decide on the host what the step will be."""
+        lam = self._next_lam()
+        self._scaler, self._is_scaled = scaler, is_scaled(self, scaler)
+        self._perturbs, self._lam = perturbs, lam
+
+    def _scale(self, batch: Batch, slot: Scalar, scalars: Tensor) -> Batch:
+        """The batch as the backend takes it, where its gradients carry a loss scale."""
+        if not self._is_scaled:
+            if self._was_scaled:
+                scalars[[Scalar.FIRST_INVERSE_SCALE, Scalar.INVERSE_SCALE]] = 1
+                scalars[Scalar.FOUND_INF].zero_()
+                self._was_scaled = False
+            return batch
+        if self._records:
+            raise RuntimeError("LETS does not serve gradients that carry a loss scale")
+        self._was_scaled = True
+        write_scale(self, self._scaler, slot, scalars)
+        if not batch.params:
+            return batch
+        if slot == Scalar.INVERSE_SCALE and self._base is None:  # a foreign base reads .grad itself
+            for param, grad in zip(batch.params, unscaled(batch, scalars[slot]).grads, strict=True):
+                param.grad = grad.to(param.grad.dtype) if param.grad is not None else None
+            scalars[slot].fill_(1)
+            return self._collect("descent")
+        if self._backend_for(batch).takes_scaled:
+            return batch
+        return unscaled(batch, scalars[slot])
+
+    def _warn_of_stale_gradients(self) -> None:
+        """Look at the first and the last parameter's gradient, where the first pass left them."""
+        seen, self._seen = self._seen, []
+        if self._warned or self._inside_step or not seen:
+            return
+        present = [(param.grad, old(), version) for param, old, version in seen]
+        if all(grad is not None and grad is old for grad, old, _ in present):
+            writes = {old._version - version for _, old, version in present if old is not None}
+            if writes <= {0}:
+                what = "still those"
+            elif writes <= {1}:
+                what = "the sum of its own and those"
+            else:
+                return
+            self._warned = True
+            warnings.warn(
+                f"second_step() seems to find gradients that are {what} of the first pass: zero "
+                "them after first_step (its argument zero_grad=True does) and call backward again",
+                stacklevel=4,
+            )
+
+    def _descend(self, batch: Batch) -> None:
+        step = self._describe()
+        scalars = self._scalars_for(batch)
+        if batch.params:
+            self._check_capture(batch)
+            if step.base is not None:
+                self._prepare(batch, step.base)
+        batch = self._scale(batch, Scalar.INVERSE_SCALE, scalars)
+        if self._pending:
+            without_ascent: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+            pairs = [self._pending.get(param, without_ascent) for param in batch.params]
+            batch.ascent, batch.next = [old for old, _ in pairs], [new for _, new in pairs]
+        else:
+            batch.ascent = batch.next = [{}] * len(batch.params)
+        if self._firsts:
+            batch.firsts = [self._firsts.get(param) for param in batch.params]
+        else:
+            batch.firsts = [None] * len(batch.params)
+        if batch.params:
+            seen = batch
+            if self._records and step.base is None:  # which may write to the gradients
+                seen = replace(batch, grads=[grad.clone() for grad in batch.grads])
+            try:
+                with uninterrupted():
+                    self._backend_for(batch).descend(batch, self._backup, step, scalars)
+                    if step.base is None:
+                        # it cannot skip on the device: the one branch on a device value
+                        if not step.skip_nonfinite or bool(scalars[Scalar.ACCEPTED]):
+                            self._step_foreign()
+                    self._complete(seen, step, scalars)
+            except BaseException:
+                for state, fresh in zip(batch.states, batch.fresh, strict=True):
+                    if fresh:  # it is still to begin
+                        state.pop("momentum_buffer", None)
+                raise
+        else:  # nothing to update, nor to reject
+            with uninterrupted():
+                if self._backup is not None:
+                    self._backup.restore()
+                scalars[Scalar.ACCEPTED].fill_(1)
+                scalars[Scalar.ASCENT_SQUARED_NORMS] = scalars[Scalar.NEXT_SQUARED_NORMS]
+                self._complete(batch, step, scalars)
+
+    def _complete(self, batch: Batch, step: Step, scalars: Tensor) -> None:
+        """What the ascent computed becomes the state."""
+        if self._pending:
+            updated = set(batch.params)
+            rest = [pair for param, pair in self._pending.items() if param not in updated]
+            kept = Batch(ascent=[pair[0] for pair in rest], next=[pair[1] for pair in rest])
+            backends.keep_rejected(kept, step, scalars)
+        self._was_captured |= is_captured(batch)
+        for param, (old, state) in self._pending.items():
+            if self._was_captured:  # a replay looks for the state where it was at the capture
+                for name, x in state.items():
+                    old[name].copy_(x)
+                self.state[param].update(old)
+            elif state:
+                self.state[param].update(state)
+                if param.device.type == "cpu":
+                    self._spare[param] = old
+        if self._records and batch.params and self._backup is not None:
+            # of the ascent's state and the old weights only what the approximation reads
+            diag = self._records == "diag"
+            seen = replace(batch, ascent=[], next=batch.next if diag else [{}] * len(batch.params))
+            self._record = seen, self._backup if diag and step.adaptive else None, step
+        if step.seed is not None:
+            scalars[Scalar.ROUNDING_STEP] += 1
+        if self._scaler is not None:
+            record(self, self._scaler, scalars)
+        self._end_step()
+        if "t" in self.param_groups[0]:
+            self.param_groups[0]["t"] += 1
+
+    def _after_step(self, zero_grad: bool) -> None:
+        self._opt_called = True  # what LR schedulers look at, to warn where no step came first
+        if zero_grad:
+            self.zero_grad()
+        self._run_hooks("post")

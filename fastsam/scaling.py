@@ -1,0 +1,91 @@
+"""Loss scaling: what ``torch.amp.GradScaler`` is to an optimizer that takes two gradients a step.
+
+The scaler's own ``unscale_`` and ``step`` count one gradient between two calls of ``update``. So
+neither is used: the inverse scale is one of the device scalars by which every gradient is
+multiplied as it is read, and what the step found is put down where ``update`` looks for it.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.amp.grad_scaler import GradScaler, OptState
+from torch.optim.optimizer import Optimizer
+
+from fastsam.kernels.layout import Scalar
+
+from .rules import Batch, wide_dtype
+
+
+def check_scaler(grad_scaler: Any, optimizer: Optimizer) -> GradScaler | None:
+    """The scaler if it is one that is enabled, else None.
+
+    Raises:
+        TypeError: If it is something else.
+        RuntimeError: If its ``update`` has not been called since the optimizer's last step.
+    """
+    if grad_scaler is None:
+        return None
+    if not isinstance(grad_scaler, GradScaler):
+        raise TypeError(f"grad_scaler must be a torch.amp.GradScaler or None, got {grad_scaler!r}")
+    if not grad_scaler.is_enabled():
+        return None
+    if grad_scaler._per_optimizer_states[id(optimizer)]["stage"] is OptState.STEPPED:
+        raise RuntimeError("grad_scaler.update() has to be called after every step")
+    return grad_scaler
+
+
+def is_scaled(optimizer: Optimizer, grad_scaler: GradScaler | None) -> bool:
+    """Whether somebody scales the loss, or looks for overflows, outside."""
+    attributes = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
+    return grad_scaler is not None or any(x is not None for x in attributes)
+
+
+def write_scale(
+    optimizer: Optimizer, grad_scaler: GradScaler | None, slot: Scalar, scalars: Tensor
+) -> None:
+    """Put the inverse scale of one pass's gradients, and what was found, among the scalars.
+
+    Raises:
+        RuntimeError: If the scaler has not scaled a loss yet.
+    """
+    scale = getattr(optimizer, "grad_scale", None)
+    found_inf = getattr(optimizer, "found_inf", None)
+    if grad_scaler is not None:
+        state = grad_scaler._per_optimizer_states[id(optimizer)]
+        if state["stage"] is OptState.UNSCALED:  # by the user; the next pass's are scaled again
+            state["stage"], scale = OptState.READY, None
+        else:
+            scale = grad_scaler._get_scale_async()
+            if scale is None:
+                raise RuntimeError(
+                    "grad_scaler has scaled no loss yet: call grad_scaler.scale(loss).backward()"
+                )
+    if scale is None:
+        scalars[slot].fill_(1)
+    else:
+        scale = torch.as_tensor(scale, dtype=scalars.dtype)
+        scalars[slot] = scale.to(scalars.device, non_blocking=True).reciprocal()
+    if found_inf is None:
+        scalars[Scalar.FOUND_INF].zero_()
+    else:
+        found_inf = torch.as_tensor(found_inf, dtype=scalars.dtype)
+        scalars[Scalar.FOUND_INF] = found_inf.to(scalars.device, non_blocking=True)
+
+
+def record(optimizer: Optimizer, grad_scaler: GradScaler, scalars: Tensor) -> None:
+    """Tell the scaler, whose ``update`` comes next, whether the step was accepted."""
+    state = grad_scaler._per_optimizer_states[id(optimizer)]
+    found_inf = (1 - scalars[Scalar.ACCEPTED]).float()
+    state["found_inf_per_device"] = {scalars.device: found_inf}
+    state["stage"] = OptState.STEPPED
+
+
+def unscaled(batch: Batch, inverse: Tensor) -> Batch:
+    """The batch with gradients that carry no scale, in the dtype of the arithmetic."""
+    grads = []
+    for grad in batch.grads:
+        dtype = wide_dtype(grad)
+        grads.append(grad.to(dtype) * inverse.to(dtype))
+    return replace(batch, grads=grads, layout=None)
