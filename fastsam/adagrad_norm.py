@@ -4,7 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
+
+from .checks import check_tensors
 
 
 class AdaGradNorm(Optimizer):
@@ -18,12 +21,13 @@ class AdaGradNorm(Optimizer):
 
     Args:
         params: Parameters or parameter groups, as in ``torch.optim``.
-        lr: Learning rate, at least 0. Default 1e-2.
+        lr: Learning rate, at least 0; a number or a tensor of one element. Default 1e-2.
         initial_accumulator_value: Where :math:`b^2` starts, at least 0. Default 0.
         maximize: Ascend instead of descend. Default False.
 
     Raises:
-        ValueError: If ``lr`` or ``initial_accumulator_value`` is negative.
+        ValueError: If ``lr`` or ``initial_accumulator_value`` is negative, or ``lr`` a tensor of
+            several elements.
 
     Reference: Ward, Wu and Bottou, "AdaGrad stepsizes: sharp convergence over nonconvex
     landscapes", ICML 2019.
@@ -32,11 +36,13 @@ class AdaGradNorm(Optimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 1e-2,
+        lr: float | Tensor = 1e-2,
         *,
         initial_accumulator_value: float = 0.0,
         maximize: bool = False,
     ):
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise ValueError("Tensor lr must be 1-element")
         if not lr >= 0:
             raise ValueError(f"lr must be at least 0, got {lr}")
         if not initial_accumulator_value >= 0:
@@ -48,19 +54,29 @@ class AdaGradNorm(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step; returns the closure's loss if one is given."""
+        """Take one step; returns the closure's loss if one is given.
+
+        Raises:
+            RuntimeError: For gradients that are sparse or complex, or parameters on several
+                devices. Nothing has changed then.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        grads = [p.grad for group in self.param_groups for p in group["params"]]
-        norms = [g.norm(dtype=torch.float64) for g in grads if g is not None]
-        if not norms:
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not params:
             return loss
+        for p in params:
+            check_tensors(p, p.grad, params[:1], type(self).__name__)
+        norms = [p.grad.norm(dtype=torch.float64) for p in params]
         total = self.param_groups[0]["squared_norms"] + torch.stack(norms).square().sum()
         self.param_groups[0]["squared_norms"] = total
         for group in self.param_groups:
-            scale = torch.where(total == 0, 0.0, group["lr"] / total.sqrt())
+            lr = group["lr"]
+            if isinstance(lr, Tensor):
+                lr = lr.reshape(())
+            scale = torch.where(total == 0, 0.0, lr / total.sqrt())
             for p in group["params"]:
                 if p.grad is not None:
                     p.add_(scale * p.grad if group["maximize"] else -scale * p.grad)

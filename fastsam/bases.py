@@ -70,6 +70,8 @@ class Base:
                 )
             elif state[name].device != param.device:  # the model moved after its optimizer
                 state[name] = state[name].to(param.device)
+            if self.wide or wide:  # torch's own, or a checkpoint's
+                state[name] = state[name].to(torch.promote_types(state[name].dtype, torch.float32))
         dtypes = [state[name].dtype for name in starts]
         if len(set(dtypes)) > 1:  # from a checkpoint put together by hand
             widest = functools.reduce(torch.promote_types, dtypes)
@@ -87,6 +89,8 @@ def _sign(group: Group) -> float:
 def signed_lr(group: Group) -> Any:
     """The learning rate, negative where the base maximizes; 0 where it has none."""
     lr = group.get("lr")
+    if isinstance(lr, Tensor):
+        lr = lr.reshape(())
     return 0.0 if lr is None else _sign(group) * lr
 
 

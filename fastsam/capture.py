@@ -39,7 +39,7 @@ def check_state(
         own = [*ascent.states(group)]
         own += [] if base is None else [*base.states(group), *["step"] * base.counts_steps]
         names.append(own)
-    for param, i in zip(batch.params, batch.groups, strict=True):
+    for param, i in zip(batch.owners, batch.groups, strict=True):
         held = state.get(param, {})
         if any(held.get(key) is None for key in names[i]):
             raise RuntimeError(

@@ -190,7 +190,7 @@ def check_tensors(param: Tensor, grad: Tensor, others: Sequence[Tensor], name: s
     """A parameter and its gradient, among the others that take part in the step."""
     if grad.layout != torch.strided:
         raise RuntimeError(f"{name} does not support sparse gradients, got {grad.layout}")
-    if is_traceable_wrapper_subclass(param):
+    if is_traceable_wrapper_subclass(param):  # a DTensor's shard is none
         raise RuntimeError(f"{name} does not support {type(param).__name__} parameters")
     if grad.shape != param.shape:
         raise RuntimeError(

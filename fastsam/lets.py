@@ -55,8 +55,9 @@ class LETS(Optimizer):
     the ascent's state tensors) on every ``interval``-th step; other steps are the wrapped
     optimizer's. The gradients of both its passes are held until then, and its copy of the weights
     where they are read. The extra passes are at unperturbed weights, in the model's present mode:
-    BatchNorm counts them too. In distributed training the closures have to return losses averaged
-    over the ranks, or the radii drift apart.
+    BatchNorm counts them too, unless the wrapped optimizer's ``descent_context``, in which they
+    run, is ``frozen_batch_norm``. In distributed training the closures have to return losses
+    averaged over the ranks, or the radii drift apart.
 
     Args:
         optimizer: A :class:`SAM`, :class:`ASAM`, :class:`UnifiedSAM` or another optimizer of
@@ -161,17 +162,17 @@ class LETS(Optimizer):
         closure: Callable[[], Any],
         val_closure: Callable[[], Any],
     ) -> None:
-        left = self.optimizer._take_over(self.optimizer._collect(), cleared=True)
+        left = self.optimizer._set_aside()
         batch.grads = list(self.optimizer._take_over(batch, cleared=True).values())
         try:
             losses: list[Tensor] = []
             grads: list[list[Tensor | None]] = []
             for name, one in (("closure", closure), ("val_closure", val_closure)):
-                self.zero_grad()
-                losses.append(check_loss(name, torch.enable_grad()(one)(), like=self._nu))
+                loss = self.optimizer._call(one, self.optimizer.descent_context)
+                losses.append(check_loss(name, loss, like=self._nu))
                 present = self.optimizer._collect()
                 kept = self.optimizer._take_over(present, cleared=True)
-                grads.append([kept.get(param) for param in batch.params])
+                grads.append([kept.get(param) for param in batch.owners])
         finally:  # what the step left, as after any other
             self.zero_grad()
             for param, grad in left.items():
@@ -285,9 +286,12 @@ class LETS(Optimizer):
             and len(own["ratios"]) == len(self.param_groups)
         ):
             raise ValueError("state_dict['lets'] was not made by LETS for as many groups")
-        rho = state_dict["param_groups"][0].get("rho", self._nu.exp())
-        if own is None and not float(rho) > 0:
-            raise ValueError(f"rho must be above 0 in the first group, to be learned, got {rho}")
+        if own is None:
+            rho = state_dict["param_groups"][0].get("rho", self._nu.exp())
+            if not float(rho) > 0:
+                raise ValueError(
+                    f"rho must be above 0 in the first group, to be learned, got {rho}"
+                )
         self.optimizer.load_state_dict({k: v for k, v in state_dict.items() if k != "lets"})
         self._share()
         if own is None:

@@ -15,13 +15,15 @@ from fastsam.kernels.layout import Scalar
 from . import backends
 from .capture import is_captured
 from .checks import check_max_grad_norm
+from .gather import GatheringOptimizer
 from .interrupts import uninterrupted
 from .rules import Batch, LamRule, Step
 from .scaling import check_scaler, is_scaled, record, unscaled, write_scale
-from .stateful import StatefulOptimizer, uncompiled
+from .sharding import local_state
+from .stateful import uncompiled
 
 
-class TwoPassOptimizer(StatefulOptimizer):
+class TwoPassOptimizer(GatheringOptimizer):
     """``first_step`` and ``second_step``, or ``plain_step``; and what a failure in them leaves."""
 
     _mix: LamRule | None = None  # SAMAR's
@@ -54,11 +56,9 @@ class TwoPassOptimizer(StatefulOptimizer):
         batch = self._scale(batch, Scalar.FIRST_INVERSE_SCALE, scalars)
         firsts = self._take_over(batch, cleared=zero_grad) if self._keeps_first else {}
         if self._has_ascent_state:
-            for param, i in zip(batch.params, batch.groups, strict=True):
-                old = self._ascent.state(self.state.get(param, {}), param, self.param_groups[i])
-                batch.ascent.append(old)
-                batch.next.append(self._room_for(param, old))
+            pending = self._ascent_state_of(batch)
         else:
+            pending = {}
             batch.ascent = batch.next = [{}] * len(batch.params)
         with uninterrupted():
             if batch.params:
@@ -66,15 +66,12 @@ class TwoPassOptimizer(StatefulOptimizer):
             else:
                 scalars[Scalar.GRAD_NORM].zero_()
                 scalars[Scalar.NEXT_SQUARED_NORMS] = scalars[Scalar.ASCENT_SQUARED_NORMS]
-            self._firsts = firsts
-            if self._has_ascent_state:
-                pairs = zip(batch.ascent, batch.next, strict=True)
-                self._pending = dict(zip(batch.params, pairs, strict=True))
+            self._firsts, self._pending = firsts, pending
             self._between_passes = True
         if zero_grad:
             self.zero_grad()
         else:
-            ends = batch.params[:1] + batch.params[-1:]
+            ends = batch.owners[:1] + batch.owners[-1:]
             self._seen = [(param, weakref.ref(param.grad), param.grad._version)
                           for param in ends if param.grad is not None]  # fmt: skip
 
@@ -207,19 +204,20 @@ class TwoPassOptimizer(StatefulOptimizer):
         """The batch as the backend takes it, where its gradients carry a loss scale."""
         if not self._is_scaled:
             if self._was_scaled:
-                scalars[[Scalar.FIRST_INVERSE_SCALE, Scalar.INVERSE_SCALE]] = 1
+                scalars[Scalar.FIRST_INVERSE_SCALE].fill_(1)
+                scalars[Scalar.INVERSE_SCALE].fill_(1)
                 scalars[Scalar.FOUND_INF].zero_()
                 self._was_scaled = False
             return batch
         if self._records:
             raise RuntimeError("LETS does not serve gradients that carry a loss scale")
         self._was_scaled = True
-        write_scale(self, self._scaler, slot, scalars)
+        opens_step = slot == Scalar.FIRST_INVERSE_SCALE or not self._perturbs
+        write_scale(self, self._scaler, slot, scalars, opens_step)
         if not batch.params:
             return batch
         if slot == Scalar.INVERSE_SCALE and self._base is None:  # a foreign base reads .grad itself
-            for param, grad in zip(batch.params, unscaled(batch, scalars[slot]).grads, strict=True):
-                param.grad = grad.to(param.grad.dtype) if param.grad is not None else None
+            backends.write_grads(batch, unscaled(batch, scalars[slot]).grads)
             scalars[slot].fill_(1)
             return self._collect("descent")
         if self._backend_for(batch).takes_scaled:
@@ -257,12 +255,13 @@ class TwoPassOptimizer(StatefulOptimizer):
         batch = self._scale(batch, Scalar.INVERSE_SCALE, scalars)
         if self._pending:
             without_ascent: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
-            pairs = [self._pending.get(param, without_ascent) for param in batch.params]
-            batch.ascent, batch.next = [old for old, _ in pairs], [new for _, new in pairs]
+            pairs = [self._pending.get(param, without_ascent) for param in batch.owners]
+            batch.ascent = [local_state(old) for old, _ in pairs]
+            batch.next = [local_state(new) for _, new in pairs]
         else:
             batch.ascent = batch.next = [{}] * len(batch.params)
         if self._firsts:
-            batch.firsts = [self._firsts.get(param) for param in batch.params]
+            batch.firsts = [self._firsts.get(param) for param in batch.owners]
         else:
             batch.firsts = [None] * len(batch.params)
         if batch.params:
@@ -293,9 +292,12 @@ class TwoPassOptimizer(StatefulOptimizer):
     def _complete(self, batch: Batch, step: Step, scalars: Tensor) -> None:
         """What the ascent computed becomes the state."""
         if self._pending:
-            updated = set(batch.params)
+            updated = set(batch.owners)
             rest = [pair for param, pair in self._pending.items() if param not in updated]
-            kept = Batch(ascent=[pair[0] for pair in rest], next=[pair[1] for pair in rest])
+            kept = Batch(
+                ascent=[local_state(old) for old, _ in rest],
+                next=[local_state(new) for _, new in rest],
+            )
             backends.keep_rejected(kept, step, scalars)
         self._was_captured |= is_captured(batch)
         for param, (old, state) in self._pending.items():

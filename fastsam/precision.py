@@ -11,6 +11,7 @@ from torch import Tensor
 from .bases import Group
 from .capture import is_captured, refuse
 from .rules import Batch
+from .sharding import coordinate_of, is_sharded, local
 
 HALF = (torch.float16, torch.bfloat16)
 ROUNDINGS = ("nearest", "stochastic")
@@ -62,7 +63,7 @@ def find_masters(name: str, batch: Batch, state: Any) -> list[Tensor | None]:
         RuntimeError: If one has not its parameter's shape, or would be created under capture.
     """
     masters: list[Tensor | None] = []
-    for param in batch.params:
+    for param in batch.owners:
         if param.dtype not in HALF:
             masters.append(None)
             continue
@@ -76,13 +77,15 @@ def find_masters(name: str, batch: Batch, state: Any) -> list[Tensor | None]:
                 f"state {MASTER!r} has shape {tuple(master.shape)} and its parameter "
                 f"{tuple(param.shape)}: the state dict was made for other parameters"
             )
-        elif master.stride() != param.stride() or master.dtype != torch.float32:
+        elif not is_sharded(param) and (
+            master.stride() != param.stride() or master.dtype != torch.float32
+        ):
             like = torch.empty_like(param, dtype=torch.float32, requires_grad=False)
             if (master.stride(), master.dtype) != (like.stride(), like.dtype):
                 master = like.copy_(master)
         master = master.to(param.device)
         state[param][MASTER] = master
-        masters.append(master)
+        masters.append(local(master))
     return masters
 
 
@@ -92,6 +95,9 @@ def find_places(batch: Batch, groups: Iterable[Group]) -> list[int]:
     if "places" not in cache:
         everyone = chain.from_iterable(group["params"] for group in groups)
         place = {param: i for i, param in enumerate(dict.fromkeys(everyone))}
-        cache["places"] = [place[param] for param in batch.params]
+        # shards of one parameter round by bits of their own
+        cache["places"] = [
+            place[param] + len(place) * coordinate_of(param) for param in batch.owners
+        ]
     places: list[int] = cache["places"]
     return places

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .bases import Base, Group
 from .ratio import SharpnessRatio
+from .sharding import Sharding
 
 #: SAMAR's rule: the next lam from lam, the sharpness and the one before.
 LamRule = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -179,6 +180,8 @@ class Layout:
         dtypes: Of the gradients.
         strides: Of the parameters, then of the gradients.
         contiguous: Whether all of them are.
+        owners: The optimizer's parameters, of which ``params`` may be shards.
+        shardings: How each is sharded over processes (``sharding.py``).
         seen: Where the gradients were in the last pass.
         cache: What a backend has worked out from this.
     """
@@ -190,6 +193,8 @@ class Layout:
     dtypes: list[torch.dtype]
     strides: list[tuple[int, ...]]
     contiguous: bool
+    owners: list[Tensor]
+    shardings: list[Sharding]
     seen: list[int] = field(default_factory=list)
     cache: dict[Any, Any] = field(default_factory=dict)
 
@@ -201,6 +206,9 @@ class Batch:
     params: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
     groups: list[int] = field(default_factory=list)  # index of each parameter's group
+    # what the optimizer holds, of which params may be shards, and how they are sharded
+    owners: list[Tensor] = field(default_factory=list)
+    shardings: list[Sharding] = field(default_factory=list)
     states: list[dict[str, Any]] = field(default_factory=list)  # of the base
     fresh: list[bool] = field(default_factory=list)  # whether the momentum buffer is new
     # the ascent rule's state before the step and after it; empty for unperturbed parameters

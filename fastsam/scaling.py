@@ -43,19 +43,26 @@ def is_scaled(optimizer: Optimizer, grad_scaler: GradScaler | None) -> bool:
 
 
 def write_scale(
-    optimizer: Optimizer, grad_scaler: GradScaler | None, slot: Scalar, scalars: Tensor
+    optimizer: Optimizer,
+    grad_scaler: GradScaler | None,
+    slot: Scalar,
+    scalars: Tensor,
+    opens_step: bool,
 ) -> None:
     """Put the inverse scale of one pass's gradients, and what was found, among the scalars.
+
+    What others found in the first pass counts in the second, too.
 
     Raises:
         RuntimeError: If the scaler has not scaled a loss yet.
     """
     scale = getattr(optimizer, "grad_scale", None)
-    found_inf = getattr(optimizer, "found_inf", None)
+    found = [getattr(optimizer, "found_inf", None)]
     if grad_scaler is not None:
         state = grad_scaler._per_optimizer_states[id(optimizer)]
         if state["stage"] is OptState.UNSCALED:  # by the user; the next pass's are scaled again
             state["stage"], scale = OptState.READY, None
+            found += state["found_inf_per_device"].values()
         else:
             scale = grad_scaler._get_scale_async()
             if scale is None:
@@ -67,11 +74,12 @@ def write_scale(
     else:
         scale = torch.as_tensor(scale, dtype=scalars.dtype)
         scalars[slot] = scale.to(scalars.device, non_blocking=True).reciprocal()
-    if found_inf is None:
+    if opens_step:
         scalars[Scalar.FOUND_INF].zero_()
-    else:
-        found_inf = torch.as_tensor(found_inf, dtype=scalars.dtype)
-        scalars[Scalar.FOUND_INF] = found_inf.to(scalars.device, non_blocking=True)
+    for x in found:
+        if x is not None:
+            x = torch.as_tensor(x, dtype=scalars.dtype)
+            scalars[Scalar.FOUND_INF] += x.to(scalars.device, non_blocking=True)
 
 
 def record(optimizer: Optimizer, grad_scaler: GradScaler, scalars: Tensor) -> None:

@@ -1,6 +1,5 @@
 """What an optimizer holds: groups, checkpoints and copies, and the tensors of a pass."""
 
-import sys
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -15,28 +14,17 @@ from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fastsam.kernels.layout import Scalar
-
 from . import backends
 from .bases import Base
-from .capture import check_state, is_captured, refuse
 from .checks import check_group, check_theta, check_uncorrected
-from .precision import check_dtypes, find_masters, find_places
+from .precision import check_dtypes
 from .rules import Ascent, Batch, Step
-from .sweep import Prepared, Sweep
+from .sweep import Sweep
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 #: What LETS needs of a step: the second pass's batch, perhaps the old weights, and the step.
 Record = tuple[Batch, backends.Backup | None, Step]
-
-
-def _holders(tensors: dict[str, Tensor], name: str) -> int:
-    """How often a tensor is referred to, up to a constant of the interpreter's."""
-    return sys.getrefcount(tensors[name])
-
-
-ALONE = _holders({"": torch.empty(0)}, "")
 
 
 def uncompiled(function: Function) -> Function:
@@ -131,17 +119,34 @@ class StatefulOptimizer(Optimizer):
         self._sweeps.clear()
         self._made = 0
         before = self.param_groups
-        super().load_state_dict(state_dict)
-        for old, new in zip(before, self.param_groups, strict=True):
-            for key, value in old.items():
-                new.setdefault(key, value)
-        saved_ids = chain.from_iterable(g["params"] for g in state_dict["param_groups"])
-        params = chain.from_iterable(g["params"] for g in self.param_groups)
-        for saved_id, param in zip(saved_ids, params, strict=True):
-            for key, value in state_dict["state"].get(saved_id, {}).items():
-                held = self.state[param].get(key)
-                if isinstance(value, Tensor) and held is not None and held.dtype != value.dtype:
-                    self.state[param][key] = value.to(held.device, copy=True)
+        loaded = state_dict
+
+        def note(_: Optimizer, given: dict[str, Any]) -> None:
+            nonlocal loaded
+            loaded = given
+
+        def complete(_: Optimizer) -> None:
+            for old, new in zip(before, self.param_groups, strict=True):
+                for key, value in old.items():
+                    new.setdefault(key, value)
+            saved_ids = chain.from_iterable(g["params"] for g in loaded["param_groups"])
+            params = chain.from_iterable(g["params"] for g in self.param_groups)
+            for saved_id, param in zip(saved_ids, params, strict=True):
+                for key, value in loaded["state"].get(saved_id, {}).items():
+                    held = self.state[param].get(key)
+                    if isinstance(value, Tensor) and held is not None and held.dtype != value.dtype:
+                        self.state[param][key] = value.to(held.device, copy=True)
+
+        # as hooks: what the user's return is what counts, and what they find is complete
+        handles = [
+            self.register_load_state_dict_pre_hook(note),
+            self.register_load_state_dict_post_hook(complete, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:
         if self._between_passes:
@@ -186,6 +191,7 @@ class StatefulOptimizer(Optimizer):
         own = {
             param: {name: state.pop(name) for name in names if name in state}
             for param, state in self.state.items()
+            if isinstance(param, Tensor)  # hooks may keep something under other keys
         }
         try:
             self.base_optimizer.step()
@@ -208,151 +214,6 @@ class StatefulOptimizer(Optimizer):
             return
         own = getattr(self, f"_optimizer_step_{when}_hooks")
         everyone = getattr(torch_optimizer, f"_global_optimizer_{when}_hooks")
-        for hook in chain(own.values(), everyone.values()):
+        hooks = (everyone, own) if when == "pre" else (own, everyone)  # as torch orders them
+        for hook in chain(*(some.values() for some in hooks)):
             hook(self, (), {})
-
-    # --- the tensors of a pass ---
-
-    @property
-    def _is_static(self) -> bool:
-        """Whether the host decides nothing anew in every step."""
-        return True
-
-    @property
-    def _kept_scalars(self) -> dict[str, Scalar]:
-        """Device scalars that are state, by their keys in the first group."""
-        kept = {}
-        if self._base is not None and self._base.needs_norm:
-            kept["squared_norms"] = Scalar.SQUARED_NORMS
-        if self.rounding == "stochastic":
-            kept["rounding_step"] = Scalar.ROUNDING_STEP
-        return kept
-
-    def _collect(self, which: str = "other") -> Batch:
-        """The parameters that have a gradient in this pass, each once, checked."""
-        again = which == "descent" and self._between_passes
-        batch = self._sweeps[which].collect(self.param_groups, type(self).__name__, again)
-        if which == "ascent" and self._sweeps[which].made != self._made:
-            self._made = self._sweeps[which].made
-            self._sweeps.pop("descent", None)  # which does not look at everything again
-        if self.master_weights:
-            batch.masters = find_masters(type(self).__name__, batch, self.state)
-        elif self.rounding == "stochastic":
-            batch.places = find_places(batch, self.param_groups)
-        return batch
-
-    @property
-    def _is_bare(self) -> bool:
-        """Whether no step has been taken, and every learning rate is 0."""
-        rates = [group.get("lr") for group in self.param_groups]
-        return not self.state and all(lr is not None and float(lr) == 0 for lr in rates)
-
-    def _create_state(self) -> None:
-        """What a first step would create: ``torch.distributed.checkpoint`` asks for it so."""
-        batch = self._collect()
-        if self._base is None:
-            self.base_optimizer.step()
-        elif batch.params:
-            self._prepare(batch, self._base)
-        for param, i in zip(batch.params, batch.groups, strict=True):
-            ascent = self._ascent.state(self.state[param], param, self.param_groups[i])
-            self.state[param].update(ascent)
-        self._scalars_for(batch)
-
-    def _check_capture(self, batch: Batch) -> None:
-        """Under capture in a CUDA graph: whether the step can be replayed.
-
-        Raises:
-            RuntimeError: If it cannot.
-        """
-        if not is_captured(batch):
-            return
-        name = type(self).__name__
-        if not self._is_static:
-            raise refuse(name, "a lam that changes by schedule, perturb_every, start and stop are "
-                               "decided on the host in every step")  # fmt: skip
-        if self._base is None and self.skip_nonfinite:
-            raise refuse(name, "skip_nonfinite has to ask the device whether its base may step")
-        if self._scalars is None:
-            raise refuse(name, "it has taken no step outside, which creates its state")
-        check_state(name, batch, self._base, self._ascent, self.param_groups, self.state)
-
-    def _prepare(self, batch: Batch, base: Base) -> None:
-        """Find the base's state of every parameter, and create what is missing."""
-        assert batch.layout is not None
-        held = batch.layout.cache.get("prepared")
-        everything = self.state.values()
-        if held is not None and held.is_current(base, self.param_groups, everything):
-            batch.states, batch.prepared = held.states, held
-            batch.fresh = [False] * len(batch.params)
-            return
-        batch.layout.cache.pop("prepared", None)
-        for param, grad, i in zip(batch.params, batch.grads, batch.groups, strict=True):
-            state = self.state[param]
-            batch.states.append(state)
-            wide = bool(batch.masters) and batch.masters[len(batch.fresh)] is not None
-            batch.fresh.append(base.prepare(state, param, grad, self.param_groups[i], wide))
-        if not any(batch.fresh):
-            batch.prepared = Prepared(batch, base, self.param_groups, everything)
-            batch.layout.cache["prepared"] = batch.prepared
-
-    def _room_for(self, param: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Memory for the ascent rule's next state.
-
-        On a CPU the state before last gives its own, where nobody else holds it: fresh pages cost
-        as much as writing to them. GPUs have torch's allocator for that.
-        """
-        spare = self._spare.pop(param, {})
-        room = {}
-        for name, x in state.items():
-            y = spare.get(name)
-            layout = param.shape, param.stride(), x.dtype
-            fits = y is not None and (y.shape, y.stride(), y.dtype) == layout
-            del y
-            if fits and _holders(spare, name) == ALONE and backends.is_alone(spare[name]):
-                room[name] = spare[name]
-            else:
-                room[name] = torch.empty_like(param, dtype=x.dtype)
-        return room
-
-    def _backend_for(self, batch: Batch) -> backends.Backend:
-        device = batch.params[0].device
-        served = self._served.get((self.backend, device))
-        if served is None:
-            name = backends.resolve(self.backend, device)
-            if name not in self._backends:
-                self._backends[name] = backends.create(name)
-            served = self._served[self.backend, device] = self._backends[name]
-        return served
-
-    def _scalars_for(self, batch: Batch) -> Tensor:
-        """The device scalars. Those that are state are views of them in the first group."""
-        if batch.params:
-            device = batch.params[0].device
-        else:
-            device = torch.device("cpu") if self._scalars is None else self._scalars.device
-        if self._scalars is None or self._scalars.device != device:
-            self._scalars = backends.new_scalars(device)
-        group = self.param_groups[0]
-        for key, scalar in self._kept_scalars.items():
-            slot, held = self._scalars[scalar], group[key]
-            if not (isinstance(held, Tensor) and held.data_ptr() == slot.data_ptr()):
-                if isinstance(held, Tensor) and held.device.type != "cpu":
-                    slot.copy_(held)
-                else:  # filled in: a copy from the host would wait for the device
-                    slot.fill_(float(held))
-                group[key] = slot
-        return self._scalars
-
-    def _take_over(self, batch: Batch, cleared: bool) -> dict[Tensor, Tensor]:
-        """The gradients, kept for later; copied, unless nobody else can write to them.
-
-        That is so where they are about to be set to None and own their memory: DDP's, for one, may
-        be views of buckets that the next backward fills again.
-        """
-        kept = {}
-        for param, grad in zip(batch.params, batch.grads, strict=True):
-            size = grad.numel() * grad.element_size()
-            alone = not grad._is_view() and grad.untyped_storage().nbytes() == size
-            kept[param] = grad if cleared and alone else grad.clone()
-        return kept

@@ -15,6 +15,7 @@ from torch import Tensor
 from .bases import Base, Group
 from .checks import check_tensors
 from .rules import Batch, Layout, identical
+from .sharding import is_sharded, local, local_grad, sharding_of
 
 #: Patterns of missing gradients that are remembered.
 PATTERNS = 8
@@ -27,6 +28,7 @@ class Sweep:
         self._params: list[Tensor] = []
         self._sizes: list[int] = []
         self._unique: tuple[list[Tensor], list[int]] = ([], [])
+        self._shards = False  # whether some parameters are sharded
         self._layouts: dict[bytes | None, Layout] = {}
         self.made = 0  # how many layouts so far
 
@@ -49,17 +51,24 @@ class Sweep:
             unique = list(dict.fromkeys(params))
             self._params, self._sizes, self._layouts = params, sizes, {}
             self._unique = unique, [group_of[param] for param in unique]
-        params, indices = self._unique
-        grads: list[Any] = [param.grad for param in params]
+            self._shards = any(map(is_sharded, unique))
+        owners, indices = self._unique
+        grads: list[Any]
+        if self._shards:
+            params, grads = list(map(local, owners)), list(map(local_grad, owners))
+        else:
+            params, grads = owners, [param.grad for param in owners]
         pattern = None
         addresses = _addresses(grads)
         if addresses is None:  # one is missing, or sparse
             pattern = bytes(grad is None for grad in grads)
             present = [k for k, missing in enumerate(pattern) if not missing]
             params, indices = [params[k] for k in present], [indices[k] for k in present]
-            grads = [grads[k] for k in present]
+            grads, owners = [grads[k] for k in present], [owners[k] for k in present]
             addresses = _addresses(grads)
         layout = self._layouts.get(pattern)
+        if self._shards and layout is not None and not identical(params, layout.params):
+            layout = None
         if layout is None or addresses is None or not _fits(layout, grads, addresses, again):
             for k, (param, grad) in enumerate(zip(params, grads, strict=True)):
                 check_tensors(param, grad, params[:1] if k else [], name)
@@ -74,10 +83,15 @@ class Sweep:
                 dtypes=[grad.dtype for grad in grads],
                 strides=list(map(Tensor.stride, chain(params, grads))),
                 contiguous=all(map(Tensor.is_contiguous, chain(params, grads))),
+                owners=owners,
+                shardings=list(map(sharding_of, owners)) if self._shards else [()] * len(params),
             )
         if addresses is not None and addresses != layout.seen:
             layout.seen = addresses
-        return Batch(params=layout.params, grads=grads, groups=layout.groups, layout=layout)
+        return Batch(
+            params=layout.params, grads=grads, groups=layout.groups, owners=layout.owners,
+            shardings=layout.shardings, layout=layout,
+        )  # fmt: skip
 
 
 def _addresses(grads: list[Any]) -> list[int] | None:

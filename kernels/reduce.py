@@ -141,6 +141,17 @@ def _total(sums, slot, tasks):
     return total
 
 
+@triton.jit
+def _finish(hyper, scalars, sum0, sum1, sum2, sum3, sum4, tasks, KIND: tl.constexpr,
+            RULE: tl.constexpr):  # fmt: skip
+    if KIND == "ascent":
+        finish_ascent(scalars, sum0, sum1, RULE)
+    elif KIND == "diag" or KIND == "difference":
+        finish_hypergradient(scalars, sum0)
+    else:
+        finish_descent(hyper, scalars, sum0, sum1, sum2, sum3, sum4, tasks, KIND != "descent")
+
+
 @triton.jit(do_not_specialize=["columns", "tasks"])
 def reduce_kernel(table, chunks, columns, hyper, scalars, partials, arrivals, tasks,
                   P: tl.constexpr, G: tl.constexpr, ACC: tl.constexpr, KIND: tl.constexpr,
@@ -245,10 +256,17 @@ def reduce_kernel(table, chunks, columns, hyper, scalars, partials, arrivals, ta
             total3 = _total(part3, slots + 3, tasks)
             total4 = _total(part4, slots + 4, tasks)
         if (tasks & LAST) != 0:
-            if KIND == "ascent":
-                finish_ascent(scalars, total0, total1, RULE)
-            elif KIND == "diag" or KIND == "difference":
-                finish_hypergradient(scalars, total0)
-            else:
-                finish_descent(hyper, scalars, total0, total1, total2, total3, total4, tasks,
-                               KIND != "descent")  # fmt: skip
+            _finish(hyper, scalars, total0, total1, total2, total3, total4, tasks, KIND, RULE)
+
+
+@triton.jit(do_not_specialize=["tasks"])
+def finish_kernel(hyper, scalars, tasks, KIND: tl.constexpr, RULE: tl.constexpr,
+                  SUMS: tl.constexpr):  # fmt: skip
+    """The scalars that follow from sums which were added up over processes; one program."""
+    slots = scalars + SUM0
+    total0 = tl.load(slots)
+    total1 = tl.load(slots + 1) if SUMS > 1 else total0
+    total2 = tl.load(slots + 2)
+    total3 = tl.load(slots + 3)
+    total4 = tl.load(slots + 4)
+    _finish(hyper, scalars, total0, total1, total2, total3, total4, tasks, KIND, RULE)

@@ -33,7 +33,8 @@ MASTER = tl.constexpr(int(Row.MASTER))
 KEY = tl.constexpr(int(Row.KEY))
 COLUMNS = tl.constexpr(WIDTH)
 
-#: The interpreter truncates float32 to bfloat16 where every GPU rounds to nearest even.
+#: The interpreter's own conversion of float32 to bfloat16 truncates and loses subnormals; every GPU
+#: rounds to nearest even.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
@@ -91,8 +92,8 @@ def narrow(x, dtype: tl.constexpr):
     """Round to the storage dtype, to nearest even."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        x = tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
+        rounded = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), bits | 0x400000)
+        return (rounded >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return x.to(dtype)
 
 

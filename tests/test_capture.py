@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime import interpreter
 
 import fastsam
-import fastsam.backends.triton
+import fastsam.backends.launcher
 from fastsam.kernels import table
 
 from registry import DEVICE
@@ -67,7 +67,7 @@ class Graph(TorchDispatchMode):
 
         with monkeypatch.context() as patch, self:
             patch.setattr(interpreter.InterpretedFunction, "run", launch)
-            for module in (table, fastsam.backends.triton):
+            for module in (table, fastsam.backends.launcher):
                 patch.setattr(module, "is_capturing", lambda device: True)
             yield
 

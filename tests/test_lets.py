@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from test_edges import LAYOUTS
-from test_methods import GROUPS, OPERATIONS, adopt
 from torch.autograd import grad
 
 import fastsam
@@ -24,6 +23,7 @@ from registry import (
     numpy,
     parameters,
 )
+from test_methods import GROUPS, OPERATIONS, adopt
 
 HESSIANS = ("diag", "difference")
 LR = 0.3

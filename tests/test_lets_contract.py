@@ -8,12 +8,12 @@ import pytest
 import torch
 import triton
 from test_lets import Fed, Network
-from test_synchronisation import Reads
 
 import fastsam
 
 import launches
 from registry import BACKENDS, COMBINATIONS, DEVICE, METHODS, create
+from test_synchronisation import Reads
 
 NAN, INF = float("nan"), float("inf")
 SGD = {"rho_optimizer": torch.optim.SGD, "momentum": 0.9}

@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_methods import EPS, adopt, check_close
 
 import fastsam
 
@@ -22,6 +21,7 @@ from registry import (
     parameters,
     set_grads,
 )
+from test_methods import EPS, adopt, check_close
 
 shapes = st.lists(
     st.sampled_from([(0,), (), (1,), (16,), (17,), (1023,), (1025,), (3, 5), (2, 3, 4), (2, 0)]),

@@ -5,7 +5,8 @@ modules ``torch`` and ``triton`` would shadow the packages here, hence ``interfa
 """
 
 from .interface import Backend, Backup, create, new_scalars, resolve
-from .reference import keep_rejected
+from .reference import keep_rejected, write_grads
 from .scratch import is_alone
 
-__all__ = ["Backend", "Backup", "create", "is_alone", "keep_rejected", "new_scalars", "resolve"]
+__all__ = ["Backend", "Backup", "create", "is_alone", "keep_rejected", "new_scalars", "resolve",
+           "write_grads"]  # fmt: skip

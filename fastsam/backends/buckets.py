@@ -1,7 +1,6 @@
 """Buckets: tensors that share one launch, and where in memory everything about them is."""
 
 from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,11 +9,12 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from fastsam.kernels.layout import Launch, Row
+from fastsam.kernels.layout import Row
 from fastsam.kernels.table import Table
 
 from ..rules import Batch, Layout, Step, wide_dtype
-from .rounding import tensor_key
+from ..sharding import Sharding
+from .flat import FlatBackup, offsets
 from .scratch import is_dense
 
 TYPES: dict[torch.dtype, Any] = {
@@ -23,11 +23,6 @@ TYPES: dict[torch.dtype, Any] = {
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,
 }
-STATES = (Row.STATE0, Row.STATE1, Row.STATE2)
-OLD_ASCENT = (Row.ASCENT0, Row.ASCENT1)
-NEW_ASCENT = (Row.NEXT0, Row.NEXT1)
-#: Elements to which every tensor's place in a flat backup is rounded up: keeps it aligned.
-ALIGNMENT = 64
 
 
 def like_layout(x: Tensor, model: Tensor) -> Tensor:
@@ -42,77 +37,18 @@ def dense(x: Tensor) -> Tensor:
     return x if is_dense(x) else torch.empty_like(x).copy_(x)
 
 
-class FlatBackup:
-    """One flat copy of the weights per bucket, and where each parameter lies in it."""
-
-    def __init__(self, layout: Layout | None) -> None:
-        self.layout = layout  # of the first pass
-        self.flats: list[Tensor] = []
-        self._parts: list[tuple[list[Tensor], list[int]]] = []  # parameters, first elements
-        self.written = 0  # how many buckets have been copied
-        self._places: dict[Tensor, tuple[int, int]] = {}
-        self.masters: dict[Tensor, Tensor] = {}  # of parameters that need no copy
-
-    def reserve(self, params: list[Tensor], starts: list[int], size: int) -> Tensor:
-        """Allocate for one bucket, by :func:`offsets`."""
-        flat = torch.empty(size, dtype=params[0].dtype, device=params[0].device)
-        self.flats.append(flat)
-        self._parts.append((params, starts))
-        return flat
-
-    @property
-    def places(self) -> dict[Tensor, tuple[int, int]]:
-        """Which flat copy, and where in it, by parameter."""
-        if not self._places:
-            for i, (params, starts) in enumerate(self._parts):
-                self._places.update(
-                    (p, (i, start)) for p, start in zip(params, starts, strict=True)
-                )
-        return self._places
-
-    def left_by(self, batch: Batch) -> list[Tensor]:
-        """The parameters that a second pass over ``batch`` does not update."""
-        cache = {} if batch.layout is None else batch.layout.cache
-        if self.layout is not None and cache.get("same parameters as") is self.layout:
-            return []
-        updated = set(batch.params)
-        left = [param for param in (*self.places, *self.masters) if param not in updated]
-        if not left:
-            cache["same parameters as"] = self.layout
-        return left
-
-    def restore(self, params: Iterable[Tensor] | None = None) -> None:
-        """Copy weights back: those of ``params``, or all that have been copied."""
-        for param in [*self.places, *self.masters] if params is None else params:
-            if param in self.masters:
-                param.copy_(self.masters[param])
-                continue
-            i, start = self.places[param]
-            if i < self.written:
-                strides = torch.empty_like(param).stride()  # a gap-free copy's
-                part = self.flats[i][start : start + param.numel()]
-                param.copy_(part.as_strided(param.size(), strides))
-
-
-def offsets(params: list[Tensor]) -> tuple[list[int], int]:
-    """Where each parameter starts in a flat copy, and the size of that, in elements."""
-    starts, end = [], 0
-    for param in params:
-        starts.append(end)
-        end += -(-param.numel() // ALIGNMENT) * ALIGNMENT
-    return starts, end
-
-
 @dataclass
 class Bucket:
     """Tensors that share one launch, laid out for the kernels."""
 
+    key: Any  # what they share
     members: list[int]  # positions in the batch
     params: list[Tensor]  # dense: the parameters, or copies of those with gaps
     grads: list[Tensor]
     types: dict[str, Any]  # the kernels' dtype arguments
     in_place: bool = False  # whether the kernels walk parameters and gradients, not copies
     has_master: bool = False  # whether the parameters have master weights
+    sharding: Sharding = ()  # over which processes their sums are added up
     table: Table = field(init=False)
     kept: list[Tensor] = field(default_factory=list)  # copies whose addresses are in the table
     described: bool = False  # whether the table holds what does not move
@@ -127,7 +63,7 @@ class Bucket:
         self._copied = False  # whether all of them have been
         self._backup: tuple[Layout | None, list[int]] | None = None
         self._masters: tuple[list[int], list[int]] | None = None
-        self._seed: int | None = None  # of the keys in the table
+        self.seed: int | None = None  # of the keys in the table
 
     def keep(self, x: Tensor) -> Tensor:
         """Keep a tensor alive until the launches of this pass are made."""
@@ -212,65 +148,6 @@ class Bucket:
         return np.where(start < 0, list(map(Tensor.data_ptr, self.params)), copies)
 
 
-def state_rows(bucket: Bucket, batch: Batch, step: Step, launch: Launch) -> dict[Row, list[int]]:
-    """Addresses of the base's state, and what else the update kernel needs per tensor."""
-    if step.base is None:
-        return {}
-    rows: dict[Row, list[int]] = defaultdict(list)
-    for k, w in zip(bucket.members, bucket.params, strict=True):
-        state = batch.states[k]
-        for row, name in zip(STATES, step.base.states(step.groups[batch.groups[k]]), strict=False):
-            state[name] = like_layout(state[name], w)
-            rows[row].append(state[name].data_ptr())
-        if step.base.counts_steps:
-            rows[Row.STEP].append(state["step"].data_ptr())
-            rows[Row.CHUNKS].append(max(1, -(-w.numel() // launch.chunk)))
-        rows[Row.FRESH].append(int(batch.fresh[k]))
-    return rows
-
-
-def key_rows(bucket: Bucket, batch: Batch, step: Step) -> dict[Row, list[int]]:
-    """What the tensors' random bits depend on, where they are rounded stochastically."""
-    if step.seed is None or step.seed == bucket._seed:
-        return {}
-    bucket._seed = step.seed
-    return {Row.KEY: [tensor_key(step.seed, batch.places[k]) for k in bucket.members]}
-
-
-def ascent_states(step: Step) -> int:
-    """Number of the ascent rule's state tensors."""
-    return max((len(step.ascent.states(group)) for group in step.groups), default=0)
-
-
-def ascent_rows(bucket: Bucket, batch: Batch, step: Step) -> dict[Row, list[int]]:
-    """Addresses of the ascent rule's state, old and new; 0 for parameters without."""
-    rows: dict[Row, list[int]] = {}
-    for tensors, names in ((batch.ascent, OLD_ASCENT), (batch.next, NEW_ASCENT)):
-        if not tensors:  # LETS needs no old state
-            continue
-        for row, j in zip(names, range(ascent_states(step)), strict=False):
-            rows[row] = []
-            for k, w in zip(bucket.members, bucket.params, strict=True):
-                held = list(tensors[k].values())
-                if held:
-                    held[j] = bucket.keep(like_layout(held[j], w))
-                rows[row].append(held[j].data_ptr() if held else 0)
-    return rows
-
-
-def grad_rows(bucket: Bucket, grads: dict[Row, list[Tensor | None]]) -> dict[Row, list[int]]:
-    """Addresses of other passes' gradients, as the kernels walk them; 0 where there is none."""
-    rows: dict[Row, list[int]] = {}
-    for row, tensors in grads.items():
-        rows[row] = []
-        for k, w in zip(bucket.members, bucket.params, strict=True):
-            x = tensors[k]
-            if x is not None:
-                x = bucket.keep(like_layout(x, w).to(bucket.grad_dtype))
-            rows[row].append(0 if x is None else x.data_ptr())
-    return rows
-
-
 def release(buckets: list[Bucket]) -> None:
     """Let go of what the launches of a pass needed."""
     for bucket in buckets:
@@ -284,3 +161,40 @@ def write_back(bucket: Bucket, batch: Batch) -> None:
     for k, w in zip(bucket.members, bucket.params, strict=True):
         if w is not batch.params[k]:
             batch.params[k].copy_(w)
+
+
+def make_buckets(name: str, batch: Batch, step: Step) -> list[Bucket]:
+    """Group a pass's tensors by what a kernel is specialised for, and by how they are sharded.
+
+    Raises:
+        RuntimeError: For dtypes that the kernels do not serve.
+    """
+    members = defaultdict(list)
+    for k, (p, g, i) in enumerate(zip(batch.params, batch.grads, batch.groups, strict=True)):
+        states: tuple[Any, ...] = ()
+        if name == "descent" and step.base is not None:
+            names = step.base.states(step.groups[i])
+            states = tuple(batch.states[k][state].dtype for state in names)
+        has_master = bool(batch.masters) and batch.masters[k] is not None
+        sharding = batch.shardings[k] if batch.shardings else ()
+        members[p.dtype, g.dtype, states, has_master, sharding].append(k)
+    buckets = []
+    for key, positions in members.items():
+        param_type, grad_type, states, has_master, sharding = key
+        if unserved := {param_type, grad_type, *states} - TYPES.keys():
+            raise RuntimeError(
+                f"backend='triton' serves {', '.join(map(str, TYPES))}, got {unserved.pop()}"
+            )
+        params = [dense(batch.params[k]) for k in positions]
+        grads = [like_layout(batch.grads[k], w) for k, w in zip(positions, params, strict=True)]
+        in_place = all(
+            w is batch.params[k] and g is batch.grads[k]
+            for k, w, g in zip(positions, params, grads, strict=True)
+        )
+        types = dict(
+            P=TYPES[param_type], G=TYPES[grad_type], STATES=len(states),
+            S=TYPES[states[0] if states else param_type],
+            ACC=tl.float64 if param_type == torch.float64 else tl.float32,
+        )  # fmt: skip
+        buckets.append(Bucket(key, positions, params, grads, types, in_place, has_master, sharding))
+    return buckets

@@ -94,6 +94,7 @@ def ascend(batch: Batch, step: Step, scalars: Tensor, memory: Memory) -> Scratch
     try:
         # all copies come first: two parameters may be views of the same memory
         in_place = step.base is None or step.keeps_weights
+        in_place = in_place or any(batch.shardings)  # whose owners keep looking at their memory
         targets = [backup.take(part.of(batch.params), in_place) for part in parts]
         with_master = [k for k in others if weights.params[k] is not batch.params[k]]
         backup.borrow({batch.params[k]: weights.params[k] for k in with_master})
@@ -260,7 +261,7 @@ def measure_mixture(
     scalars: Tensor,
 ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """SAMAR's measurements as in the reference backend, here from dot products of gradients."""
-    if others or step.adaptive or step.ascent.name != "unified":
+    if others or step.adaptive or step.ascent.name != "unified" or any(batch.shardings):
         return reference.measure_mixture(batch, backup, step, scalars)
 
     def measure(first: Tensor, coefficient: Tensor) -> tuple[Tensor, Tensor]:

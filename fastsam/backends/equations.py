@@ -125,7 +125,7 @@ def sgd(w: Tensor, u: Tensor, state: dict[str, Tensor], group: Group, fresh: boo
             buffer.mul_(group["momentum"]).add_(u, alpha=1 - group["dampening"])
         u = u.add(buffer, alpha=group["momentum"]) if group["nesterov"] else buffer
     if isinstance(group["lr"], Tensor):
-        w.sub_(group["lr"].to(w.dtype) * u)
+        w.sub_(narrowed(group["lr"], w) * u)
     else:
         w.add_(u, alpha=-group["lr"])
 
@@ -137,8 +137,11 @@ def count_step(state: dict[str, Tensor]) -> Any:
 
 
 def narrowed(x: Any, like: Tensor) -> Any:
-    """A 0-dim tensor in the dtype of the arithmetic, else two 0-dim tensors would be promoted."""
-    return x.to(like.dtype) if isinstance(x, Tensor) else x
+    """A tensor of one element as one of no dimension, in the dtype of the arithmetic.
+
+    Else two 0-dim tensors would be promoted, and shape (1, 1) would spread to the weights.
+    """
+    return x.reshape(()).to(like.dtype) if isinstance(x, Tensor) else x
 
 
 def adam(w: Tensor, u: Tensor, state: dict[str, Tensor], group: Group) -> None:
@@ -179,7 +182,7 @@ def adagrad_norm(w: Tensor, u: Tensor, group: Group, squared_norms: Tensor) -> N
     if group.get("weight_decay", 0.0) != 0:
         w.mul_(1 - lr * group["weight_decay"])
     # 0 where nothing has been accumulated: every gradient so far was zero
-    scale = torch.where(squared_norms == 0, 0.0, group["lr"] / squared_norms.sqrt())
+    scale = torch.where(squared_norms == 0, 0.0, lr / squared_norms.sqrt())
     w.add_((scale if group.get("maximize") else -scale).to(w.dtype) * u)
 
 

@@ -41,7 +41,7 @@ def hyper_rows(
             if type(x) is float:
                 continue
             if isinstance(x, Tensor) and x.device == device:  # it stays there
-                on_device.append((i, j, x))
+                on_device.append((i, j, x.reshape(())))  # torch allows any shape of one element
                 row[j] = 0.0
             else:
                 row[j] = float(x)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..bases import Group
 from ..rules import Batch, Step
+from ..sharding import Sharding, add_up
 from . import equations
 from .pieces import LARGE, dots, pieces
 from .scratch import Memory, alike, is_dense
@@ -42,11 +43,27 @@ def norm(
     How a tensor's norm is taken, and the order in which they are added, depend on the tensors
     alone: equal gradients have equal norms in both passes, and in any groups.
     """
+    members: dict[Sharding, list[int]] = defaultdict(list)
+    for k in range(len(vectors)):
+        members[batch.shardings[k] if batch.shardings else ()].append(k)
+    squares = [
+        add_up(_square(same, vectors, batch, step, like, memory), sharding)
+        for sharding, same in members.items()
+    ]
+    return torch.stack(squares).sum().sqrt()
+
+
+def _square(
+    members: list[int], vectors: Sequence[Tensor], batch: Batch, step: Step, like: Tensor,
+    memory: Memory | None,
+) -> Tensor:  # fmt: skip
+    """The squared norm of some of the vectors."""
     squares: list[tuple[int, Tensor]] = []  # by position
     norms: list[tuple[int, Tensor]] = []
     plain: list[int] = []
     scaled: dict[int, list[int]] = defaultdict(list)  # by group
-    for k, (x, i) in enumerate(zip(vectors, batch.groups, strict=True)):
+    for k in members:
+        x, i = vectors[k], batch.groups[k]
         group = step.groups[i]
         adaptive = memory is not None and group["adaptive"]
         if x.dtype not in SERVED or (adaptive and not served([batch.params[k], x])):
@@ -58,9 +75,9 @@ def norm(
         else:
             plain.append(k)
 
-    def measure(members: list[int], xs: list[Tensor]) -> None:
+    def measure(which: list[int], xs: list[Tensor]) -> None:
         small, tensors = [], []
-        for k, x in zip(members, xs, strict=True):
+        for k, x in zip(which, xs, strict=True):
             if x.numel() < LARGE or not is_dense(x):
                 small.append(k)
                 tensors.append(x)
@@ -70,17 +87,17 @@ def norm(
             norms.extend(zip(small, torch._foreach_norm(tensors), strict=True))
 
     measure(plain, [vectors[k] for k in plain])
-    for i, members in scaled.items():
+    for i, same in scaled.items():
         assert memory is not None
-        streams = [batch.params[k] for k in members], [vectors[k] for k in members]
+        streams = [batch.params[k] for k in same], [vectors[k] for k in same]
         for positions, (ws, xs) in pieces(*streams):
             t = element_scales(ws, step.groups[i], memory)
             torch._foreach_mul_(t, xs)
-            measure([members[j] for j in positions], t)
+            measure([same[j] for j in positions], t)
     squares.sort(key=itemgetter(0))
     norms.sort(key=itemgetter(0))
     large = total((value for _, value in squares), like)
-    return (large + total((value for _, value in norms), like, power=2)).sqrt()
+    return large + total((value for _, value in norms), like, power=2)
 
 
 def total(values: Iterable[Tensor], like: Tensor, power: int = 1) -> Tensor:

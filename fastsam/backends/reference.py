@@ -16,6 +16,7 @@ from fastsam.kernels.layout import Scalar
 from ..bases import signed_lr
 from ..ratio import SharpnessRatio
 from ..rules import Batch, LamRule, Step
+from ..sharding import Sharding, total
 from .equations import (
     EPS,
     advance,
@@ -32,10 +33,12 @@ from .rounding import rounded
 # --- norms and scalars -----------------------------------------------------------------------
 
 
-def global_norm(parts: Iterable[Tensor], like: Tensor) -> Tensor:
+def global_norm(
+    parts: Iterable[Tensor], like: Tensor, shardings: Sequence[Sharding] = ()
+) -> Tensor:
     """The L2 norm over all tensors, as a 0-dim tensor of the dtype of ``like``."""
     norms = [torch.linalg.vector_norm(part, dtype=like.dtype) for part in parts]
-    return torch.stack(norms).square().sum().sqrt()
+    return total([norm.square() for norm in norms], shardings).sqrt()
 
 
 def scaled_norm(vectors: Sequence[Tensor], batch: Batch, step: Step, like: Tensor) -> Tensor:
@@ -46,6 +49,7 @@ def scaled_norm(vectors: Sequence[Tensor], batch: Batch, step: Step, like: Tenso
             for w, x, i in zip(batch.params, vectors, batch.groups, strict=True)
         ),
         like,
+        batch.shardings,
     )
 
 
@@ -70,9 +74,11 @@ def follow_parameters(batch: Batch, backup: "ListBackup | None") -> None:
             torch.where(in_step, master, wide(param), out=master)
 
 
-def dot(pairs: Iterable[tuple[Tensor, Tensor]], like: Tensor) -> Tensor:
+def dot(
+    pairs: Iterable[tuple[Tensor, Tensor]], like: Tensor, shardings: Sequence[Sharding] = ()
+) -> Tensor:
     """The sum of products over all pairs of tensors, as a 0-dim tensor of the dtype of ``like``."""
-    return torch.stack([(x * y).sum(dtype=like.dtype) for x, y in pairs]).sum()
+    return total([(x * y).sum(dtype=like.dtype) for x, y in pairs], shardings)
 
 
 def finish_ascent(n: Tensor, direction_norm: Tensor, step: Step, scalars: Tensor) -> None:
@@ -121,7 +127,8 @@ def measure_mixture(
         mixed = (mixture(g, g_, first, coefficient)
                  for (g, _), g_ in zip(firsts, seconds, strict=True))  # fmt: skip
         pairs = ((g + g_, e) for (g, e), g_ in zip(firsts, seconds, strict=True))
-        return global_norm(mixed, like=scalars), dot(pairs, like=scalars) / 2
+        sharpness = dot(pairs, scalars, batch.shardings) / 2
+        return global_norm(mixed, scalars, batch.shardings), sharpness
 
     return measure
 
@@ -290,12 +297,17 @@ def leave_final_gradient(batch: Batch, step: Step, scalars: Tensor) -> None:
     """Leave ``u`` in ``.grad`` for a foreign base optimizer."""
     if not step.rescales:
         return
-    for k, (param, grad) in enumerate(zip(batch.params, batch.grads, strict=True)):
-        u = final_gradient(batch, k, step, scalars).to(grad.dtype)
+    everyone = range(len(batch.params))
+    write_grads(batch, (final_gradient(batch, k, step, scalars) for k in everyone))
+
+
+def write_grads(batch: Batch, values: Iterable[Tensor]) -> None:
+    """Write to the gradients, for a base optimizer that reads them there."""
+    for param, grad, value in zip(batch.owners, batch.grads, values, strict=True):
         if torch._debug_has_internal_overlap(grad):  # expanded: cannot be written in place
-            param.grad = u
+            param.grad = value.to(grad.dtype)
         else:
-            grad.copy_(u)
+            grad.copy_(value)
 
 
 def keep_rejected(batch: Batch, step: Step, scalars: Tensor) -> None:
@@ -339,7 +351,7 @@ class ReferenceBackend:
         updates: Values = []
         with undone_if_it_fails(scalars):  # what may fail comes before the first write
             if step.needs_descent_norm:
-                plain = measured = global_norm(batch.grads, like=scalars)
+                plain = measured = global_norm(batch.grads, scalars, batch.shardings)
                 if step.adaptive and step.renormalize:
                     measured = scaled_norm(batch.grads, batch, step, like=scalars)
                 measure = measure_mixture(batch, backup, step, scalars)
@@ -373,4 +385,4 @@ class ReferenceBackend:
             )
             lr = signed_lr(step.groups[batch.groups[k]]) * torch.ones_like(scalars[0])
             parts.append(lr * dot([(validation - training, product)], like=scalars))
-        scalars[Scalar.HYPERGRADIENT] = scalars[Scalar.COEFFICIENT] * torch.stack(parts).sum()
+        scalars[Scalar.HYPERGRADIENT] = scalars[Scalar.COEFFICIENT] * total(parts, batch.shardings)

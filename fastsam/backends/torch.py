@@ -25,10 +25,12 @@ from .reference import ListBackup, ReferenceBackend
 from .scratch import Memory, ScratchBackup
 
 
-def global_norm(grads: list[Tensor], like: Tensor) -> Tensor:
-    """The L2 norm over all tensors, accumulated in float32 or wider."""
+def global_norm(batch: Batch, like: Tensor) -> Tensor:
+    """The L2 norm of all gradients, accumulated in float32 or wider."""
+    if any(batch.shardings):
+        return reference.global_norm(batch.grads, like, batch.shardings)
     by_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
-    for g in grads:
+    for g in batch.grads:
         by_dtype[g.dtype].append(g)
     norms: list[Tensor] = []
     for dtype, same in by_dtype.items():
@@ -52,7 +54,7 @@ class TorchBackend(ReferenceBackend):
         if step.adaptive:
             n = reference.scaled_norm(batch.grads, weights, step, like=scalars)
         else:
-            n = global_norm(batch.grads, like=scalars)
+            n = global_norm(batch, like=scalars)
         reference.finish_ascent(n, n, step, scalars)
         backup = ListBackup()
         try:
@@ -78,7 +80,7 @@ class TorchBackend(ReferenceBackend):
         # what may fail comes before the first update
         with reference.undone_if_it_fails(scalars):
             if step.needs_descent_norm:
-                plain = measured = global_norm(batch.grads, like=scalars)
+                plain = measured = global_norm(batch, like=scalars)
                 if step.adaptive and step.renormalize:
                     measured = reference.scaled_norm(batch.grads, batch, step, like=scalars)
                 measure = reference.measure_mixture(batch, backup, step, scalars)

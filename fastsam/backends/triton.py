@@ -1,68 +1,41 @@
 """The triton backend: one kernel launch per pass, bucket and device."""
 
-import functools
 from collections import defaultdict
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from fastsam.kernels.layout import (
-    WIDTH,
-    Launch,
-    Launches,
-    Row,
-    Task,
-)
+from fastsam.kernels.layout import Launches, Row, Scalar, Task
 from fastsam.kernels.perturb import perturb_kernel
-from fastsam.kernels.reduce import reduce_kernel
-from fastsam.kernels.table import Table, Upload, is_capturing
+from fastsam.kernels.reduce import finish_kernel, reduce_kernel
+from fastsam.kernels.table import Table
 from fastsam.kernels.update import update_kernel
 
 from ..ratio import SharpnessRatio
-from ..rules import Batch, Step, identical
-from .buckets import (
-    TYPES,
-    Bucket,
-    FlatBackup,
-    ascent_rows,
-    ascent_states,
-    dense,
-    grad_rows,
-    key_rows,
-    like_layout,
-    release,
-    state_rows,
-    write_back,
-)
-from .hyper import hyper_rows, hyper_values
+from ..rules import Batch, Step
+from ..sharding import Sharding, add_up
+from .buckets import Bucket, make_buckets, release, write_back
+from .flat import FlatBackup
+from .launcher import LAUNCHES, Launched, Launcher
 from .reference import adapt, keep_rejected, leave_final_gradient, undone_if_it_fails
+from .rows import ascent_rows, ascent_states, grad_rows, key_rows, state_rows
 
 FIRST, LAST = int(Task.FIRST), int(Task.LAST)
-LAUNCHES = Launches()
-Launched = Callable[[], Any]
+SUMS = slice(Scalar.SUM0, Scalar.SUM4 + 1)
 
 
-class TritonBackend:
+class TritonBackend(Launcher):
     """See the module's docstring."""
 
     takes_scaled = True
 
     def __init__(self, launches: Launches = LAUNCHES) -> None:
-        self.launches = launches
-        # by pass and dtypes, so that a steady training loop finds its tables as it left them
-        self._tables: dict[Any, Table] = {}
-        self._scratches: dict[Any, Tensor] = {}
-        self._hyper: dict[Any, tuple[list[list[float]], Tensor]] = {}
-        self._hyper_of: dict[Any, Step] = {}  # the pass that they were last made for
-        self._hyper_values: dict[Any, list[Any]] = {}  # what they were made of
-        self._uploads: dict[Any, Upload] = {}
-        self._captured: list[Tensor] = []  # what graphs use
+        super().__init__(launches)
         self._reductions: dict[Any, tuple[dict[str, Any], int, bool]] = {}
-        self._compiled: set[Any] = set()
 
     # --- the interface ---
 
@@ -208,48 +181,32 @@ class TritonBackend:
             self._reductions[key] = _reduction(kind, step)
         constants, tasks, streams = self._reductions[key]
         launch = self.launches.reduce_streams if streams else self.launches.reduce
-        launches = []
-        for i, bucket in enumerate(buckets):
-            partials = constants["SUMS"] * bucket.table.chunks(launch.chunk).size(0)
-            last = i == len(buckets) - 1
-            launches.append(self._prepare(
-                reduce_kernel, bucket, step, scalars, launch,
-                self._scratch("partials", partials, bucket.arithmetic, scalars.device),
-                self._scratch("reduced", 1, torch.int32, scalars.device),
-                tasks | (FIRST if i == 0 else 0) | (LAST if last else 0),
-                HAS_MASTER=bucket.has_master and constants["ADAPTIVE"],
-                **constants, **_only(bucket.types, "P", "G", "ACC"),
-            ))  # fmt: skip
+        parts: dict[Sharding, list[Bucket]] = defaultdict(list)
+        for bucket in buckets:
+            parts[bucket.sharding].append(bucket)
+        is_whole = len(parts) == 1 and () in parts
+        launches: list[Launched] = []
+        totals: list[Tensor] = []
+        for sharding, same in parts.items():
+            for i, bucket in enumerate(same):
+                partials = constants["SUMS"] * bucket.table.chunks(launch.chunk).size(0)
+                last = is_whole and i == len(same) - 1
+                launches.append(self._prepare(
+                    reduce_kernel, bucket, step, scalars, launch,
+                    self._scratch("partials", partials, bucket.arithmetic, scalars.device),
+                    self._scratch("reduced", 1, torch.int32, scalars.device),
+                    tasks | (FIRST if i == 0 else 0) | (LAST if last else 0),
+                    HAS_MASTER=bucket.has_master and constants["ADAPTIVE"],
+                    **constants, **_only(bucket.types, "P", "G", "ACC"),
+                ))  # fmt: skip
+            if not is_whole:
+                launches.append(partial(_add_up, scalars, sharding, totals))
+        if not is_whole:
+            names = _only(constants, "KIND", "RULE", "SUMS")
+            hyper = self._hyper_table(buckets[0], step)
+            launches.append(partial(_put_down, scalars, totals))
+            launches.append(partial(finish_kernel[(1,)], hyper, scalars, tasks, **names))
         return launches
-
-    def _prepare(
-        self, kernel: Any, bucket: Bucket, step: Step, scalars: Tensor, launch: Launch,
-        *more: Any, compiles: bool = False, **constants: Any,
-    ) -> Launched:  # fmt: skip
-        """A launch that only has to be made: one program per chunk of the bucket.
-
-        Every kernel's first arguments are the tables. With ``compiles`` the kernel is compiled and
-        loaded here, if it has not been before.
-        """
-        chunks = bucket.table.chunks(launch.chunk)
-        if is_capturing(scalars.device):
-            bucket.table.captured(launch.chunk)
-            self._captured += [x for x in more if isinstance(x, Tensor)]
-        tables = (
-            bucket.table.pointers, chunks, bucket.table.columns, self._hyper_table(bucket, step)
-        )  # fmt: skip
-        constants |= _options(scalars.device, launch.lanes)
-        if compiles:
-            key = scalars.device, launch.chunk, *constants.values()
-            if key not in self._compiled:
-                compiled = kernel.warmup(
-                    *tables, scalars, *more, grid=(1,), CHUNK=launch.chunk, **constants
-                )
-                getattr(compiled, "run", None)  # loads it
-                self._compiled.add(key)
-        return functools.partial(
-            kernel[(chunks.size(0),)], *tables, scalars, *more, CHUNK=launch.chunk, **constants
-        )
 
     def _forget(self, batch: Batch) -> None:
         """After a failure: no table is known to hold what it should."""
@@ -272,83 +229,21 @@ class TritonBackend:
         if found is not None and found[0] is batch.prepared:
             return found[1]
         lasting = name == "ascent" or (name == "descent" and batch.prepared is not None)
-        members = defaultdict(list)
-        for k, (p, g, i) in enumerate(zip(batch.params, batch.grads, batch.groups, strict=True)):
-            states: tuple[Any, ...] = ()
-            if name == "descent" and step.base is not None:
-                names = step.base.states(step.groups[i])
-                states = tuple(batch.states[k][state].dtype for state in names)
-            has_master = bool(batch.masters) and batch.masters[k] is not None
-            members[p.dtype, g.dtype, states, has_master].append(k)
-        buckets = []
-        for key, positions in members.items():
-            param_type, grad_type, states, has_master = key
-            if unserved := {param_type, grad_type, *states} - TYPES.keys():
-                raise RuntimeError(
-                    f"backend='triton' serves {', '.join(map(str, TYPES))}, got {unserved.pop()}"
-                )
-            params = [dense(batch.params[k]) for k in positions]
-            grads = [like_layout(batch.grads[k], w) for k, w in zip(positions, params, strict=True)]
-            in_place = all(
-                w is batch.params[k] and g is batch.grads[k]
-                for k, w, g in zip(positions, params, grads, strict=True)
-            )
-            types = dict(
-                P=TYPES[param_type], G=TYPES[grad_type], STATES=len(states),
-                S=TYPES[states[0] if states else param_type],
-                ACC=tl.float64 if param_type == torch.float64 else tl.float32,
-            )  # fmt: skip
-            buckets.append(Bucket(positions, params, grads, types, in_place, has_master))
+        buckets = make_buckets(name, batch, step)
         device = batch.params[0].device
         kept = lasting and all(bucket.in_place for bucket in buckets)
-        for bucket, key in zip(buckets, members, strict=True):
+        for bucket in buckets:
             if kept:
                 bucket.table = Table(device, self._captured)
                 bucket.grads = []  # they would be kept alive
             else:  # one table for all passes like this one
-                table = self._tables.get((name, device, key))
+                table = self._tables.get((name, device, bucket.key))
                 if table is None:
-                    table = self._tables[name, device, key] = Table(device, self._captured)
+                    table = self._tables[name, device, bucket.key] = Table(device, self._captured)
                 bucket.table = table
         if kept:
             cache[name] = batch.prepared, buckets
         return buckets
-
-    def _scratch(self, name: str, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Memory that is zero at first. Counters of arrivals are left at zero by the kernels."""
-        scratch = self._scratches.get((name, dtype, device))
-        if scratch is None or scratch.numel() < count:
-            scratch = torch.zeros(count, dtype=dtype, device=device)
-            self._scratches[name, dtype, device] = scratch
-        return scratch
-
-    def _hyper_table(self, bucket: Bucket, step: Step) -> Tensor:
-        """The hyper-parameters on the device, a row per group; uploaded when one changed."""
-        dtype = bucket.arithmetic
-        key = dtype, bucket.table.device
-        if self._hyper_of.get(key) is step:  # another launch of the same pass
-            return self._hyper[key][1]
-        cached = self._hyper.get(key)
-        capturing = is_capturing(bucket.table.device)  # a graph has a table of its own
-        values = hyper_values(step)
-        if cached and not capturing and identical(values, self._hyper_values.get(key, [])):
-            self._hyper_of[key] = step
-            return cached[1]
-        rows, on_device = hyper_rows(step, bucket.table.device)
-        # numbers cannot change, tensors can
-        numbers = not any(isinstance(value, Tensor) for value in values)
-        self._hyper_values[key] = values if numbers and not capturing else []
-        if capturing or cached is None or cached[0] != rows:
-            padded = [row + [0.0] * (WIDTH - len(row)) for row in rows]
-            upload = self._uploads.setdefault(key, Upload(bucket.table.device, self._captured))
-            uploaded = upload(torch.tensor(padded, dtype=dtype).numpy())
-            cached = self._hyper[key] = ([] if capturing else rows), uploaded
-        elif key in self._uploads:
-            self._uploads[key].set_aside(cached[1])
-        for i, j, x in on_device:
-            cached[1][i, j].copy_(x)
-        self._hyper_of[key] = step
-        return cached[1]
 
 
 def _reduction(kind: str, step: Step) -> tuple[dict[str, Any], int, bool]:
@@ -396,11 +291,13 @@ def run(launches: list[Launched]) -> None:
         launch()
 
 
-@functools.cache
-def _options(device: torch.device, lanes: int) -> dict[str, Any]:
-    """Launch options for one thread per lane. Triton's default for fusion is about to change."""
-    warp = torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
-    return {"LANES": lanes, "num_warps": lanes // warp, "enable_fp_fusion": True}
+def _add_up(scalars: Tensor, sharding: Sharding, totals: list[Tensor]) -> None:
+    """Note the sums that the last launches left, over all processes with shards."""
+    totals.append(add_up(scalars[SUMS].clone(), sharding))
+
+
+def _put_down(scalars: Tensor, totals: list[Tensor]) -> None:
+    scalars[SUMS] = torch.stack(totals).sum(0)
 
 
 def _is_stochastic(bucket: Bucket, step: Step) -> bool:

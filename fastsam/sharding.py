@@ -1,0 +1,102 @@
+"""Parameters that are sharded over processes: FSDP2's and tensor parallelism's ``DTensor``.
+
+The passes run on each process's own shard, in place; only norms and dot products are global. A sum
+over a sharded parameter is added up over the mesh dimensions that it is sharded along, and not over
+those on which it is replicated.
+"""
+
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+#: The process groups over which sums of a parameter's shards are added; empty where it is whole.
+Sharding = tuple[Any, ...]
+
+
+def is_sharded(x: Any) -> bool:
+    """Whether ``x`` is a ``DTensor``; where that has not been imported nothing is."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
+
+
+def local(x: Any) -> Any:
+    """The shard of this process; anything else as it is."""
+    return x._local_tensor if is_sharded(x) else x
+
+
+def local_grad(param: Any) -> Tensor | None:
+    """The shard of the gradient that belongs to this process's shard of the parameter."""
+    grad: Tensor | None = param.grad
+    if grad is None or not is_sharded(param):
+        return grad
+    if not is_sharded(grad):
+        raise RuntimeError(
+            f"a sharded parameter of shape {tuple(param.shape)} has a gradient that is not: got "
+            f"{type(grad).__name__} of shape {tuple(grad.shape)}"
+        )
+    found: Any = grad
+    if tuple(found.placements) != tuple(param.placements):
+        grad = found.redistribute(param.device_mesh, param.placements)
+    shard: Any = local(grad)
+    waited: Tensor = shard.wait() if hasattr(shard, "wait") else shard
+    return waited
+
+
+def local_state(state: dict[str, Any]) -> dict[str, Any]:
+    """A parameter's state with this process's shards in it."""
+    if any(is_sharded(x) for x in state.values()):
+        return {name: local(x) for name, x in state.items()}
+    return state
+
+
+def sharding_of(param: Any) -> Sharding:
+    """Where sums of a parameter's shards are to be added up.
+
+    Raises:
+        RuntimeError: If the parameter is neither sharded nor replicated along a mesh dimension.
+    """
+    if not is_sharded(param):
+        return ()
+    mesh, groups = param.device_mesh, []
+    for dim, placement in enumerate(param.placements):
+        if placement.is_partial():
+            raise RuntimeError(
+                f"parameters must be sharded or replicated, got placements {param.placements}"
+            )
+        if placement.is_shard():
+            groups.append(mesh.get_group(dim))
+    return tuple(groups)
+
+
+def coordinate_of(param: Any) -> int:
+    """A number that tells the shards of a parameter apart, and is equal for equal shards."""
+    if not is_sharded(param):
+        return 0
+    mesh, number = param.device_mesh, 0
+    for dim, placement in enumerate(param.placements):
+        if placement.is_shard():
+            number = number * mesh.size(dim) + mesh.get_local_rank(dim)
+    return number
+
+
+def add_up(sums: Tensor, sharding: Sharding) -> Tensor:
+    """Sums over this process's shards, which become those over all of them."""
+    for group in sharding:
+        dist.all_reduce(sums, group=group)
+    return sums
+
+
+def total(values: Sequence[Tensor], shardings: Sequence[Sharding]) -> Tensor:
+    """The sum of 0-dim tensors, one for each parameter, over all processes' shards."""
+    if not any(shardings):
+        return torch.stack(list(values)).sum()
+    by_sharding: dict[Sharding, list[Tensor]] = defaultdict(list)
+    for value, sharding in zip(values, shardings, strict=True):
+        by_sharding[sharding].append(value)
+    parts = [add_up(torch.stack(same).sum(), where) for where, same in by_sharding.items()]
+    return torch.stack(parts).sum()
