@@ -1,0 +1,343 @@
+"""GradScaler: a step on scaled gradients is the step on the gradients, and an overflow is none."""
+
+import copy
+
+import pytest
+import torch
+
+import fastsam
+
+import oracles
+from networks import bits, model_and_data, same
+from registry import (
+    BACKENDS,
+    BASES,
+    DEVICE,
+    DTYPES,
+    METHODS,
+    OWN_UPDATES,
+    Base,
+    build,
+    numpy,
+    parameters,
+    set_grads,
+)
+from test_synchronisation import Reads
+
+INF, NAN = float("inf"), float("nan")
+SHAPES = [(33,), (4, 5), (), (0,)]
+GROUPS = [{"params": [0, 3]}, {"params": [1, 2], "rho": 0.1, "lr": 0.03}]
+PROBLEM = oracles.Problem(SHAPES, seed=5)
+FP32 = DTYPES["fp32"]
+RMSPROP = Base(torch.optim.RMSprop, "", {"lr": 0.01, "eps": 1e-3})
+FUSED = ("sgd-momentum", "adamw", "adagrad", "adagrad_norm")
+
+#: Everything on the quick backends; under Triton's interpreter each kernel's variants once.
+ON_TRITON = [
+    ("sam", "adamw"), ("asam", "sgd-momentum"), ("ssam-adaptive-clip", "adagrad_norm"),
+    ("vasso-all", "adagrad"), ("samar-all", "sgd-momentum"), ("sam", "rmsprop"),
+    ("lightsam-1", ""), ("lightsam-2", ""), ("lightsam-3-all", ""), ("adasam", ""),
+]  # fmt: skip
+
+
+def own_update(method):
+    return METHODS[method].bases[0] in OWN_UPDATES
+
+
+def cases(bases):
+    """(method, base, backend): all on the quick backends, ``ON_TRITON`` under the interpreter."""
+    quick = BACKENDS if DEVICE == "cuda" else ("reference", "torch")
+    pairs = [(m, base) for m in METHODS for base in ([""] if own_update(m) else bases)]
+    slow = [] if DEVICE == "cuda" else ON_TRITON
+    return [(*p, b) for p in pairs for b in quick] + [(*p, "triton") for p in slow]
+
+
+def create(method, base, backend, dtypes=FP32, **kwargs):
+    """Parameters at the problem's start, and their optimizer."""
+    params = parameters(PROBLEM.initial(), dtypes)
+    spec = METHODS[method]
+    named = BASES | OWN_UPDATES | {"rmsprop": RMSPROP}
+    chosen = named[spec.bases[0] if own_update(method) else base]
+    return params, build(spec, chosen, params, GROUPS, backend, **kwargs)
+
+
+def scaler_of(scale=2.0**12, **kwargs):
+    return torch.amp.GradScaler(DEVICE, init_scale=scale, **kwargs)
+
+
+def give_grads(params, scaler=None, spoil=None, dtypes=FP32):
+    """The problem's gradients at the weights, rounded to storage, then scaled as autograd would."""
+    grads = PROBLEM.grad(numpy(params))
+    if spoil is not None:
+        grads[1][2, 3] = spoil
+    set_grads(params, grads, dtypes)
+    for p in params:
+        p.grad = (p.grad * 1.0 if scaler is None else scaler.scale(p.grad)).to(p.grad.dtype)
+
+
+def step(optimizer, params, scaler=None, spoil=(None, None), dtypes=FP32):
+    for half, bad in zip((optimizer.first_step, optimizer.second_step), spoil, strict=True):
+        give_grads(params, scaler, bad, dtypes)
+        half(grad_scaler=scaler)
+
+
+def run(optimizer, params, scaler=None, steps=5, dtypes=FP32):
+    for _ in range(steps):
+        step(optimizer, params, scaler, dtypes=dtypes)
+        if scaler is not None:
+            scaler.update()
+    return params
+
+
+def steps_on(backend):
+    return 2 if backend == "triton" and DEVICE == "cpu" else 5
+
+
+def snapshot(optimizer, params):
+    """Copies of weights and state, but for the host's count of steps, which skipped ones enter."""
+    state = copy.deepcopy(optimizer.state_dict())
+    for group in state["param_groups"]:
+        group.pop("t", None)
+    return {"weights": [p.detach().clone() for p in params], **state}
+
+
+def assert_same(a, b):
+    """Nested dicts and lists of tensors with the same bits, or NaN in the same places."""
+    torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+# --- the same step -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("method", "base", "backend"), cases((*FUSED, "rmsprop")))
+def test_power_of_two_changes_no_bit(method, base, backend):
+    """Such a scale only moves exponents, in the gradients and when it is divided out again."""
+    params, optimizer = create(method, base, backend)
+    plain = run(optimizer, params, None, steps_on(backend))
+    params, optimizer = create(method, base, backend)
+    scaler = scaler_of(2.0**12, growth_interval=2)  # so that it changes on the way
+    scaled = run(optimizer, params, scaler, steps_on(backend))
+    assert scaler.get_scale() == 2.0 ** (12 + steps_on(backend) // 2)
+    assert same(scaled, plain)
+    assert float(optimizer.metrics["skipped"]) == 0
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("method", METHODS)
+def test_other_scales_cost_roundings(method, backend):
+    """Times 1000 and back is three roundings of 2**-24; five steps keep them below 2e-6."""
+    params, optimizer = create(method, "adamw", backend)
+    plain = run(optimizer, params, None, steps_on(backend))
+    params, optimizer = create(method, "adamw", backend)
+    scaler = scaler_of(1000.0, growth_interval=2, growth_factor=3.0)
+    scaled = run(optimizer, params, scaler, steps_on(backend))
+    for a, b in zip(scaled, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("scale", [2.0**15, 1000.0])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_closure_against_a_loop_in_plain_torch(backend, scale):
+    """SAM on SGD, written out in float64 without a scaler."""
+    model, loss_fn = model_and_data()
+    scaler, lr, rho = scaler_of(scale), 0.1, 0.05
+    optimizer = fastsam.SAM(model.parameters(), torch.optim.SGD, rho, lr=lr, backend=backend)
+    exact = copy.deepcopy(model).double()
+    _, x, y = (cell.cell_contents for cell in loss_fn.__closure__)
+
+    def gradients():
+        loss = torch.nn.functional.cross_entropy(exact(x.double()), y)
+        return loss, torch.autograd.grad(loss, list(exact.parameters()))
+
+    def closure():
+        loss = loss_fn()
+        scaler.scale(loss).backward()
+        return loss
+
+    for _ in range(3):
+        before = [p.detach().clone() for p in exact.parameters()]
+        loss, grads = gradients()
+        norm = torch.stack([g.square().sum() for g in grads]).sum().sqrt()
+        with torch.no_grad():
+            for p, g in zip(exact.parameters(), grads, strict=True):
+                p.add_(g, alpha=float(rho / norm))
+        _, grads = gradients()
+        with torch.no_grad():
+            for p, w, g in zip(exact.parameters(), before, grads, strict=True):
+                p.copy_(w - lr * g)
+        ours = optimizer.step(closure, grad_scaler=scaler)
+        scaler.update()
+        assert float(ours.detach()) == pytest.approx(float(loss.detach()), rel=1e-6)  # unscaled
+        assert float(optimizer.metrics["grad_norm"]) == pytest.approx(float(norm), rel=1e-6)
+    for p, q in zip(model.parameters(), exact.parameters(), strict=True):
+        torch.testing.assert_close(p.double(), q, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("method", ["ssam-adaptive-clip", "samar-all"])
+def test_metrics_are_of_unscaled_gradients(method, backend):
+    measured = []
+    for scaler in (None, scaler_of(2.0**10)):
+        params, optimizer = create(method, "adagrad_norm", backend)
+        step(optimizer, params, scaler)
+        measured.append(dict(optimizer.metrics))
+    assert measured[0].keys() == measured[1].keys() >= {"grad_norm", "perturbed_grad_norm"}
+    assert_same(*measured)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_disabled_scaler_is_none(method, backend):
+    results = []
+    for scaler in (None, torch.amp.GradScaler(DEVICE, enabled=False)):
+        params, optimizer = create(method, "adamw", backend)
+        results.append((run(optimizer, params, scaler, 2), optimizer.metrics.keys()))
+    assert same(results[0][0], results[1][0]) and results[0][1] == results[1][1]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("passes", [(0,), (1,), (0, 1)])
+def test_gradients_that_were_unscaled_before(passes, backend):
+    """``scaler.unscale_``, as for clipping by hand: that pass takes the gradients as they are."""
+    params, optimizer = create("ssam", "adamw", backend)
+    plain = run(optimizer, params, None, 2)
+    params, optimizer = create("ssam", "adamw", backend)
+    scaler = scaler_of(growth_interval=2)
+    for _ in range(2):
+        for i, half in enumerate((optimizer.first_step, optimizer.second_step)):
+            give_grads(params, scaler)
+            if i in passes:
+                scaler.unscale_(optimizer)
+            half(grad_scaler=scaler)
+        scaler.update()
+    assert same(params, plain)
+    assert scaler.get_scale() == 2.0**13
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("method", ["ssam", "vasso-all"])
+def test_attributes_of_torchs_fused_optimizers(method, backend):
+    """``grad_scale`` divides both passes' gradients, ``found_inf`` skips the update."""
+    params, optimizer = create(method, "adamw", backend)
+    plain = run(optimizer, params, None, 2)
+    params, optimizer = create(method, "adamw", backend)
+    optimizer.grad_scale = torch.tensor(2.0**7, device=DEVICE)
+    optimizer.found_inf = torch.tensor(0.0, device=DEVICE)
+
+    def scaled_step():
+        for half in (optimizer.first_step, optimizer.second_step):
+            give_grads(params)
+            for p in params:
+                p.grad = p.grad * 2.0**7
+            half()
+
+    scaled_step()
+    before = snapshot(optimizer, params)
+    optimizer.found_inf.fill_(1.0)
+    scaled_step()
+    assert_same(snapshot(optimizer, params), before)
+    optimizer.found_inf.zero_()
+    scaled_step()
+    assert same(params, plain)
+    optimizer.grad_scale = optimizer.found_inf = None
+    give_grads(params)
+    grad_norm = float(sum(p.grad.double().square().sum() for p in params) ** 0.5)
+    optimizer.first_step()
+    if not any(group["adaptive"] for group in optimizer.param_groups):
+        assert float(optimizer.metrics["grad_norm"]) == pytest.approx(grad_norm, rel=1e-6)
+    optimizer.restore()
+
+
+@pytest.mark.parametrize("base", FUSED)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_are_only_read(base, backend):
+    """torch's own fused updates write the unscaled gradients back."""
+    method = {"sgd-momentum": "samar-all", "adamw": "sam", "adagrad": "ssam-adaptive-clip"}
+    params, optimizer = create(method.get(base, "vasso-all"), base, backend)
+    scaler = scaler_of()
+    for half in (optimizer.first_step, optimizer.second_step):
+        give_grads(params, scaler)
+        grads = [p.grad for p in params]
+        copies = [g.clone() for g in grads]
+        half(grad_scaler=scaler)
+        assert all(p.grad is g for p, g in zip(params, grads, strict=True))
+        assert same(grads, copies)
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_training_under_autocast(dtype):
+    """A small network learns to tell signs of products; at first the scale is far too large."""
+    torch.manual_seed(0)
+    x = torch.randn(128, 4, device=DEVICE)
+    y = (x[:, 0] * x[:, 1] > 0).long()
+    results = []
+    for scaler in (scaler_of(2.0**24, growth_interval=20), None):
+        torch.manual_seed(1)
+        layers = torch.nn.Linear(4, 32), torch.nn.Tanh(), torch.nn.Linear(32, 2)
+        model = torch.nn.Sequential(*layers).to(DEVICE)
+        optimizer = fastsam.SAM(model.parameters(), torch.optim.AdamW, lr=0.02)
+
+        def closure(model=model, scaler=scaler):
+            with torch.autocast(DEVICE, dtype):
+                loss = torch.nn.functional.cross_entropy(model(x).float(), y)
+            (loss if scaler is None else scaler.scale(loss)).backward()
+            return loss
+
+        losses = []
+        for _ in range(40):
+            losses.append(float(optimizer.step(closure, grad_scaler=scaler).detach()))
+            if scaler is not None:
+                scaler.update()
+        assert losses[-1] < 0.5 * losses[0] and losses[-1] < 0.3
+        results.append((bits(model), float(optimizer.metrics.get("skipped", 0)), scaler))
+    skipped, scaler = results[0][1:]
+    if dtype == torch.bfloat16:  # of float32's range: no overflow, and no bit lost to the scale
+        assert skipped == 0 and scaler.get_scale() == 2.0**26
+        assert same(results[0][0], results[1][0])
+    else:
+        assert 1 <= skipped < 20
+
+
+# --- no waiting ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.gpu
+def test_gpu_is_never_waited_for(method, backend):
+    for base in [""] if own_update(method) else FUSED:
+        params, optimizer = create(method, base, backend)
+        scaler = scaler_of()
+        grads = [[torch.ones_like(p) for p in params] for _ in range(2)]
+        step(optimizer, params, scaler)  # compiles, creates the scale
+        scaler.update()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(2):
+                for half, given in zip(
+                    (optimizer.first_step, optimizer.second_step), grads, strict=True
+                ):
+                    for p, g in zip(params, given, strict=True):
+                        p.grad = g
+                    half(grad_scaler=scaler)
+                scaler.update()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("method", ["sam", "ssam-adaptive-clip", "vasso-all"])
+def test_triton_backend_reads_nothing(method):
+    """Holds on any device, since the host code is the same on all."""
+    params, optimizer = create(method, "adamw", "triton")
+    scaler = scaler_of()
+    grads = [torch.ones_like(p) for p in params]
+    scaler.scale(torch.ones((), device=DEVICE))
+    with Reads() as reads:
+        for half in (optimizer.first_step, optimizer.second_step):
+            for p, g in zip(params, grads, strict=True):
+                p.grad = g.clone()
+            half(grad_scaler=scaler)
+    assert reads.seen == []
