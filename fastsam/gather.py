@@ -52,8 +52,8 @@ class GatheringOptimizer(StatefulOptimizer):
         again = which == "descent" and self._between_passes
         batch = self._sweeps[which].collect(self.param_groups, type(self).__name__, again)
         if which == "ascent" and self._sweeps[which].made != self._made:
-            self._made = self._sweeps[which].made
             self._sweeps.pop("descent", None)  # which does not look at everything again
+            self._made = self._sweeps[which].made
         if self.master_weights:
             batch.masters = find_masters(type(self).__name__, batch, self.state)
         elif self.rounding == "stochastic":
@@ -120,7 +120,8 @@ class GatheringOptimizer(StatefulOptimizer):
         for param, grad, i in zip(batch.owners, batch.grads, batch.groups, strict=True):
             state = self.state.get(param, {})
             wide = bool(batch.masters) and batch.masters[len(batch.fresh)] is not None
-            batch.fresh.append(base.prepare(state, param, grad, self.param_groups[i], wide))
+            batch.fresh.append(state.get("momentum_buffer") is None)  # should the next line fail
+            batch.fresh[-1] = base.prepare(state, param, grad, self.param_groups[i], wide)
             if state:  # as in torch, a parameter without state has no entry
                 self.state[param] = state
             batch.states.append(local_state(state))

@@ -14,10 +14,11 @@ from fastsam.kernels.layout import Scalar
 
 from .backends import Backup
 from .capture import refuse
-from .checks import check_lets, check_loss
+from .checks import check_closure, check_lets, check_loss
 from .interrupts import uninterrupted
 from .optimizer import SharpnessAwareOptimizer
 from .rules import Batch, Step
+from .stateful import uncompiled
 
 
 class LETS(Optimizer):
@@ -114,6 +115,7 @@ class LETS(Optimizer):
 
     # --- the step ---
 
+    @uncompiled
     def step(
         self,
         closure: Callable[[], Any] | None = None,
@@ -141,13 +143,16 @@ class LETS(Optimizer):
                 f"LETS.step needs a closure and a val_closure, each of which computes a loss, "
                 f"calls backward and returns the loss; {missing} is missing"
             )
+        for one in (closure, val_closure):
+            check_closure("LETS", one)
         if table.is_capturing(self._nu.device):
             raise refuse("LETS", "it counts its steps on the host")
         self._follow_groups()
-        due = (self._steps + 1) % self.interval == 0
+        perturbs = self.optimizer.perturbs_next
+        due = perturbs and (self._steps + 1) % self.interval == 0
         with self.optimizer.recording(self.hessian if due else None) as record:
             loss = self.optimizer.step(closure)
-            self._steps += 1
+            self._steps += perturbs
             seen = record()
             if seen is not None:
                 self._update_rho(*seen, closure, val_closure)

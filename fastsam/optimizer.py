@@ -1,6 +1,5 @@
 """The class behind every method: constructor, steps by closure, and what a step measured."""
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
@@ -25,8 +24,8 @@ from .checks import (
 )
 from .passes import TwoPassOptimizer
 from .precision import check_precision, warn_of_rounding
-from .rules import UNIFIED, Ascent
-from .stateful import uncompiled
+from .rules import UNIFIED, Ascent, wide_dtype
+from .stateful import uncompiled, warn_user
 
 #: Gives a context manager, for one pass.
 Context = Callable[[], AbstractContextManager[Any]]
@@ -102,10 +101,12 @@ class SharpnessAwareOptimizer(TwoPassOptimizer):
         self.defaults.update(self.base_optimizer.defaults)
         self.param_groups = self.base_optimizer.param_groups
         self.state = self.base_optimizer.state
+        if self._base is not None:  # Adagrad's begins here; ours where it is needed, all at once
+            self.state.clear()
         self._start()
         params_ = [p for group in self.param_groups for p in group["params"]]
         backends.resolve(backend, params_[0].device if params_ else torch.device("cpu"))
-        if (perturb_every, start, stop) != (1, 0, None):
+        if self._has_schedule:
             self.param_groups[0].setdefault("t", 1)
         if rounding == "stochastic":
             self.param_groups[0].setdefault("rounding_step", 0.0)
@@ -205,6 +206,7 @@ class SharpnessAwareOptimizer(TwoPassOptimizer):
         self._inside_step = True
         losses: list[Any] = []
         total: dict[Tensor, Tensor] = {}
+        dtypes: dict[Tensor, torch.dtype] = {}
         try:
             for closure in closures:
                 losses.append(self._call(closure, self.ascent_context))
@@ -212,12 +214,13 @@ class SharpnessAwareOptimizer(TwoPassOptimizer):
                 self._call(closure, self.descent_context)
                 for param in chain.from_iterable(group["params"] for group in self.param_groups):
                     if param.grad is not None:
-                        share = param.grad / len(closures)
+                        share = param.grad.to(wide_dtype(param.grad)) / len(closures)
                         total[param] = total[param] + share if param in total else share
+                        dtypes[param] = param.grad.dtype
                 self.restore()
             self.zero_grad()
             for param, grad in total.items():
-                param.grad = grad
+                param.grad = grad.to(dtypes[param])
             self.plain_step()
             self._perturbs = True
         except BaseException:
@@ -231,13 +234,19 @@ class SharpnessAwareOptimizer(TwoPassOptimizer):
     @property
     def perturbs_next(self) -> bool:
         """Whether ``perturb_every``, ``start`` and ``stop`` make the next step sharpness-aware."""
-        since = self.param_groups[0].get("t", 1) - 1 - self.start
+        if not self._has_schedule:
+            return True
+        since = self.param_groups[0].setdefault("t", 1) - 1 - self.start
         ended = self.stop is not None and since >= self.stop - self.start
         return since >= 0 and not ended and bool(since % self.perturb_every == 0)
 
     @property
+    def _has_schedule(self) -> bool:
+        return (self.perturb_every, self.start, self.stop) != (1, 0, None)
+
+    @property
     def _is_static(self) -> bool:
-        return self.perturb_every == 1 and self.start == 0 and self.stop is None
+        return not self._has_schedule
 
     @property
     def _may_skip_ascent(self) -> bool:
@@ -252,8 +261,8 @@ class SharpnessAwareOptimizer(TwoPassOptimizer):
 
     @contextmanager
     def _in_closure(self) -> Iterator[None]:
-        self._inside_closure = True
         try:
+            self._inside_closure = True
             yield
         finally:
             self._inside_closure = False
@@ -264,10 +273,9 @@ class SharpnessAwareOptimizer(TwoPassOptimizer):
         params = chain.from_iterable(group["params"] for group in self.param_groups)
         if all(param.grad is None for param in params):
             self._warned = True
-            warnings.warn(
+            warn_user(
                 "the closure left no gradient in any parameter: it has to call backward() on the "
-                "loss of the model whose parameters are optimized",
-                stacklevel=5,
+                "loss of the model whose parameters are optimized"
             )
 
     # --- what a step measured ---

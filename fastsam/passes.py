@@ -1,9 +1,8 @@
 """The two passes that every method shares, and the contract of a step."""
 
-import warnings
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -13,6 +12,7 @@ from torch.amp.grad_scaler import GradScaler
 from fastsam.kernels.layout import Scalar
 
 from . import backends
+from .backends.reference import undone_if_it_fails
 from .capture import is_captured
 from .checks import check_max_grad_norm
 from .gather import GatheringOptimizer
@@ -20,7 +20,7 @@ from .interrupts import uninterrupted
 from .rules import Batch, LamRule, Step
 from .scaling import check_scaler, is_scaled, record, unscaled, write_scale
 from .sharding import local_state
-from .stateful import uncompiled
+from .stateful import uncompiled, warn_user
 
 
 class TwoPassOptimizer(GatheringOptimizer):
@@ -131,9 +131,10 @@ class TwoPassOptimizer(GatheringOptimizer):
     @torch.no_grad()
     def restore(self) -> None:
         """Undo ``first_step``: for a loop whose second pass failed. Does nothing otherwise."""
-        if self._backup is not None:
-            self._backup.restore()
-        self._end_step()
+        with uninterrupted():
+            if self._backup is not None:
+                self._backup.restore()
+            self._end_step()
 
     # --- what subclasses may refine ---
 
@@ -239,19 +240,34 @@ class TwoPassOptimizer(GatheringOptimizer):
             else:
                 return
             self._warned = True
-            warnings.warn(
+            warn_user(
                 f"second_step() seems to find gradients that are {what} of the first pass: zero "
-                "them after first_step (its argument zero_grad=True does) and call backward again",
-                stacklevel=4,
+                "them after first_step (its argument zero_grad=True does) and call backward again"
             )
 
     def _descend(self, batch: Batch) -> None:
+        try:
+            self._update(batch)
+        except BaseException:
+            # not strict: not all may have been prepared, or all have begun
+            for param, fresh in zip(batch.owners, batch.fresh, strict=False):
+                if fresh:  # it is still to begin
+                    state = self.state.get(param, {})
+                    state.pop("momentum_buffer", None)
+                    if not state:
+                        self.state.pop(param, None)
+            raise
+
+    def _update(self, batch: Batch) -> None:
         step = self._describe()
         scalars = self._scalars_for(batch)
+        if not self._perturbs and self._ascent.name == "adagrad_norm":  # nothing is to be taken in
+            scalars[Scalar.NEXT_SQUARED_NORMS] = scalars[Scalar.ASCENT_SQUARED_NORMS]
         if batch.params:
             self._check_capture(batch)
             if step.base is not None:
                 self._prepare(batch, step.base)
+        fresh = batch.fresh
         batch = self._scale(batch, Scalar.INVERSE_SCALE, scalars)
         if self._pending:
             without_ascent: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
@@ -264,33 +280,38 @@ class TwoPassOptimizer(GatheringOptimizer):
             batch.firsts = [self._firsts.get(param) for param in batch.owners]
         else:
             batch.firsts = [None] * len(batch.params)
+        room = None
+        if step.skip_nonfinite and (self._pending or self._scaler is not None):
+            # for what is computed after the update, when nothing may fail any more
+            room = scalars.new_empty((), dtype=torch.bool), scalars.new_empty((), dtype=torch.float)
         if batch.params:
             seen = batch
             if self._records and step.base is None:  # which may write to the gradients
                 seen = replace(batch, grads=[grad.clone() for grad in batch.grads])
-            try:
-                with uninterrupted():
+            with uninterrupted():
+                with undone_if_it_fails(scalars) if step.base is None else nullcontext():
                     self._backend_for(batch).descend(batch, self._backup, step, scalars)
                     if step.base is None:
                         # it cannot skip on the device: the one branch on a device value
                         if not step.skip_nonfinite or bool(scalars[Scalar.ACCEPTED]):
                             self._step_foreign()
-                    self._complete(seen, step, scalars)
-            except BaseException:
-                for state, fresh in zip(batch.states, batch.fresh, strict=True):
-                    if fresh:  # it is still to begin
-                        state.pop("momentum_buffer", None)
-                raise
+                self._complete(seen, step, scalars, room)
+                fresh.clear()  # they have begun
         else:  # nothing to update, nor to reject
             with uninterrupted():
                 if self._backup is not None:
                     self._backup.restore()
                 scalars[Scalar.ACCEPTED].fill_(1)
                 scalars[Scalar.ASCENT_SQUARED_NORMS] = scalars[Scalar.NEXT_SQUARED_NORMS]
-                self._complete(batch, step, scalars)
+                self._complete(batch, step, scalars, room)
 
-    def _complete(self, batch: Batch, step: Step, scalars: Tensor) -> None:
-        """What the ascent computed becomes the state."""
+    def _complete(
+        self, batch: Batch, step: Step, scalars: Tensor, room: tuple[Tensor, Tensor] | None
+    ) -> None:
+        """What the ascent computed becomes the state. Nothing here may fail: weights have changed.
+
+        ``room`` is memory for a bool and a number, where they are needed.
+        """
         if self._pending:
             updated = set(batch.owners)
             rest = [pair for param, pair in self._pending.items() if param not in updated]
@@ -298,7 +319,7 @@ class TwoPassOptimizer(GatheringOptimizer):
                 ascent=[local_state(old) for old, _ in rest],
                 next=[local_state(new) for _, new in rest],
             )
-            backends.keep_rejected(kept, step, scalars)
+            backends.keep_rejected(kept, step, scalars, room and room[0])
         self._was_captured |= is_captured(batch)
         for param, (old, state) in self._pending.items():
             if self._was_captured:  # a replay looks for the state where it was at the capture
@@ -316,8 +337,8 @@ class TwoPassOptimizer(GatheringOptimizer):
             self._record = seen, self._backup if diag and step.adaptive else None, step
         if step.seed is not None:
             scalars[Scalar.ROUNDING_STEP] += 1
-        if self._scaler is not None:
-            record(self, self._scaler, scalars)
+        if self._scaler is not None and room is not None:
+            record(self, self._scaler, scalars, room[1])
         self._end_step()
         if "t" in self.param_groups[0]:
             self.param_groups[0]["t"] += 1

@@ -82,10 +82,15 @@ def write_scale(
             scalars[Scalar.FOUND_INF] += x.to(scalars.device, non_blocking=True)
 
 
-def record(optimizer: Optimizer, grad_scaler: GradScaler, scalars: Tensor) -> None:
-    """Tell the scaler, whose ``update`` comes next, whether the step was accepted."""
+def record(
+    optimizer: Optimizer, grad_scaler: GradScaler, scalars: Tensor, found_inf: Tensor
+) -> None:
+    """Tell the scaler, whose ``update`` comes next, whether the step was accepted.
+
+    ``found_inf`` is memory for a float32.
+    """
     state = grad_scaler._per_optimizer_states[id(optimizer)]
-    found_inf = (1 - scalars[Scalar.ACCEPTED]).float()
+    torch.eq(scalars[Scalar.ACCEPTED], 0, out=found_inf)
     state["found_inf_per_device"] = {scalars.device: found_inf}
     state["stage"] = OptState.STEPPED
 

@@ -1,5 +1,8 @@
 """What an optimizer holds: groups, checkpoints and copies, and the tensors of a pass."""
 
+import os
+import sys
+import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -34,6 +37,15 @@ def uncompiled(function: Function) -> Function:
     """
     disable = getattr(torch, "_disable_dynamo", torch.compiler.disable)
     return cast(Function, disable(function))
+
+
+def warn_user(message: str) -> None:
+    """Warn at the caller's line, however many wrappers of torch's are in between."""
+    inside = tuple(os.path.dirname(module) + os.sep for module in (__file__, torch.__file__))
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
 
 
 class StatefulOptimizer(Optimizer):
@@ -207,6 +219,7 @@ class StatefulOptimizer(Optimizer):
         self._seen = []
         self._scaler = None
         self._between_passes = False
+        self._inside_closure = False
 
     def _run_hooks(self, when: str) -> None:
         """Run torch's step hooks around explicit passes; inside ``step`` torch runs them."""

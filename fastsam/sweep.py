@@ -49,9 +49,10 @@ class Sweep:
             index = chain.from_iterable(map(repeat, range(len(sizes)), sizes))
             group_of = dict(zip(reversed(params), reversed(list(index)), strict=True))
             unique = list(dict.fromkeys(params))
-            self._params, self._sizes, self._layouts = params, sizes, {}
+            self._layouts = {}
             self._unique = unique, [group_of[param] for param in unique]
             self._shards = any(map(is_sharded, unique))
+            self._params, self._sizes = params, sizes  # last: they say that the others are right
         owners, indices = self._unique
         grads: list[Any]
         if self._shards:

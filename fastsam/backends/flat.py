@@ -58,7 +58,8 @@ class FlatBackup:
                 continue
             i, start = self.places[param]
             if i < self.written:
-                strides = torch.empty_like(param).stride()  # a gap-free copy's
+                # a gap-free copy's; on "meta", because an undo must not need memory
+                strides = torch.empty_like(param, device="meta").stride()
                 part = self.flats[i][start : start + param.numel()]
                 param.copy_(part.as_strided(param.size(), strides))
 

@@ -310,11 +310,16 @@ def write_grads(batch: Batch, values: Iterable[Tensor]) -> None:
             grad.copy_(value)
 
 
-def keep_rejected(batch: Batch, step: Step, scalars: Tensor) -> None:
-    """Where the device rejects the step, the ascent state of before it stays."""
+def keep_rejected(
+    batch: Batch, step: Step, scalars: Tensor, accepted: Tensor | None = None
+) -> None:
+    """Where the device rejects the step, the ascent state of before it stays.
+
+    With memory for a bool nothing is allocated.
+    """
     if not (step.skip_nonfinite and any(batch.next)):
         return
-    accepted = scalars[Scalar.ACCEPTED] != 0
+    accepted = torch.ne(scalars[Scalar.ACCEPTED], 0, out=accepted)
     for old, new in zip(batch.ascent, batch.next, strict=True):
         for name in new:
             torch.where(accepted, new[name], old[name], out=new[name])
