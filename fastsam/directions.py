@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .backends import new_scalars
 from .backends.equations import wide
-from .backends.reference import dot, global_norm
+from .backends.measures import dot, global_norm
 from .flatness import Offsets, Probe, add
 from .rules import wide_dtype
 

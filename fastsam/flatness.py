@@ -12,7 +12,7 @@ from fastsam.kernels.layout import Scalar
 
 from .backends import new_scalars
 from .backends.equations import element_scale, perturbation, radius, wide
-from .backends.reference import global_norm, scaled_norm
+from .backends.measures import global_norm, scaled_norm
 from .checks import check_group, check_tensors
 from .interrupts import uninterrupted
 from .rules import UNIFIED, Batch, Step

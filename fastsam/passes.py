@@ -12,7 +12,7 @@ from torch.amp.grad_scaler import GradScaler
 from fastsam.kernels.layout import Scalar
 
 from . import backends
-from .backends.reference import undone_if_it_fails
+from .backends.measures import undone_if_it_fails
 from .capture import is_captured
 from .checks import check_max_grad_norm
 from .gather import GatheringOptimizer

@@ -20,12 +20,13 @@ from fastsam.kernels.layout import Scalar
 
 from ..bases import Group
 from ..rules import Batch, Step
-from . import equations, reference
+from . import equations, measures, reference
 from .cpu_update import Part, Update, extremes, fused_adagrad, fused_adam
 from .equations import radius
 from .norms import element_scales, norm, served, total
 from .pieces import LARGE, dots, pieces
 from .scratch import Memory, ScratchBackup
+from .weights import at_weights, follow_parameters
 
 
 def split(batch: Batch, step: Step, descends: bool) -> tuple[list[Part], list[int]]:
@@ -75,8 +76,8 @@ def _divide(batch: Batch, step: Step, descends: bool) -> tuple[dict[Any, list[in
 def ascend(batch: Batch, step: Step, scalars: Tensor, memory: Memory) -> ScratchBackup:
     """See ``Backend.ascend``."""
     parts, others = split(batch, step, descends=False)
-    reference.follow_parameters(batch, None)
-    weights = reference.at_weights(batch)
+    follow_parameters(batch, None)
+    weights = at_weights(batch)
     slow = {k: reference.advance_one(batch, k, step) for k in others}
     directions = batch.grads
     if step.ascent.name == "ema":
@@ -89,7 +90,7 @@ def ascend(batch: Batch, step: Step, scalars: Tensor, memory: Memory) -> Scratch
             if m.isnan() and n.isfinite():
                 average(batch, parts, starting=True)
                 m = norm(directions, weights, step, scalars[0], memory)
-        reference.finish_ascent(n, m, step, scalars)
+        measures.finish_ascent(n, m, step, scalars)
     backup = ScratchBackup(memory, batch.layout)
     try:
         # all copies come first: two parameters may be views of the same memory
@@ -228,15 +229,15 @@ def descend(
     parts, others = split(batch, step, descends=True)
     updates: list[Update] = []
     slow: reference.Values = []
-    with reference.undone_if_it_fails(scalars):
+    with measures.undone_if_it_fails(scalars):
         if step.needs_descent_norm:
             plain = measured = norm(batch.grads, batch, step, scalars[0])
             if step.adaptive and step.renormalize:
                 measured = norm(batch.grads, batch, step, scalars[0], memory)
             measure = measure_mixture(batch, parts, others, backup, step, plain, scalars)
-            reference.finish_descent(plain, measured, measure, step, scalars)
+            measures.finish_descent(plain, measured, measure, step, scalars)
         reference.keep_rejected(batch, step, scalars)
-        reference.follow_parameters(batch, backup)
+        follow_parameters(batch, backup)
         if backup is not None:
             backup.restore()
         if step.base is None:
@@ -262,7 +263,7 @@ def measure_mixture(
 ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """SAMAR's measurements as in the reference backend, here from dot products of gradients."""
     if others or step.adaptive or step.ascent.name != "unified" or any(batch.shardings):
-        return reference.measure_mixture(batch, backup, step, scalars)
+        return measures.measure_mixture(batch, backup, step, scalars)
 
     def measure(first: Tensor, coefficient: Tensor) -> tuple[Tensor, Tensor]:
         squared = torch.zeros_like(plain)  # of the first gradient

@@ -15,7 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..rules import Layout, identical
 from .pieces import PIECE
-from .reference import ListBackup
+from .weights import ListBackup
 
 #: Elements below which pointing a parameter elsewhere takes longer than copying it.
 WORTHWHILE = 1 << 14

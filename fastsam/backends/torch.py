@@ -18,17 +18,18 @@ from fastsam.kernels.layout import Scalar
 
 from ..bases import Group
 from ..rules import Batch, Step
-from . import cpu, reference
+from . import cpu, measures, reference
 from .cpu_update import FUSED
 from .norms import served
-from .reference import ListBackup, ReferenceBackend
+from .reference import ReferenceBackend
 from .scratch import Memory, ScratchBackup
+from .weights import ListBackup, at_weights, follow_parameters
 
 
 def global_norm(batch: Batch, like: Tensor) -> Tensor:
     """The L2 norm of all gradients, accumulated in float32 or wider."""
     if any(batch.shardings):
-        return reference.global_norm(batch.grads, like, batch.shardings)
+        return measures.global_norm(batch.grads, like, batch.shardings)
     by_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
     for g in batch.grads:
         by_dtype[g.dtype].append(g)
@@ -49,13 +50,13 @@ class TorchBackend(ReferenceBackend):
             return cpu.ascend(batch, step, scalars, self._memory)
         if step.ascent.name != "unified":
             return super().ascend(batch, step, scalars)
-        reference.follow_parameters(batch, None)
-        weights = reference.at_weights(batch)
+        follow_parameters(batch, None)
+        weights = at_weights(batch)
         if step.adaptive:
-            n = reference.scaled_norm(batch.grads, weights, step, like=scalars)
+            n = measures.scaled_norm(batch.grads, weights, step, like=scalars)
         else:
             n = global_norm(batch, like=scalars)
-        reference.finish_ascent(n, n, step, scalars)
+        measures.finish_ascent(n, n, step, scalars)
         backup = ListBackup()
         try:
             backup.copies = dict(zip(batch.params, weights.params, strict=True))
@@ -78,15 +79,15 @@ class TorchBackend(ReferenceBackend):
         slow: reference.Values = []
         updates: list[Callable[[], None]] = []
         # what may fail comes before the first update
-        with reference.undone_if_it_fails(scalars):
+        with measures.undone_if_it_fails(scalars):
             if step.needs_descent_norm:
                 plain = measured = global_norm(batch, like=scalars)
                 if step.adaptive and step.renormalize:
-                    measured = reference.scaled_norm(batch.grads, batch, step, like=scalars)
-                measure = reference.measure_mixture(batch, backup, step, scalars)
-                reference.finish_descent(plain, measured, measure, step, scalars)
+                    measured = measures.scaled_norm(batch.grads, batch, step, like=scalars)
+                measure = measures.measure_mixture(batch, backup, step, scalars)
+                measures.finish_descent(plain, measured, measure, step, scalars)
             reference.keep_rejected(batch, step, scalars)
-            reference.follow_parameters(batch, backup)
+            follow_parameters(batch, backup)
             if backup is not None:
                 torch._foreach_copy_(list(backup.copies), list(backup.copies.values()))
             if step.base is None:

@@ -21,7 +21,8 @@ from ..sharding import Sharding, add_up
 from .buckets import Bucket, make_buckets, release, write_back
 from .flat import FlatBackup
 from .launcher import LAUNCHES, Launched, Launcher
-from .reference import adapt, keep_rejected, leave_final_gradient, undone_if_it_fails
+from .measures import adapt, undone_if_it_fails
+from .reference import keep_rejected, leave_final_gradient
 from .rows import ascent_rows, ascent_states, grad_rows, key_rows, state_rows
 
 FIRST, LAST = int(Task.FIRST), int(Task.LAST)
