@@ -7,6 +7,7 @@ it. The gradients are there beforehand, the same for all; no forward or backward
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +20,9 @@ import fastsam
 from foreach_sam import ForeachSAM
 
 Shape = tuple[int, ...]
+
+# the same gradients for both passes are what is timed here, and a mistake anywhere else
+warnings.filterwarnings("ignore", message=r"second_step\(\) seems to find gradients")
 
 # --- parameter sets ---
 

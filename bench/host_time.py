@@ -47,6 +47,9 @@ class NoLaunch:
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         NoLaunch.launches += 1
 
+    def warmup(self, *args: Any, **kwargs: Any) -> None:
+        """What compiles a kernel before its first launch."""
+
 
 def stub_launches() -> None:
     """Put :class:`NoLaunch` in the place of the triton backend's kernels, for good."""
