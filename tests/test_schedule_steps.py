@@ -159,7 +159,7 @@ def test_schedulers(explicit):
     scheduler = lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.1)
     rates = []
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         for _ in range(5):
             before = bits(model)
             if explicit and not optimizer.perturbs_next:

