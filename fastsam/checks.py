@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
@@ -10,6 +11,21 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+#: What is said of parameters that DeepSpeed has taken over.
+ZERO = (
+    "fastsam does not serve DeepSpeed's ZeRO, which takes parameters and gradients apart and calls "
+    "step without a closure; use FSDP2 (torch.distributed.fsdp.fully_shard) or DDP instead"
+)
+
+#: Modules whose loops call ``step`` without a closure, once imported, and what serves there.
+CLOSURELESS = {
+    "lightning.pytorch": "in Lightning's 16-mixed, fastsam.lightning.MixedPrecision",
+    "pytorch_lightning": "in Lightning's 16-mixed, fastsam.lightning.MixedPrecision",
+    "transformers.trainer": "in Hugging Face's Trainer, fastsam.huggingface.SAMTrainer",
+    "accelerate": "in Accelerate, fastsam.accelerate.AcceleratedSAM",
+    "deepspeed": "instead of DeepSpeed's ZeRO, FSDP2 (torch.distributed.fsdp.fully_shard)",
+}
 
 
 def check_group(group: Mapping[str, Any], fused: bool, scales: bool) -> None:
@@ -76,15 +92,36 @@ def check_schedule(perturb_every: Any, start: Any, stop: Any) -> None:
 def check_closure(name: str, closure: Any) -> None:
     """What ``step`` was given."""
     if closure is None:
+        others = dict.fromkeys(use for module, use in CLOSURELESS.items() if module in sys.modules)
         raise RuntimeError(
             f"{name}.step needs a closure that computes the loss and calls backward; without one, "
-            "alternate first_step and second_step"
+            "alternate first_step and second_step; with a GradScaler, call step(closure, "
+            f"grad_scaler=scaler) instead of scaler.step{''.join('; ' + use for use in others)}"
         )
     if not callable(closure):
         raise TypeError(
             f"closure must be a function that computes the loss, calls backward and returns the "
             f"loss, got {type(closure).__name__}"
         )
+    check_accumulation(closure)
+
+
+def check_accumulation(closure: Any) -> None:
+    """Lightning's closure has the last micro-batch alone; the others have been accumulated."""
+    module = next(iter(getattr(closure, "args", None) or ()), None)
+    micro_batches = getattr(getattr(module, "_trainer", None), "accumulate_grad_batches", 1)
+    if isinstance(micro_batches, int) and micro_batches > 1:
+        raise RuntimeError(
+            "accumulate_grad_batches must be 1 with automatic optimization, which does not repeat "
+            f"the micro-batches before the last one for the second pass, got {micro_batches}; use "
+            "manual optimization, with a closure that runs all of them"
+        )
+
+
+def check_partitioned(params: Iterable[Tensor]) -> None:
+    """Parameters of DeepSpeed's ZeRO, stage 3, which are empty outside of their modules' passes."""
+    if any(hasattr(param, "ds_id") for param in params):
+        raise RuntimeError(ZERO)
 
 
 def check_lam(value: Any) -> float:
@@ -189,7 +226,10 @@ def check_keys(base: Optimizer, own: Sequence[str]) -> None:
 def check_tensors(param: Tensor, grad: Tensor, others: Sequence[Tensor], name: str) -> None:
     """A parameter and its gradient, among the others that take part in the step."""
     if grad.layout != torch.strided:
-        raise RuntimeError(f"{name} does not support sparse gradients, got {grad.layout}")
+        raise RuntimeError(
+            f"{name} does not support sparse gradients, got {grad.layout}; use a layer whose "
+            "gradient is dense, such as torch.nn.Embedding with sparse=False"
+        )
     if is_traceable_wrapper_subclass(param):  # a DTensor's shard is none
         raise RuntimeError(f"{name} does not support {type(param).__name__} parameters")
     if grad.shape != param.shape:
@@ -199,7 +239,8 @@ def check_tensors(param: Tensor, grad: Tensor, others: Sequence[Tensor], name: s
         )
     if param.is_complex() or grad.is_complex():
         raise RuntimeError(
-            f"{name} does not support complex gradients; optimize torch.view_as_real(param)"
+            f"{name} does not support complex gradients; make torch.view_as_real(param) the "
+            "parameter, and use torch.view_as_complex of it in the forward pass"
         )
     if torch._debug_has_internal_overlap(param) == 1:
         raise RuntimeError(

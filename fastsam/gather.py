@@ -12,7 +12,7 @@ from .bases import Base
 from .capture import check_state, is_captured, refuse
 from .precision import find_masters, find_places
 from .rules import Batch
-from .sharding import is_sharded, local_state
+from .sharding import check_shards, is_sharded, local_state
 from .stateful import StatefulOptimizer
 from .sweep import Prepared
 
@@ -65,6 +65,7 @@ class GatheringOptimizer(StatefulOptimizer):
         found: dict[Tensor, AscentState] = {}
         for param, i in zip(batch.owners, batch.groups, strict=True):
             old = self._ascent.state(self.state.get(param, {}), param, self.param_groups[i])
+            check_shards(old, param)
             found[param] = old, self._room_for(param, old)
         batch.ascent = [local_state(old) for old, _ in found.values()]
         batch.next = [local_state(new) for _, new in found.values()]
@@ -124,6 +125,7 @@ class GatheringOptimizer(StatefulOptimizer):
             batch.fresh[-1] = base.prepare(state, param, grad, self.param_groups[i], wide)
             if state:  # as in torch, a parameter without state has no entry
                 self.state[param] = state
+            check_shards(state, param)
             batch.states.append(local_state(state))
         if not any(batch.fresh) and not any(map(is_sharded, batch.owners)):
             batch.prepared = Prepared(batch, base, self.param_groups, everything)

@@ -17,6 +17,7 @@ from .capture import refuse
 from .checks import check_closure, check_lets, check_loss
 from .interrupts import uninterrupted
 from .optimizer import SharpnessAwareOptimizer
+from .replicas import average
 from .rules import Batch, Step
 from .stateful import uncompiled
 
@@ -187,6 +188,8 @@ class LETS(Optimizer):
         if not step.rescales:
             scalars[Scalar.COEFFICIENT].fill_(1)  # an earlier step may have rescaled
         self.optimizer._backend_for(batch).hypergradient(batch, backup, self.hessian, step, scalars)
+        if self.optimizer._replicas is not None:  # each has perturbed along its own gradient
+            average(scalars[Scalar.HYPERGRADIENT], self.optimizer._replicas)
         gap = losses[1] - losses[0]
         scalars = scalars.to(self._nu)  # the model may have moved to another device
         slope = -gap * scalars[Scalar.HYPERGRADIENT]  # rho h, the derivative by nu

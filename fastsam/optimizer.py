@@ -24,6 +24,7 @@ from .checks import (
 )
 from .passes import TwoPassOptimizer
 from .precision import check_precision, warn_of_rounding
+from .replicas import replicas_of
 from .rules import UNIFIED, Ascent, wide_dtype
 from .stateful import uncompiled, warn_user
 
@@ -153,10 +154,12 @@ class SharpnessAwareOptimizer(TwoPassOptimizer):
         self._check_groups()
         self._inside_step = True
         try:
-            loss = self._call(closure, self.ascent_context)
-            self._warn_of_no_gradients()
             zero_radius = all(_is_zero(group["rho"]) for group in self.param_groups)
-            if not self.perturbs_next or (self._may_skip_ascent and zero_radius):
+            perturbs = self.perturbs_next and not (self._may_skip_ascent and zero_radius)
+            # a gradient that the base takes as it is has to be synchronised, for one
+            loss = self._call(closure, self.ascent_context if perturbs else None)
+            self._warn_of_no_gradients()
+            if not perturbs:
                 self.plain_step(grad_scaler=grad_scaler)
                 return loss
             self.first_step(zero_grad=True, grad_scaler=grad_scaler)
@@ -212,6 +215,7 @@ class SharpnessAwareOptimizer(TwoPassOptimizer):
                 losses.append(self._call(closure, self.ascent_context))
                 self.first_step(zero_grad=True)
                 self._call(closure, self.descent_context)
+                self._check_reduced(self._collect("descent"))
                 for param in chain.from_iterable(group["params"] for group in self.param_groups):
                     if param.grad is not None:
                         share = param.grad.to(wide_dtype(param.grad)) / len(closures)
@@ -256,7 +260,10 @@ class SharpnessAwareOptimizer(TwoPassOptimizer):
     def _call(self, closure: Any, context: Context | None) -> Any:
         """What the closure returns, called as one pass."""
         self.zero_grad()
-        with self._in_closure(), context() if context else nullcontext(), torch.enable_grad():
+        manager = context() if context else nullcontext()
+        if context is self.ascent_context:
+            self._replicas = replicas_of(manager)
+        with self._in_closure(), manager, torch.enable_grad():
             return closure()
 
     @contextmanager

@@ -4,6 +4,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from .capture import is_captured
 from .checks import check_max_grad_norm
 from .gather import GatheringOptimizer
 from .interrupts import uninterrupted
+from .replicas import agree, replicas_of
 from .rules import Batch, LamRule, Step
 from .scaling import check_scaler, is_scaled, record, unscaled, write_scale
 from .sharding import local_state
@@ -27,6 +29,7 @@ class TwoPassOptimizer(GatheringOptimizer):
     """``first_step`` and ``second_step``, or ``plain_step``; and what a failure in them leaves."""
 
     _mix: LamRule | None = None  # SAMAR's
+    ascent_context: Any
     renormalize: bool
     max_grad_norm: float | None
 
@@ -67,7 +70,11 @@ class TwoPassOptimizer(GatheringOptimizer):
                 scalars[Scalar.GRAD_NORM].zero_()
                 scalars[Scalar.NEXT_SQUARED_NORMS] = scalars[Scalar.ASCENT_SQUARED_NORMS]
             self._firsts, self._pending = firsts, pending
+            self._saw_shards = any(batch.shardings)
             self._between_passes = True
+        if self._replicas is not None and (self.renormalize or self._is_scaled or self._records):
+            with self._restoring():
+                agree(scalars, self._replicas)
         if zero_grad:
             self.zero_grad()
         else:
@@ -99,7 +106,9 @@ class TwoPassOptimizer(GatheringOptimizer):
             if check_scaler(grad_scaler, self) is not self._scaler and grad_scaler is not None:
                 raise RuntimeError("grad_scaler has to be given to first_step as well")
             self._warn_of_stale_gradients()
-            self._descend(self._collect("descent"))
+            batch = self._collect("descent")
+            self._check_reduced(batch)
+            self._descend(batch)
         self._after_step(zero_grad)
 
     @uncompiled
@@ -197,9 +206,38 @@ class TwoPassOptimizer(GatheringOptimizer):
 
     def _begin_step(self, scaler: GradScaler | None, perturbs: bool) -> None:
         """Decide on the host what the step will be."""
+        if not self._inside_step:
+            self._replicas = replicas_of(self.ascent_context)
+        if perturbs and self._replicas is not None:
+            self._check_replicas()
         lam = self._next_lam()
         self._scaler, self._is_scaled = scaler, is_scaled(self, scaler)
         self._perturbs, self._lam = perturbs, lam
+
+    def _check_replicas(self) -> None:
+        """The update of replicas with first gradients of their own is the same for all."""
+        name = type(self).__name__
+        if self._mix is not None:
+            raise RuntimeError(
+                f"{name} mixes the first gradient into the update, so ascent_context cannot leave "
+                "the replicas' gradients apart: their weights would be different from then on"
+            )
+        if self.renormalize and any(group["adaptive"] for group in self.param_groups):
+            raise RuntimeError(
+                f"{name} renormalizes, in adaptive groups, by norms that depend on each replica's "
+                "own w + e, so ascent_context cannot leave the replicas' gradients apart"
+            )
+
+    def _check_reduced(self, batch: Batch) -> None:
+        """Sharded parameters that have a second gradient had a first one."""
+        if any(batch.shardings) and not self._saw_shards:
+            raise RuntimeError(
+                "the first pass left no gradients in sharded parameters and the second did: where "
+                "they are not reduced they are kept back, and added to the second ones. A rank "
+                "holds only its shard of the weights, and cannot perturb all of them along a "
+                "gradient of its own; on a mesh with replicas, "
+                "ascent_context=fastsam.per_replica(model) perturbs each replica along its own"
+            )
 
     def _scale(self, batch: Batch, slot: Scalar, scalars: Tensor) -> Batch:
         """The batch as the backend takes it, where its gradients carry a loss scale."""
@@ -336,7 +374,7 @@ class TwoPassOptimizer(GatheringOptimizer):
             seen = replace(batch, ascent=[], next=batch.next if diag else [{}] * len(batch.params))
             self._record = seen, self._backup if diag and step.adaptive else None, step
         if step.seed is not None:
-            scalars[Scalar.ROUNDING_STEP] += 1
+            scalars[Scalar.ROUNDING_STEP].add_(1)
         if self._scaler is not None and room is not None:
             record(self, self._scaler, scalars, room[1])
         self._end_step()

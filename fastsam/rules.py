@@ -31,7 +31,7 @@ class Ascent:
 
     Attributes:
         name: Selects the equation.
-        columns: The rule's own hyper-parameters, at most four, in the order in which the kernel
+        columns: The rule's own hyper-parameters, at most three, in the order in which the kernel
             reads them, from a group and Unified SAM's lam.
         states: Per-element state tensors: names, and what they hold before the first gradient.
             They are kept in float32, or in float64 for float64 parameters.

@@ -78,7 +78,7 @@ def write_scale(
         scalars[Scalar.FOUND_INF].zero_()
     for x in found:
         if x is not None:
-            x = torch.as_tensor(x, dtype=scalars.dtype)
+            x = torch.as_tensor(x, dtype=scalars.dtype).reshape(())  # a ShardedGradScaler's has one
             scalars[Scalar.FOUND_INF] += x.to(scalars.device, non_blocking=True)
 
 

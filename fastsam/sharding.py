@@ -29,6 +29,11 @@ def local(x: Any) -> Any:
     return x._local_tensor if is_sharded(x) else x
 
 
+def placements_of(x: Any) -> tuple[Any, ...] | None:
+    """How a tensor is sharded, by mesh dimension; None of one that is no ``DTensor``."""
+    return tuple(x.placements) if is_sharded(x) else None
+
+
 def local_grad(param: Any) -> Tensor | None:
     """The shard of the gradient that belongs to this process's shard of the parameter."""
     grad: Tensor | None = param.grad
@@ -40,11 +45,31 @@ def local_grad(param: Any) -> Tensor | None:
             f"{type(grad).__name__} of shape {tuple(grad.shape)}"
         )
     found: Any = grad
-    if tuple(found.placements) != tuple(param.placements):
-        grad = found.redistribute(param.device_mesh, param.placements)
+    if placements_of(found) != placements_of(param):
+        # what it comes to, once for both passes and for a base optimizer that reads it there
+        grad = param.grad = found.redistribute(param.device_mesh, param.placements)
     shard: Any = local(grad)
     waited: Tensor = shard.wait() if hasattr(shard, "wait") else shard
     return waited
+
+
+def check_shards(state: dict[str, Any], param: Any) -> None:
+    """State tensors of a parameter's shape are sharded as it is.
+
+    Raises:
+        RuntimeError: If one is not; the passes would walk over its memory's end.
+    """
+    if not (is_sharded(param) or any(map(is_sharded, state.values()))):
+        return
+    where = placements_of(param)
+    for name, x in state.items():
+        if isinstance(x, Tensor) and x.dim() and x.shape == param.shape:
+            found = placements_of(x)
+            if found != where:
+                raise RuntimeError(
+                    f"state {name!r} has to be sharded as its parameter is, {where}, got {found}: "
+                    "load it with torch.distributed.checkpoint"
+                )
 
 
 def local_state(state: dict[str, Any]) -> dict[str, Any]:
@@ -68,7 +93,7 @@ def sharding_of(param: Any) -> Sharding:
             raise RuntimeError(
                 f"parameters must be sharded or replicated, got placements {param.placements}"
             )
-        if placement.is_shard():
+        if not placement.is_replicate():
             groups.append(mesh.get_group(dim))
     return tuple(groups)
 
@@ -79,7 +104,7 @@ def coordinate_of(param: Any) -> int:
         return 0
     mesh, number = param.device_mesh, 0
     for dim, placement in enumerate(param.placements):
-        if placement.is_shard():
+        if not placement.is_replicate():
             number = number * mesh.size(dim) + mesh.get_local_rank(dim)
     return number
 

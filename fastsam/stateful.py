@@ -19,7 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import backends
 from .bases import Base
-from .checks import check_group, check_theta, check_uncorrected
+from .checks import check_group, check_partitioned, check_theta, check_uncorrected
 from .precision import check_dtypes
 from .rules import Ascent, Batch, Step
 from .sweep import Sweep
@@ -64,7 +64,8 @@ class StatefulOptimizer(Optimizer):
     _transient = ("_backup", "_pending", "_firsts", "_between_passes", "_inside_step", "_perturbs",
                   "_lam", "_scalars", "_backends", "_records", "_record", "_spare",
                   "_sweeps", "_served", "_was_captured", "_made", "_inside_closure", "_is_scaled",
-                  "_was_scaled", "_scaler", "_seen", "_warned")  # fmt: skip
+                  "_was_scaled", "_scaler", "_seen", "_warned", "_replicas",
+                  "_saw_shards")  # fmt: skip
 
     def _start(self) -> None:
         """Set what lives only as long as this process: nothing here is saved."""
@@ -86,6 +87,9 @@ class StatefulOptimizer(Optimizer):
         self._scaler: GradScaler | None = None  # of the present step
         self._is_scaled = False  # whether the present step's gradients are, or the last one's
         self._was_scaled = False  # whether the device's scalars say so
+        # the process group of replicas that have first gradients of their own
+        self._replicas: Any = None
+        self._saw_shards = False  # whether sharded parameters had a first gradient
         # gradients that the first pass left: parameter, gradient, its version
         self._seen: list[tuple[Tensor, weakref.ref[Tensor], int]] = []
         self._warned = False  # of a misuse: once
@@ -100,12 +104,14 @@ class StatefulOptimizer(Optimizer):
 
         Raises:
             ValueError: If a hyper-parameter is out of range; nothing has been added then.
+            RuntimeError: If DeepSpeed has partitioned a parameter (ZeRO, stage 3); the same.
         """
         self._check_group(self.defaults | param_group)
         super().add_param_group(param_group)
         try:
+            check_partitioned(self.param_groups[-1]["params"])
             check_dtypes(self.param_groups[-1]["params"], self.rounding)
-        except ValueError:
+        except (RuntimeError, ValueError):
             self.param_groups.pop()
             raise
 

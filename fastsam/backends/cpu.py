@@ -80,6 +80,8 @@ def ascend(batch: Batch, step: Step, scalars: Tensor, memory: Memory) -> Scratch
     weights = at_weights(batch)
     slow = {k: reference.advance_one(batch, k, step) for k in others}
     directions = batch.grads
+    if step.ascent.name != "unified" and not any(batch.next):
+        directions = [equations.direction(step.ascent.name, g, {}) for g in batch.grads]
     if step.ascent.name == "ema":
         average(batch, parts, starting=False)
         directions = [state["ema"] for state in batch.next]
