@@ -113,7 +113,12 @@ class Sampling:
 
 
 class StepSizes(NamedTuple):
-    """What the theory sets, under the names that parameter groups have for it."""
+    """What the theory sets, under the names that parameter groups have for it.
+
+    Args:
+        rho: Radius of the perturbation, above 0.
+        lr: Learning rate, above 0.
+    """
 
     rho: float
     lr: float

@@ -104,6 +104,8 @@ def record(execute: bool = True) -> Iterator[Log]:
         return store(self, pointers, value, mask, *args, **kwargs)
 
     def recording_run(self, *args, grid, warmup, **kwargs):
+        if warmup:  # compiles, and launches nothing
+            return
         log.launches.append(Launch(_variant(self, args, kwargs), grid))
         if not execute:
             return

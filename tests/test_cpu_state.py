@@ -18,7 +18,7 @@ from test_scratch import (
 )
 
 import fastsam
-from fastsam.backends import cpu, cpu_update, pieces, reference, scratch
+from fastsam.backends import cpu, cpu_update, measures, pieces, scratch
 
 from registry import BASES, create
 
@@ -52,8 +52,8 @@ FAULTS = [
     ("first", torch, "_fused_adamw_", "lightsam-3", ""),
     ("first", torch, "aminmax", "lightsam-3", ""),
     ("first", torch, "_fused_adagrad_", "lightsam-2", ""),
-    ("first", reference, "finish_ascent", "unified-1/t", "adamw"),
-    ("first", reference, "finish_ascent", "lightsam-1", ""),
+    ("first", measures, "finish_ascent", "unified-1/t", "adamw"),
+    ("first", measures, "finish_ascent", "lightsam-1", ""),
     ("first", BACKUP, "move", "vasso", "adamw"),
     ("first", scratch, "_count_as_changed", "lightsam-1", ""),
     ("second", cpu, "split", "unified-1/t", "adagrad"),
@@ -61,10 +61,10 @@ FAULTS = [
     ("second", torch, "_foreach_norm", "sam-clip", "adam-amsgrad"),
     ("second", torch, "_foreach_mul_", "ssam-adaptive-clip", "sgd-momentum"),
     ("second", torch, "stack", "samar", "sgd-momentum"),
-    ("second", reference, "finish_descent", "samar", "sgd-momentum"),
-    ("second", reference, "finish_descent", "sam", "adagrad_norm"),
-    ("second", reference, "finish_descent", "lightsam-1", ""),
-    ("second", reference, "adapt", "samar", "adagrad_norm"),  # as where a user's rule fails
+    ("second", measures, "finish_descent", "samar", "sgd-momentum"),
+    ("second", measures, "finish_descent", "sam", "adagrad_norm"),
+    ("second", measures, "finish_descent", "lightsam-1", ""),
+    ("second", measures, "adapt", "samar", "adagrad_norm"),  # as where a user's rule fails
     ("second", cpu.Update, "__init__", "sam", "sgd-momentum"),
     ("second", cpu.Update, "__init__", "vasso-all", "adamw"),
     ("second", cpu.Update, "__init__", "samar", "sgd-momentum"),

@@ -20,7 +20,9 @@ def run(*command):
     return done.stdout
 
 
-@pytest.mark.parametrize("arguments", [["check"], ["format", "--check"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [["check", "--output-format", "concise"], ["format", "--check"]], ids=" ".join
+)
 def test_ruff(arguments):
     run("ruff", *arguments)
 
