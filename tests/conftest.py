@@ -25,33 +25,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
-class _Patched:
-    def restore(self) -> None:
-        """Leave the language patched: this process compiles nothing."""
-
-
 @pytest.fixture(scope="session", autouse=True)
 def _quick_interpreter():
-    """Let the interpreter patch Triton's language once, not again in every nested call.
-
-    The repeats do nothing, and would be half of the suite's time.
-    """
     if "TRITON_INTERPRET" not in os.environ:
         yield
         return
-    import triton.language as tl
-    from triton.runtime import interpreter
+    from quick_interpreter import quick
 
-    patch = interpreter._patch_lang
-    done: set[int] = set()
-
-    def patch_once(fn):
-        modules = {id(x) for x in fn.__globals__.values() if x is tl or x is tl.core}
-        if not modules <= done:
-            patch(fn)
-            done.update(modules)
-        return _Patched()
-
-    interpreter._patch_lang = patch_once
-    yield
-    interpreter._patch_lang = patch
+    with quick():
+        yield

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 TIMEOUT, GRACE = 120.0, 3.0
 
 # Children are forked from a process that has imported all this and done nothing with it.
-_PRELOADED = ["torch", "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp",
+_PRELOADED = ["pytest", "torch", "torch._dynamo", "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp",
               "torch.distributed.tensor.parallel", "fastsam"]  # fmt: skip
 
 

@@ -6,10 +6,15 @@ import os
 import time
 
 import numpy as np
-import processes
 import pytest
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import fastsam
+
+import processes
+from conftest import DEVICE
 from processes import (
     Fleet,
     are_equal_everywhere,
@@ -19,11 +24,6 @@ from processes import (
     small_network,
     train,
 )
-from torch.nn.parallel import DistributedDataParallel
-
-import fastsam
-
-from conftest import DEVICE
 from registry import (
     BACKENDS,
     COMBINATIONS,
@@ -86,7 +86,7 @@ def one_process(rank, size, combinations, backend, steps, device="cpu"):
 @pytest.mark.parametrize(
     ("size", "backend", "combinations", "steps"),
     [
-        (2, "torch", COMBINATIONS, 4),
+        (2, "torch", COMBINATIONS, 3),
         (4, "torch", COMBINATIONS[::8], 2),
         (2, "reference", [(method, "adamw") for method in METHODS], 3),
         pytest.param(2, "triton", [("ssam", "adamw"), ("lightsam-3", "")], 1, marks=INTERPRETED),

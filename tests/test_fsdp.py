@@ -3,11 +3,9 @@
 import contextlib
 
 import numpy as np
-import processes
 import pytest
 import torch
 import torch.distributed as dist
-from processes import Fleet, are_equal_everywhere, data, difference, network, train
 from test_ddp import INTERPRETED, formula, gpus
 from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.device_mesh import init_device_mesh
@@ -17,6 +15,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 import fastsam
 
+import processes
+from processes import Fleet, are_equal_everywhere, data, difference, network, train
 from registry import BACKENDS, COMBINATIONS, METHODS, Base, build, create, numpy
 
 FOREIGN = Base(torch.optim.RMSprop, "", {"lr": 0.01, "eps": 1e-3, "weight_decay": 0.01})
@@ -109,21 +109,21 @@ def one_process(rank, size, kind, combinations, backend, steps, device="cpu"):
 EVERYTHING = COMBINATIONS + [
     (name, "rmsprop") for name, method in METHODS.items() if method.bases[0] in ("sgd", "adamw")
 ]
-FEW = [("ssam-adaptive-clip", "adamw"), ("samar", "adagrad_norm"), ("lightsam-1", "")]
+FEW = [("vasso-all", "adamw"), ("samar", "adagrad_norm")]
 
 
 @pytest.mark.parametrize(
     ("kind", "size", "backend", "combinations", "steps"),
     [
-        ("sharded", 2, "torch", EVERYTHING, 3),
-        ("sharded", 4, "torch", EVERYTHING[::5], 3),
-        ("replicated", 4, "torch", EVERYTHING[1::5], 3),
-        ("mixed", 2, "torch", EVERYTHING[2::3], 3),
-        ("mixed", 2, "reference", [(name, "adamw") for name in METHODS], 3),
+        ("sharded", 2, "torch", EVERYTHING, 2),
+        ("sharded", 4, "torch", EVERYTHING[::11], 3),
+        ("replicated", 4, "torch", EVERYTHING[1::8], 3),
+        ("mixed", 2, "torch", EVERYTHING[2::6], 3),
+        ("mixed", 2, "reference", [(name, "adamw") for name in METHODS], 2),
         ("copied", 2, "torch", EVERYTHING[3::12], 2),
-        ("replicated", 4, "reference", EVERYTHING[::12], 2),
+        ("replicated", 4, "reference", EVERYTHING[::16], 2),
         pytest.param("mixed", 2, "triton", FEW, 1, marks=INTERPRETED),
-        pytest.param("sharded", 4, "triton", [("vasso-all", "sgd-momentum")], 1, marks=INTERPRETED),
+        pytest.param("sharded", 4, "triton", [("sam", "sgd")], 1, marks=INTERPRETED),
     ],
 )
 def test_equal_to_one_process(kind, size, backend, combinations, steps):
@@ -589,13 +589,13 @@ def test_ranks_have_no_perturbation_of_their_own(kind, setting, how):
 def half_precision(rank, size, kind, kwargs, backend):
     """The same gradients for shards and for one process: only norms may be rounded differently."""
     results = {"difference": 0.0, "master": 0.0, "same": True, "moved": 1.0}
-    for method in ("sam", "vasso", "lightsam-3"):
+    for method in ["sam"] if backend == "triton" else ["ssam", "vasso", "lightsam-3"]:
         model, alone = (network(torch.bfloat16) for _ in range(2))
         sharded(model, kind)
         several = [made(method, "adamw", m.parameters(), backend, **kwargs) for m in (model, alone)]
         before = whole(model.parameters())
         generator = torch.Generator().manual_seed(0)
-        for half in ("first_step", "second_step") * 3:
+        for half in ("first_step", "second_step") * (1 if backend == "triton" else 3):
             for p, q in zip(model.parameters(), alone.parameters(), strict=True):
                 q.grad = torch.randn(q.shape, generator=generator).to(q.dtype)
                 p.grad = q.grad

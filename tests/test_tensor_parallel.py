@@ -1,10 +1,8 @@
 """Tensor-parallel parameters: sharded, replicated or plain, alone and with FSDP2 on top."""
 
-import processes
 import pytest
 import torch
 import torch.distributed as dist
-from processes import Fleet, data, difference, train
 from test_ddp import INTERPRETED
 from test_fsdp import EVERYTHING, closure_of, made, same, snapshot, squared_error, whole
 from torch import nn
@@ -18,6 +16,9 @@ from torch.distributed.tensor.parallel import (
     SequenceParallel,
     parallelize_module,
 )
+
+import processes
+from processes import Fleet, data, difference, train
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -80,11 +81,11 @@ def one_process(rank, size, combinations, backend, steps):
 @pytest.mark.parametrize(
     ("size", "backend", "combinations", "steps"),
     [
-        (2, "torch", EVERYTHING[::4], 3),
-        (2, "reference", EVERYTHING[2::12], 3),
+        (2, "torch", EVERYTHING[::6], 3),
+        (2, "reference", EVERYTHING[2::16], 3),
         pytest.param(2, "triton", [("samar-all", "adagrad_norm")], 1, marks=INTERPRETED),
-        (4, "torch", EVERYTHING[1::8], 3),
-        (4, "reference", EVERYTHING[3::24], 2),
+        (4, "torch", EVERYTHING[1::16], 3),
+        (4, "reference", EVERYTHING[3::40], 2),
         pytest.param(4, "triton", [("ssam-adaptive-clip", "adamw")], 1, marks=INTERPRETED),
     ],
 )
