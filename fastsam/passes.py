@@ -340,6 +340,10 @@ class TwoPassOptimizer(GatheringOptimizer):
                 if self._backup is not None:
                     self._backup.restore()
                 scalars[Scalar.ACCEPTED].fill_(1)
+                scalars[Scalar.PERTURBED_GRAD_NORM].zero_()
+                scalars[Scalar.SHARPNESS].zero_()
+                scalars[Scalar.RENORMALIZATION].fill_(1)
+                scalars[Scalar.USED_LAM] = scalars[Scalar.LAM]
                 scalars[Scalar.ASCENT_SQUARED_NORMS] = scalars[Scalar.NEXT_SQUARED_NORMS]
                 self._complete(batch, step, scalars, room)
 

@@ -20,7 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from . import backends
 from .bases import Base
 from .checks import check_group, check_partitioned, check_theta, check_uncorrected
-from .precision import check_dtypes
+from .precision import MASTER, check_dtypes
 from .rules import Ascent, Batch, Step
 from .sweep import Sweep
 
@@ -172,18 +172,33 @@ class StatefulOptimizer(Optimizer):
                 "expected second_step: an optimizer cannot be copied or pickled between passes"
             )
         # hooks stay behind as in torch, and so does the wrapper that an LR scheduler puts on step
-        return {
+        kept = {
             key: value
             for key, value in self.__dict__.items()
-            if key not in (*self._transient, "step") and not key.endswith("_hooks")
+            if key not in (*self._transient, "step", "base_optimizer") and key[-6:] != "_hooks"
         }
+        base = self.base_optimizer.__getstate__()
+        own = {key: x for key, x in base.items() if key not in ("state", "param_groups")}
+        return kept | {"_base_parts": (type(self.base_optimizer), own)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        base, parts = state.pop("_base_parts", (None, {}))
         super().__setstate__(state)
-        if "_backends" not in self.__dict__:  # a copy, not load_state_dict
+        if base is not None:  # a copy, not load_state_dict
             self._start()
-        # the base goes on sharing both, and completes groups that older versions of torch saved
-        self.base_optimizer.__setstate__({"state": self.state, "param_groups": self.param_groups})
+            self.base_optimizer = base.__new__(base)
+        # The base goes on sharing both, and completes what older versions of torch saved. It takes
+        # a parameter with any state for one that it has begun with.
+        not_its = {MASTER}.union(*map(self._ascent.states, self.param_groups))
+        begun = {
+            key: held
+            for key, held in self.state.items()
+            if not (isinstance(held, dict) and not_its.issuperset(held))
+        }
+        shared = {"state": defaultdict(dict, begun), "param_groups": self.param_groups}
+        self.base_optimizer.__setstate__(parts | shared)
+        self.base_optimizer.state = self.state
 
     # --- around a step ---
 

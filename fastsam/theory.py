@@ -115,7 +115,7 @@ class Sampling:
 class StepSizes(NamedTuple):
     """What the theory sets, under the names that parameter groups have for it.
 
-    Args:
+    Attributes:
         rho: Radius of the perturbation, above 0.
         lr: Learning rate, above 0.
     """

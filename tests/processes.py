@@ -30,8 +30,9 @@ from torch import Tensor, nn
 TIMEOUT, GRACE = 120.0, 3.0
 
 # Children are forked from a process that has imported all this and done nothing with it.
-_PRELOADED = ["pytest", "torch", "torch._dynamo", "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp",
-              "torch.distributed.tensor.parallel", "fastsam"]  # fmt: skip
+_PRELOADED = ["pytest", "torch", "torch._dynamo", "torch.distributed.checkpoint.state_dict",
+              "torch.distributed.fsdp", "torch.distributed.tensor.parallel",
+              "fastsam"]  # fmt: skip
 
 
 class Failed(AssertionError):
@@ -111,6 +112,14 @@ class Team:
         self._directory.cleanup()
 
 
+def _interpreter() -> AbstractContextManager[Any]:
+    if "TRITON_INTERPRET" not in os.environ:
+        return nullcontext()
+    import quick_interpreter
+
+    return quick_interpreter.quick()
+
+
 def _serve(rank: int, size: int, backend: str, directory: str, pipe: Connection) -> None:
     """The life of one process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is the parent that a user interrupts
@@ -124,7 +133,7 @@ def _serve(rank: int, size: int, backend: str, directory: str, pipe: Connection)
         timeout=timedelta(seconds=TIMEOUT),
     )  # fmt: skip
     warnings.simplefilter("ignore")
-    with contextlib.suppress(EOFError):  # the parent has closed its end
+    with contextlib.suppress(EOFError), _interpreter():  # the parent has closed its end
         while True:
             task = pipe.recv_bytes()
             torch.manual_seed(0)

@@ -2,8 +2,9 @@
 
 A page's ``python`` blocks run in order and share their names. A ``text`` block right after one
 quotes the error or warning that it has to give. ``python torchrun`` blocks run in two processes,
-``python gpu`` blocks where there is a GPU, ``python frameworks`` blocks where these are; the ``diff`` blocks of the page on adding a method are
-applied to a copy of the library, whose tests of that method then pass.
+``python gpu`` blocks where there is a GPU, ``python frameworks`` blocks where these are installed;
+the ``diff`` blocks of the page on adding a method are applied to a copy of the library, whose tests
+of that method then pass.
 """
 
 import os

@@ -84,6 +84,8 @@ def radius(group: Group, step: Step, scalars: Sequence[float] | Tensor) -> Any:
     A 0-dim tensor; a number where the scalars are numbers.
     """
     rho, norm = group["rho"], scalars[Scalar.ASCENT_NORM]
+    if isinstance(rho, Tensor) and not isinstance(scalars, Tensor):
+        rho = float(rho)  # else a 0-dim float32 would round what is a number here
     usable = (norm > 0) & (norm < math.inf)
     if step.ascent.name == "unified":  # SAM at lam = 1, USAM at lam = 0
         return where(usable, rho * (1 - step.lam + step.lam / (norm + EPS)))

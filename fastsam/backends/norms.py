@@ -66,7 +66,8 @@ def _square(
         x, i = vectors[k], batch.groups[k]
         group = step.groups[i]
         adaptive = memory is not None and group["adaptive"]
-        if x.dtype not in SERVED or (adaptive and not served([batch.params[k], x])):
+        in_order = x.is_contiguous() or is_dense(x)  # else the operators lose precision
+        if not in_order or x.dtype not in SERVED or (adaptive and not served([batch.params[k], x])):
             x = equations.wide(x)
             x = equations.element_scale(batch.params[k], group) * x if adaptive else x
             norms.append((k, torch.linalg.vector_norm(x, dtype=like.dtype)))
@@ -78,7 +79,7 @@ def _square(
     def measure(which: list[int], xs: list[Tensor]) -> None:
         small, tensors = [], []
         for k, x in zip(which, xs, strict=True):
-            if x.numel() < LARGE or not is_dense(x):
+            if x.numel() < LARGE:
                 small.append(k)
                 tensors.append(x)
             else:  # a dot product is faster than a norm, and more accurate
