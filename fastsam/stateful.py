@@ -194,7 +194,7 @@ class StatefulOptimizer(Optimizer):
         begun = {
             key: held
             for key, held in self.state.items()
-            if not (isinstance(held, dict) and not_its.issuperset(held))
+            if isinstance(held, dict) and not not_its.issuperset(held)
         }
         shared = {"state": defaultdict(dict, begun), "param_groups": self.param_groups}
         self.base_optimizer.__setstate__(parts | shared)

@@ -42,6 +42,9 @@ def public_methods(cls):
     for name in dir(cls):
         owner = next((c for c in cls.__mro__ if name in vars(c)), None)
         value = inspect.getattr_static(cls, name)
+        # torch puts a wrapper of step into every class of which there has been an optimizer
+        holder = getattr(value, "__qualname__", "").partition(".")[0]
+        owner = next((c for c in cls.__mro__ if c.__name__ == holder), owner)
         is_method = callable(value) or isinstance(value, property | classmethod | staticmethod)
         if owner and is_method and not name.startswith("_") and "fastsam" in owner.__module__:
             yield name, owner
