@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 #: Seconds for one case, of which one process may take the rest where another has failed.
-TIMEOUT, GRACE = 120.0, 3.0
+TIMEOUT, GRACE = 300.0, 3.0
 
 # Children are forked from a process that has imported all this and done nothing with it.
 _PRELOADED = ["pytest", "torch", "torch._dynamo", "torch.distributed.checkpoint.state_dict",

@@ -59,14 +59,6 @@ def optimizers(fleet, combinations, backend="torch", **kwargs):
     ]
 
 
-def state_tensors(optimizer):
-    """Everything in a state dict that is a tensor."""
-    state = optimizer.state_dict()
-    groups = [x for group in state["param_groups"] for x in group.values()]
-    states = [x for one in state["state"].values() for x in one.values()]
-    return [x for x in groups + states if isinstance(x, torch.Tensor)]
-
-
 def wrapped(module, **kwargs):
     return DistributedDataParallel(module, **kwargs)
 

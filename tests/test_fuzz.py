@@ -19,6 +19,17 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, seed, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from faults import Allocations, kernels
 from fuzzing import (
     REPORTED,
     SEEN,
@@ -40,17 +51,6 @@ from fuzzing import (
     saved,
     shadow,
 )
-from hypothesis import HealthCheck, seed, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    initialize,
-    precondition,
-    rule,
-    run_state_machine_as_test,
-)
-
-from faults import Allocations, kernels
 
 CASES = int(os.environ.get("FASTSAM_FUZZ_CASES", "0"))
 SEED = int(os.environ.get("FASTSAM_FUZZ_SEED", "0"))
