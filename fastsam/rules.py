@@ -177,7 +177,7 @@ class Layout:
         groups: Index of each parameter's group.
         addresses: Where the parameters are.
         sizes: Their numbers of elements.
-        dtypes: Of the gradients.
+        dtypes: Of the parameters, then of the gradients.
         strides: Of the parameters, then of the gradients.
         contiguous: Whether all of them are.
         owners: The optimizer's parameters, of which ``params`` may be shards.

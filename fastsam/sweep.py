@@ -81,7 +81,7 @@ class Sweep:
                 groups=indices,
                 addresses=list(map(Tensor.data_ptr, params)),
                 sizes=list(map(Tensor.numel, params)),
-                dtypes=[grad.dtype for grad in grads],
+                dtypes=[x.dtype for x in chain(params, grads)],
                 strides=list(map(Tensor.stride, chain(params, grads))),
                 contiguous=all(map(Tensor.is_contiguous, chain(params, grads))),
                 owners=owners,
@@ -109,9 +109,13 @@ def _fits(layout: Layout, grads: list[Tensor], addresses: list[int], again: bool
         return False
     if not again and list(map(Tensor.numel, grads)) != layout.sizes:  # shrunk where it was
         return False
-    # dtypes are looked at only where a gradient moved: a cast one is elsewhere
-    if addresses != layout.seen and [grad.dtype for grad in grads] != layout.dtypes:
-        return False
+    # dtypes are looked at only where a gradient moved: a cast tensor is elsewhere, if not empty
+    if 0 in addresses:
+        if [x.dtype for x in chain(layout.params, grads)] != layout.dtypes:
+            return False
+    elif addresses != layout.seen:
+        if [grad.dtype for grad in grads] != layout.dtypes[len(grads) :]:
+            return False
     tensors = grads if again else chain(layout.params, grads)
     if layout.contiguous:
         return all(map(Tensor.is_contiguous, tensors))

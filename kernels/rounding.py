@@ -43,6 +43,7 @@ def round_weight(x, index, key, dtype: tl.constexpr, STOCHASTIC: tl.constexpr):
     cut off, carry into the upper one with the right probability.
     """
     if STOCHASTIC and dtype == tl.bfloat16:
+        x = x.to(tl.float32)  # from float64 where a gradient is
         bits = x.to(tl.uint32, bitcast=True)
         noise = mix(index.to(tl.uint32) * tl.full([], 0x9E3779B1, tl.uint32) + key) & 0xFFFF
         rounded = ((bits + noise) & 0xFFFF0000).to(tl.float32, bitcast=True)

@@ -290,11 +290,16 @@ def test_the_fast_path_is_taken(method, base, small_pieces, monkeypatch):
     names += ["measure_mixture"] * (method in ("samar", "samar-callable"))  # not adaptive
     for name in names:
         monkeypatch.setattr(reference, name, refuse)
-    shapes = [(4, 4, 5, 2), (8,), (3, 2, 2, 2), ()]
+    shapes = [(4, 4, 5, 2), (8,), (3, 2, 2, 2), (), (1, 3)]
     params = [torch.nn.Parameter(torch.ones(shape)) for shape in shapes]
     params[0].data = params[0].data.to(memory_format=torch.channels_last)
-    groups = [{"params": [0, 1]}, {"params": [2, 3], "lr": 0.01}]
+    groups = [{"params": [0, 1]}, {"params": [2, 3, 4], "lr": 0.01}]
     optimizer = build(METHODS[method], BASES[base], params, groups, "torch")
+
+    def gradient(k, p):  # the last has another stride, which means nothing, in its first dimension
+        g = torch.sin(3 * p.detach())
+        return g.as_strided(p.shape, (1, 1)) if k == 4 else g
+
     for _ in range(2):
-        own_step(optimizer, params)
+        own_step(optimizer, params, gradient)
     assert all((p != 1).all() for p in params)

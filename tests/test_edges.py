@@ -13,6 +13,7 @@ from registry import (
     DEVICE,
     DTYPES,
     METHODS,
+    Dtypes,
     base_of,
     build,
     build_oracle,
@@ -211,6 +212,34 @@ def test_mixed_dtypes_in_one_optimizer(backend):
     for p, a in zip(params, arrays, strict=True):  # gamma = 1/2, so u = 1
         expected = torch.from_numpy(a - 0.5).to(DEVICE, p.dtype)
         torch.testing.assert_close(p.detach(), expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("method", "base"), CASES + [("lightsam-3-all", ""), ("vasso-all", "adam")]
+)
+@pytest.mark.parametrize(
+    ("param", "grad", "tolerance"),
+    [
+        ("float64", "float32", 2e-6),  # norms are those of float32
+        ("float64", "bfloat16", 2e-6),
+        ("float32", "float64", 2e-6),
+        ("bfloat16", "float64", 0.04),  # weights up to 3, rounded in every step
+    ],
+)
+@pytest.mark.filterwarnings("ignore:some parameters are float16 or bfloat16")
+def test_gradients_of_another_dtype(param, grad, tolerance, method, base, backend):
+    dtypes, groups = Dtypes(param, grad), [{"params": [0, 1, 2]}]
+    problem = oracles.Problem([(5, 3), (), (1025,)], seed=1)
+    params = parameters(problem.initial(), dtypes)
+    optimizer = build(METHODS[method], base_of(method, base), params, groups, backend)
+    oracle = build_oracle(METHODS[method], base_of(method, base), params, groups, dtypes)
+    for _ in range(3):
+        for half in (optimizer.first_step, optimizer.second_step):
+            set_grads(params, problem.grad(numpy(params)), dtypes)
+            half()
+        oracle.step(problem.grad)
+    compare(params, oracle, tolerance)
 
 
 # Gradients that come and go.

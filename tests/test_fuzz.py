@@ -31,7 +31,6 @@ from hypothesis.stateful import (
 
 from faults import Allocations, kernels
 from fuzzing import (
-    REPORTED,
     SEEN,
     STREAMS,
     Comparison,
@@ -395,8 +394,6 @@ class Fuzz(RuleBasedStateMachine):
             elif kind == "zero":
                 param.data.zero_()
             elif kind == "cast" and self.config.is_fused and param.dtype != torch.float64:
-                if not param.numel() and "cast" in REPORTED:
-                    return
                 wide = param.dtype == torch.float32
                 param.data = param.data.to(torch.bfloat16 if wide else torch.float32)
                 param.grad = None
@@ -420,8 +417,9 @@ def check_gradients(side: Side, feed: Feed) -> None:
         return
     for param, g in zip(side.params, feed.recorded[side.calls - 1], strict=True):
         if param.grad is not None:
-            assert g is not None
-            assert first_change({"gradient": g}, {"gradient": param.grad.to(g.dtype)}) is None
+            assert g is not None  # autograd may give a NaN another sign
+            same = (param.grad == g) | (param.grad.isnan() & g.isnan())
+            assert same.all(), f"{param.grad} is not {g}"
 
 
 def check_finite(before: dict[str, Any], after: dict[str, Any], feed: Feed) -> None:

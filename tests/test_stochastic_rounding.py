@@ -271,3 +271,15 @@ def test_elements_count_in_memory_order(kind, backend):
     give([param], [x])
     optimizer.first_step()
     assert torch.equal(param, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float64_gradients_take_the_same_bits(backend):
+    values = [tensor(values_of(1025)), tensor(values_of(1))[0]]  # exact in float32
+    params = zeros(*(x.shape for x in values))
+    for p in params:
+        p.grad_dtype = torch.float64
+    optimizer = usam(params, backend)
+    give(params, [x.double() for x in values])
+    optimizer.first_step()
+    assert same(params, rounded(values))

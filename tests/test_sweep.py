@@ -132,6 +132,20 @@ def test_a_radius_that_was_zero(backend):
     compare(backend, make, change, steps=3)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.filterwarnings("ignore:some parameters are float16 or bfloat16")
+def test_an_empty_parameter_that_was_cast(backend):
+    """Its address stays 0; what shows the new dtype is the state that is created next."""
+    params = parameters((3,), (0,))
+    optimizer = fastsam.SAM(params, torch.optim.Adam, lr=0.1, backend=backend)
+    step(optimizer, params)
+    params[1].data = params[1].data.bfloat16()
+    params[1].grad = None
+    del optimizer.state[params[1]]
+    step(optimizer, params)
+    assert optimizer.state[params[1]]["exp_avg"].dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "reference"])
 def test_gradients_come_and_go(backend):
     results = []

@@ -72,7 +72,7 @@ def update_one(
     if before is param and backup is not None:
         before = backup.copies.get(param, param)
     w = wide(before).clone()
-    u = final_gradient(batch, k, step, scalars)
+    u = final_gradient(batch, k, step, scalars).to(w.dtype)  # a parameter's may be another
     names = step.base.states(group)
     state = {name: wide(stored[name]).clone() for name in names}
     if step.base.counts_steps:

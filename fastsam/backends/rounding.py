@@ -54,4 +54,4 @@ def rounded(x: Tensor, batch: Batch, k: int, step: Step, scalars: Tensor, descen
         return x
     count = 2 * scalars[Scalar.ROUNDING_STEP].long() + descends
     key = mix(tensor_key(step.seed, batch.places[k]) ^ mix(count & LOW))
-    return add_noise(x, param, key)
+    return add_noise(x.float(), param, key)

@@ -39,8 +39,13 @@ ALONE = references(torch.empty(1)) or -1
 
 
 def alike(x: Tensor, y: Tensor) -> bool:
-    """Whether two tensors have one layout."""
-    return (x.dtype, x.shape, x.stride()) == (y.dtype, y.shape, y.stride())
+    """Whether two tensors have one layout; a dimension of one element has any stride."""
+    if x.dtype != y.dtype or x.shape != y.shape:
+        return False
+    strides = x.stride(), y.stride()
+    return strides[0] == strides[1] or all(
+        a == b for a, b, size in zip(*strides, x.shape, strict=True) if size != 1
+    )
 
 
 def is_alone(x: Tensor) -> bool:
