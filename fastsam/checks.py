@@ -247,7 +247,8 @@ def check_tensors(param: Tensor, grad: Tensor, others: Sequence[Tensor], name: s
             f"{name} needs parameters whose elements have memory of their own, got one of shape "
             f"{tuple(param.shape)} and strides {param.stride()}; optimize a clone"
         )
-    if others and param.device != others[0].device:
+    if others and param.device.type != others[0].device.type:
         raise RuntimeError(
-            f"{name} needs all parameters on one device, got {others[0].device} and {param.device}"
+            f"{name} needs all parameters on devices of one type, got {others[0].device} and "
+            f"{param.device}"
         )

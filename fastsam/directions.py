@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .backends import new_scalars
 from .backends.equations import wide
+from .backends.lockstep import complete
 from .backends.measures import dot, global_norm
 from .flatness import Offsets, Probe, add
 from .rules import wide_dtype
@@ -79,12 +80,9 @@ def _orthogonal(x: Offsets, to: Offsets) -> list[Tensor | None]:
     """``x`` less its component along ``to``."""
     pairs = [(a, b) for a, b in zip(x, to, strict=True) if a is not None and b is not None]
     like = new_scalars(pairs[0][0].device)
-    squared = dot([(b, b) for _, b in pairs], like)
-    part = torch.where(squared == 0, 0.0, dot(pairs, like) / squared)
-    return [
-        a if a is None or b is None else a - part.to(a.dtype) * b
-        for a, b in zip(x, to, strict=True)
-    ]
+    squared = complete(dot([(b, b) for _, b in pairs], like))
+    part = torch.where(squared == 0, 0.0, complete(dot(pairs, like)) / squared)
+    return [a if a is None or b is None else a - part.to(a) * b for a, b in zip(x, to, strict=True)]
 
 
 def fit(direction: Any, params: Sequence[Tensor], name: str) -> list[Tensor | None]:
@@ -119,18 +117,22 @@ def normalize(
         parts = [d for d in direction if d is not None]
         if not parts:
             return list(direction)
-        norm = global_norm(parts, like=new_scalars(parts[0].device))
+        norm = complete(global_norm(parts, like=new_scalars(parts[0].device)))
         scale = torch.where(norm == 0, 0.0, 1 / norm)
-        return [None if d is None else d * scale.to(d.dtype) for d in direction]
+        return [
+            None if d is None else (d.to(scale.dtype) * scale.to(d.device)).to(d.dtype)
+            for d in direction
+        ]
     scaled: list[Tensor | None] = []
     for d, w in zip(direction, probe.weights(direction), strict=True):
         if d is None or w is None or (d.ndim < 2 and not biases):
             scaled.append(None)
             continue
         inside = tuple(range(normalization == "filter" and d.ndim > 1, d.ndim))
-        target = torch.linalg.vector_norm(w, dim=inside, keepdim=True, dtype=d.dtype)
-        norm = torch.linalg.vector_norm(d, dim=inside, keepdim=True)
-        scaled.append(d * torch.where(norm == 0, 0.0, target / norm))
+        dtype = new_scalars(d.device).dtype  # the squares of a vanishing gradient are 0 in float32
+        target = torch.linalg.vector_norm(w, dim=inside, keepdim=True, dtype=dtype)
+        norm = torch.linalg.vector_norm(d, dim=inside, keepdim=True, dtype=dtype)
+        scaled.append((d * torch.where(norm == 0, 0.0, target / norm)).to(d.dtype))
     return scaled
 
 

@@ -12,6 +12,7 @@ from fastsam.kernels.layout import Scalar
 
 from .backends import new_scalars
 from .backends.equations import element_scale, perturbation, radius, wide
+from .backends.lockstep import complete
 from .backends.measures import global_norm, scaled_norm
 from .checks import check_group, check_tensors
 from .interrupts import uninterrupted
@@ -81,7 +82,8 @@ def sharpness(
         ValueError: If ``rho``, ``eta`` or ``steps`` is out of range, or no parameter needs a
             gradient.
         RuntimeError: If the closure calls ``backward``, or returns anything but a loss that depends
-            on the parameters; for sparse or complex gradients, and parameters on several devices.
+            on the parameters; for sparse or complex gradients, and parameters on several types of
+            device.
 
     Parameters in float16 or bfloat16 are perturbed in float32 and then rounded to their own dtype,
     in which most of a small perturbation is lost: measure a copy in float32.
@@ -116,7 +118,9 @@ def ascend(weights: Offsets, grads: Offsets, group: dict[str, Any]) -> tuple[Off
     batch = Batch([w for w, _ in present], [g for _, g in present], [0] * len(present))
     step = Step([group], UNIFIED, base=None)
     scalars = new_scalars(batch.params[0].device)
-    norm = scalars[Scalar.ASCENT_NORM] = scaled_norm(batch.grads, batch, step, like=scalars)
+    norm = scalars[Scalar.ASCENT_NORM] = complete(
+        scaled_norm(batch.grads, batch, step, like=scalars)
+    )
     scale = radius(group, step, scalars)
     moved = iter([perturbation(w, g, group, scale) for w, g in present])
     return [None if g is None else next(moved) for g in grads], norm
@@ -130,9 +134,9 @@ def project(weights: Offsets, offsets: Offsets, group: dict[str, Any]) -> Offset
             t = element_scale(w, group)
             # where T is 0 so is e
             parts.append(torch.where(t > 0, e / t, 0.0) if isinstance(t, Tensor) else e)
-    norm = global_norm(parts, like=new_scalars(parts[0].device))
+    norm = complete(global_norm(parts, like=new_scalars(parts[0].device)))
     scale = torch.where(norm > group["rho"], group["rho"] / norm, 1.0)
-    return [None if e is None else e * scale.to(e.dtype) for e in offsets]
+    return [None if e is None else e * scale.to(e) for e in offsets]
 
 
 def add(x: Tensor | None, y: Tensor | None) -> Tensor | None:

@@ -99,6 +99,8 @@ class GatheringOptimizer(StatefulOptimizer):
         if not is_captured(batch):
             return
         name = type(self).__name__
+        if batch.layout is not None and batch.layout.spreads:
+            raise refuse(name, "its parameters lie on several devices")
         if not self._is_static:
             raise refuse(name, "a lam that changes by schedule, perturb_every, start and stop are "
                                "decided on the host in every step")  # fmt: skip
@@ -152,22 +154,23 @@ class GatheringOptimizer(StatefulOptimizer):
 
     def _backend_for(self, batch: Batch) -> backends.Backend:
         device = batch.params[0].device
-        served = self._served.get((self.backend, device))
+        spreads = batch.layout is not None and batch.layout.spreads
+        key = self.backend, None if spreads else device
+        served = self._served.get(key)
         if served is None:
-            name = backends.resolve(self.backend, device)
-            if name not in self._backends:
-                self._backends[name] = backends.create(name)
-            served = self._served[self.backend, device] = self._backends[name]
+            if spreads:
+                served = backends.SeveralDevices(self.backend)
+            else:
+                name = backends.resolve(self.backend, device)
+                served = self._backends.setdefault(name, backends.create(name))
+            self._served[key] = served
         return served
 
     def _scalars_for(self, batch: Batch) -> Tensor:
         """The device scalars. Those that are state are views of them in the first group."""
-        if batch.params:
-            device = batch.params[0].device
-        else:
-            device = torch.device("cpu") if self._scalars is None else self._scalars.device
-        if self._scalars is None or self._scalars.device != device:
-            self._scalars = backends.new_scalars(device)
+        devices = [] if batch.layout is None else list(batch.layout.members)
+        if self._scalars is None or (devices and self._scalars.device not in devices):
+            self._scalars = backends.new_scalars(devices[0] if devices else torch.device("cpu"))
         group = self.param_groups[0]
         for key, scalar in self._kept_scalars.items():
             slot, held = self._scalars[scalar], group[key]

@@ -44,7 +44,7 @@ class TwoPassOptimizer(GatheringOptimizer):
 
         Raises:
             RuntimeError: If ``second_step`` is due; if a gradient is sparse or complex, or the
-                parameters lie on several devices. Nothing has changed then.
+                parameters lie on several types of device. Nothing has changed then.
             ValueError: If a group's hyper-parameter has been set out of range.
             TypeError: If ``grad_scaler`` is something else.
         """

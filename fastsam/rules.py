@@ -5,7 +5,7 @@ Frontends fill these in; backends read them. The equations themselves are in ``k
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from operator import is_
 from typing import Any
 
@@ -182,6 +182,8 @@ class Layout:
         contiguous: Whether all of them are.
         owners: The optimizer's parameters, of which ``params`` may be shards.
         shardings: How each is sharded over processes (``sharding.py``).
+        members: Positions of the parameters by their devices, these in a fixed order.
+        spreads: Whether the optimizer's parameters, also those not here, lie on several devices.
         seen: Where the gradients were in the last pass.
         cache: What a backend has worked out from this.
     """
@@ -195,8 +197,23 @@ class Layout:
     contiguous: bool
     owners: list[Tensor]
     shardings: list[Sharding]
+    members: dict[torch.device, list[int]]
+    spreads: bool = False
     seen: list[int] = field(default_factory=list)
     cache: dict[Any, Any] = field(default_factory=dict)
+
+    def of_device(self, device: torch.device) -> "Layout":
+        """The part that lies on one device."""
+        positions = self.members[device]
+        both = [*positions, *(len(self.params) + k for k in positions)]
+
+        def pick(xs: list[Any]) -> list[Any]:
+            return [xs[k] for k in (positions if len(xs) == len(self.params) else both)]
+
+        lists = {field.name: getattr(self, field.name) for field in fields(self)}
+        picked: Any = {name: pick(xs) for name, xs in lists.items() if isinstance(xs, list) and xs}
+        members = {device: list(range(len(positions)))}
+        return replace(self, **picked, members=members, cache={})
 
 
 @dataclass
@@ -225,3 +242,10 @@ class Batch:
     # where equal ones mean that what was worked out from them still holds
     layout: Layout | None = None
     prepared: object = None
+    # which of several devices' it is, by number; None where there is but one
+    part: int | None = None
+
+    @property
+    def leads(self) -> bool:
+        """Whether what is asked of the host once a step is asked here."""
+        return not self.part

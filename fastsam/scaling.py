@@ -100,5 +100,5 @@ def unscaled(batch: Batch, inverse: Tensor) -> Batch:
     grads = []
     for grad in batch.grads:
         dtype = wide_dtype(grad)
-        grads.append(grad.to(dtype) * inverse.to(dtype))
+        grads.append(grad.to(dtype) * inverse.to(grad.device, dtype, non_blocking=True))
     return replace(batch, grads=grads, layout=None)

@@ -94,7 +94,8 @@ class StatefulOptimizer(Optimizer):
         self._seen: list[tuple[Tensor, weakref.ref[Tensor], int]] = []
         self._warned = False  # of a misuse: once
         self._backends: dict[str, backends.Backend] = {}
-        self._served: dict[tuple[str, torch.device], backends.Backend] = {}  # as asked for
+        # as asked for, by device; None stands for several
+        self._served: dict[tuple[str, torch.device | None], backends.Backend] = {}
         # for LETS: for which approximation to keep what the last step saw, and that
         self._records: str | None = None
         self._record: Record | None = None

@@ -10,6 +10,7 @@ from itertools import chain, repeat
 from operator import itemgetter
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .bases import Base, Group
@@ -86,6 +87,8 @@ class Sweep:
                 contiguous=all(map(Tensor.is_contiguous, chain(params, grads))),
                 owners=owners,
                 shardings=list(map(sharding_of, owners)) if self._shards else [()] * len(params),
+                members=by_device(params),
+                spreads=len(by_device([p for p in self._unique[0] if p.requires_grad])) > 1,
             )
         if addresses is not None and addresses != layout.seen:
             layout.seen = addresses
@@ -93,6 +96,18 @@ class Sweep:
             params=layout.params, grads=grads, groups=layout.groups, owners=layout.owners,
             shardings=layout.shardings, layout=layout,
         )  # fmt: skip
+
+
+def device_of(param: Tensor) -> torch.device:
+    return param.device
+
+
+def by_device(params: Sequence[Tensor]) -> dict[torch.device, list[int]]:
+    """Positions of parameters by their devices, in the order of the devices."""
+    members: dict[torch.device, list[int]] = {}
+    for k, param in enumerate(params):
+        members.setdefault(device_of(param), []).append(k)
+    return dict(sorted(members.items(), key=lambda item: item[0].index or 0))
 
 
 def _addresses(grads: list[Any]) -> list[int] | None:

@@ -314,7 +314,7 @@ def test_several_devices_are_refused(info):
             p.grad = torch.ones_like(p)
         return torch.ones(())
 
-    with pytest.raises(RuntimeError, match=f"one device, got {DEVICE}.* and meta"):
+    with pytest.raises(RuntimeError, match=f"devices of one type, got {DEVICE}.* and meta"):
         step(optimizer, closure)
     assert params[0].tolist() == [1, 1]
 

@@ -75,13 +75,19 @@ class Bucket:
         if self._offsets is None:
             self._originals = [batch.params[k] for k in self.members]
             self._offsets = offsets(self._originals)
+        if not self.has_master:
+            backup.reserve(self._originals, *self._offsets)
+
+    def note_perturbed(self, batch: Batch, backup: FlatBackup) -> None:
+        """There is something to restore from now on: masters follow their parameters, copies are
+        made, by the launch that perturbs."""
         if self.has_master:
             masters = (batch.masters[k] for k in self.members)
             backup.masters.update(
                 (w, x) for w, x in zip(self._originals, masters, strict=True) if x is not None
             )
         else:
-            backup.reserve(self._originals, *self._offsets)
+            backup.written += 1
 
     def locate(self, batch: Batch, backup: FlatBackup | None, rows: dict[Row, Any]) -> None:
         """Bring the table up to date; ``rows`` are those that only this kind of pass has."""

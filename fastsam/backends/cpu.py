@@ -9,7 +9,7 @@ through the reference backend's equations.
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any, cast
 
@@ -23,6 +23,8 @@ from ..rules import Batch, Step
 from . import equations, measures, reference
 from .cpu_update import Part, Update, extremes, fused_adagrad, fused_adam
 from .equations import radius
+from .lockstep import Pass
+from .measures import MixtureMeasure
 from .norms import element_scales, norm, served, total
 from .pieces import LARGE, dots, pieces
 from .scratch import Memory, ScratchBackup
@@ -73,7 +75,7 @@ def _divide(batch: Batch, step: Step, descends: bool) -> tuple[dict[Any, list[in
 # --- the ascent ------------------------------------------------------------------------------
 
 
-def ascend(batch: Batch, step: Step, scalars: Tensor, memory: Memory) -> ScratchBackup:
+def ascend(batch: Batch, step: Step, scalars: Tensor, memory: Memory) -> Pass[ScratchBackup]:
     """See ``Backend.ascend``."""
     parts, others = split(batch, step, descends=False)
     follow_parameters(batch, None)
@@ -86,12 +88,12 @@ def ascend(batch: Batch, step: Step, scalars: Tensor, memory: Memory) -> Scratch
         average(batch, parts, starting=False)
         directions = [state["ema"] for state in batch.next]
     if step.needs_ascent_norm:
-        n = m = norm(batch.grads, weights, step, scalars[0], memory)
+        n = m = yield from norm(batch.grads, weights, step, scalars[0], memory)
         if step.ascent.name == "ema":
-            m = norm(directions, weights, step, scalars[0], memory)
+            m = yield from norm(directions, weights, step, scalars[0], memory)
             if m.isnan() and n.isfinite():
                 average(batch, parts, starting=True)
-                m = norm(directions, weights, step, scalars[0], memory)
+                m = yield from norm(directions, weights, step, scalars[0], memory)
         measures.finish_ascent(n, m, step, scalars)
     backup = ScratchBackup(memory, batch.layout)
     try:
@@ -226,18 +228,18 @@ def perturb_by_averages(
 
 def descend(
     batch: Batch, backup: ScratchBackup | None, step: Step, scalars: Tensor, memory: Memory
-) -> None:
+) -> Pass[None]:
     """See ``Backend.descend``."""
     parts, others = split(batch, step, descends=True)
     updates: list[Update] = []
     slow: reference.Values = []
     with measures.undone_if_it_fails(scalars):
         if step.needs_descent_norm:
-            plain = measured = norm(batch.grads, batch, step, scalars[0])
+            plain = measured = yield from norm(batch.grads, batch, step, scalars[0])
             if step.adaptive and step.renormalize:
-                measured = norm(batch.grads, batch, step, scalars[0], memory)
+                measured = yield from norm(batch.grads, batch, step, scalars[0], memory)
             measure = measure_mixture(batch, parts, others, backup, step, plain, scalars)
-            measures.finish_descent(plain, measured, measure, step, scalars)
+            yield from measures.finish_descent(plain, measured, measure, step, scalars, batch.leads)
         reference.keep_rejected(batch, step, scalars)
         follow_parameters(batch, backup)
         if backup is not None:
@@ -249,6 +251,7 @@ def descend(
             updates = [Update(batch, part, step, scalars, memory) for part in parts]
             for k in others:
                 slow += reference.update_one(batch, k, None, step, scalars)
+        yield None
     for update in updates:
         update.run()
     reference.write(slow)
@@ -262,12 +265,14 @@ def measure_mixture(
     step: Step,
     plain: Tensor,
     scalars: Tensor,
-) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+) -> MixtureMeasure:
     """SAMAR's measurements as in the reference backend, here from dot products of gradients."""
-    if others or step.adaptive or step.ascent.name != "unified" or any(batch.shardings):
+    is_part = any(batch.shardings) or batch.part is not None
+    if others or step.adaptive or step.ascent.name != "unified" or is_part:
         return measures.measure_mixture(batch, backup, step, scalars)
 
-    def measure(first: Tensor, coefficient: Tensor) -> tuple[Tensor, Tensor]:
+    def measure(first: Tensor, coefficient: Tensor) -> Pass[tuple[Tensor, Tensor]]:
+        yield from ()  # its sums are over everything
         squared = torch.zeros_like(plain)  # of the first gradient
         product, sharpness = squared, squared
         by_radius: dict[float, list[int]] = defaultdict(list)

@@ -108,7 +108,7 @@ def perturbation(w: Tensor, d: Tensor, group: Group, scale: Tensor) -> Tensor:
     """``e = scale T^2 d``, with ``scale`` from :func:`radius` and ``d`` from :func:`direction`."""
     t, d = element_scale(w, group), wide(d)
     # a cast, because two 0-dim tensors would be promoted to the wider of their dtypes
-    return torch.where(scale != 0, scale.to(d.dtype) * (t * (t * d)), 0.0)
+    return torch.where(scale != 0, scale.to(d) * (t * (t * d)), 0.0)
 
 
 # --- base updates: w and the state change in place --------------------------------------------

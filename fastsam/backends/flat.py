@@ -18,7 +18,7 @@ class FlatBackup:
         self.layout = layout  # of the first pass
         self.flats: list[Tensor] = []
         self._parts: list[tuple[list[Tensor], list[int]]] = []  # parameters, first elements
-        self.written = 0  # how many buckets have been copied
+        self.written = 0  # how many of the flat copies hold their weights
         self._places: dict[Tensor, tuple[int, int]] = {}
         self.masters: dict[Tensor, Tensor] = {}  # of parameters that need no copy
 

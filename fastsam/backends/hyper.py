@@ -20,7 +20,7 @@ def hyper_values(step: Step) -> list[Any]:
     values = [step.ascent, step.base, step.lam, step.max_grad_norm, step.mix]
     for group in step.groups:
         for name, value in group.items():
-            if name != "params":
+            if name not in ("params", "squared_norms", "rounding_step"):  # state, not read here
                 values += value if isinstance(value, (tuple, list)) else (value,)
     return values
 

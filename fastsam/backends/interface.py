@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from abc import ABC, abstractmethod
 from typing import Any, Protocol
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from fastsam.kernels.layout import Scalar
 
 from ..rules import Batch, Step
+from .lockstep import Pass, complete
 
 NAMES = ("auto", "triton", "torch", "reference")
 
@@ -53,6 +55,36 @@ class Backend(Protocol):
         ``batch``, ``backup`` and the other scalars are those of the step, which is complete;
         ``hessian`` says how ``H e`` is approximated: ``"diag"`` or ``"difference"``.
         """
+
+
+class DeviceBackend(ABC):
+    """A :class:`Backend` for one device, whose passes may also run in lockstep with others."""
+
+    takes_scaled = False
+
+    def ascend(self, batch: Batch, step: Step, scalars: Tensor) -> Any:
+        return complete(self.ascent_pass(batch, step, scalars))
+
+    def descend(self, batch: Batch, backup: Any, step: Step, scalars: Tensor) -> None:
+        complete(self.descent_pass(batch, backup, step, scalars))
+
+    def hypergradient(
+        self, batch: Batch, backup: Any, hessian: str, step: Step, scalars: Tensor
+    ) -> None:
+        complete(self.hypergradient_pass(batch, backup, hessian, step, scalars))
+
+    @abstractmethod
+    def ascent_pass(self, batch: Batch, step: Step, scalars: Tensor) -> Pass[Any]: ...
+
+    @abstractmethod
+    def descent_pass(
+        self, batch: Batch, backup: Any, step: Step, scalars: Tensor
+    ) -> Pass[None]: ...
+
+    @abstractmethod
+    def hypergradient_pass(
+        self, batch: Batch, backup: Any, hessian: str, step: Step, scalars: Tensor
+    ) -> Pass[None]: ...
 
 
 def new_scalars(device: torch.device) -> Tensor:
@@ -109,7 +141,7 @@ def resolve(name: str, device: torch.device) -> str:
     return name
 
 
-def create(name: str) -> Backend:
+def create(name: str) -> DeviceBackend:
     """A new backend by its resolved name."""
     if name == "triton":
         from .triton import TritonBackend

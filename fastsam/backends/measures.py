@@ -13,34 +13,40 @@ from ..ratio import SharpnessRatio
 from ..rules import Batch, LamRule, Step
 from ..sharding import Sharding, total
 from .equations import EPS, direction, element_scale, perturbation, radius, wide
+from .lockstep import Pass
 from .weights import ListBackup
+
+#: From the coefficients of SAMAR's ``u`` its norm, and the sharpness.
+MixtureMeasure = Callable[[Tensor, Tensor], Pass[tuple[Tensor, Tensor]]]
 
 
 def global_norm(
     parts: Iterable[Tensor], like: Tensor, shardings: Sequence[Sharding] = ()
-) -> Tensor:
-    """The L2 norm over all tensors, as a 0-dim tensor of the dtype of ``like``."""
-    norms = [torch.linalg.vector_norm(part, dtype=like.dtype) for part in parts]
-    return total([norm.square() for norm in norms], shardings).sqrt()
+) -> Pass[Tensor]:
+    """The L2 norm over all tensors, as a 0-dim tensor like ``like``."""
+    norms = (torch.linalg.vector_norm(part, dtype=like.dtype) for part in parts)
+    squared = total([norm.square().to(like.device) for norm in norms], shardings)
+    yield squared
+    return squared.sqrt()
 
 
-def scaled_norm(vectors: Sequence[Tensor], batch: Batch, step: Step, like: Tensor) -> Tensor:
+def scaled_norm(vectors: Sequence[Tensor], batch: Batch, step: Step, like: Tensor) -> Pass[Tensor]:
     """``||T x||`` over all groups, at the parameters' present values."""
-    return global_norm(
-        (
-            element_scale(w, step.groups[i]) * wide(x) if step.groups[i]["adaptive"] else x
-            for w, x, i in zip(batch.params, vectors, batch.groups, strict=True)
-        ),
-        like,
-        batch.shardings,
+    parts = (
+        element_scale(w, step.groups[i]) * wide(x) if step.groups[i]["adaptive"] else x
+        for w, x, i in zip(batch.params, vectors, batch.groups, strict=True)
     )
+    return global_norm(parts, like, batch.shardings)
 
 
 def dot(
     pairs: Iterable[tuple[Tensor, Tensor]], like: Tensor, shardings: Sequence[Sharding] = ()
-) -> Tensor:
-    """The sum of products over all pairs of tensors, as a 0-dim tensor of the dtype of ``like``."""
-    return total([(x * y).sum(dtype=like.dtype) for x, y in pairs], shardings)
+) -> Pass[Tensor]:
+    """The sum of products over all pairs of tensors, as a 0-dim tensor like ``like``."""
+    products = [(x * y).sum(dtype=like.dtype).to(like.device) for x, y in pairs]
+    result = total(products, shardings)
+    yield result
+    return result
 
 
 def finish_ascent(n: Tensor, direction_norm: Tensor, step: Step, scalars: Tensor) -> None:
@@ -80,17 +86,17 @@ def undone_if_it_fails(scalars: Tensor) -> Iterator[None]:
 
 def measure_mixture(
     batch: Batch, backup: ListBackup | None, step: Step, scalars: Tensor
-) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """SAMAR's measurements: from the coefficients of ``u`` its norm, and the sharpness."""
+) -> MixtureMeasure:
+    """SAMAR's measurements."""
 
-    def measure(first: Tensor, coefficient: Tensor) -> tuple[Tensor, Tensor]:
+    def measure(first: Tensor, coefficient: Tensor) -> Pass[tuple[Tensor, Tensor]]:
         seconds = [wide(g) for g in batch.grads]
         firsts = list(first_passes(batch, backup, step, scalars))
         mixed = (mixture(g, g_, first, coefficient)
                  for (g, _), g_ in zip(firsts, seconds, strict=True))  # fmt: skip
         pairs = ((g + g_, e) for (g, e), g_ in zip(firsts, seconds, strict=True))
-        sharpness = dot(pairs, scalars, batch.shardings) / 2
-        return global_norm(mixed, scalars, batch.shardings), sharpness
+        sharpness = (yield from dot(pairs, scalars, batch.shardings)) / 2
+        return (yield from global_norm(mixed, scalars, batch.shardings)), sharpness
 
     return measure
 
@@ -98,14 +104,15 @@ def measure_mixture(
 def finish_descent(
     plain: Tensor,
     measured: Tensor,
-    measure: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    measure: MixtureMeasure,
     step: Step,
     scalars: Tensor,
-) -> None:
+    adapts: bool = True,
+) -> Pass[None]:
     """What follows from the second gradient: the coefficients of ``u``, and its acceptance.
 
     ``plain`` is its norm, ``measured`` that of ``T g~`` where it is renormalised, and ``measure``
-    what SAMAR asks (:func:`measure_mixture`).
+    what SAMAR asks (:func:`measure_mixture`). Its rule is asked only where ``adapts``.
     """
     n = scalars[Scalar.GRAD_NORM].clone()
     gamma = torch.ones_like(n)
@@ -122,7 +129,7 @@ def finish_descent(
         # a first gradient that is not finite stays out of u, as it stayed out of the perturbation
         first = torch.where(n.isfinite(), 1 - lam, 0.0)
         coefficient = torch.where(n.isfinite(), lam * gamma, gamma)
-        norm, scalars[Scalar.SHARPNESS] = measure(first, coefficient)
+        norm, scalars[Scalar.SHARPNESS] = yield from measure(first, coefficient)
     clip = torch.ones_like(n)
     if step.max_grad_norm is not None:
         clip = step.max_grad_norm / (norm + 1e-6)
@@ -143,7 +150,7 @@ def finish_descent(
     if step.ascent.name == "adagrad_norm":
         a, new = scalars[Scalar.ASCENT_SQUARED_NORMS], scalars[Scalar.NEXT_SQUARED_NORMS]
         scalars[Scalar.ASCENT_SQUARED_NORMS] = torch.where(accepted, new, a)
-    if step.mix is not None:
+    if step.mix is not None and adapts:
         adapt(step.mix, scalars)
 
 

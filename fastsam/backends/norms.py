@@ -11,6 +11,7 @@ from ..bases import Group
 from ..rules import Batch, Step
 from ..sharding import Sharding, add_up
 from . import equations
+from .lockstep import Pass
 from .pieces import LARGE, dots, pieces
 from .scratch import Memory, alike, is_dense
 
@@ -37,7 +38,7 @@ def element_scales(weights: list[Tensor], group: Group, memory: Memory) -> list[
 
 def norm(
     vectors: Sequence[Tensor], batch: Batch, step: Step, like: Tensor, memory: Memory | None = None
-) -> Tensor:
+) -> Pass[Tensor]:
     """``||x||`` over all groups; with memory for it ``||T x||`` at the parameters' present values.
 
     How a tensor's norm is taken, and the order in which they are added, depend on the tensors
@@ -50,7 +51,9 @@ def norm(
         add_up(_square(same, vectors, batch, step, like, memory), sharding)
         for sharding, same in members.items()
     ]
-    return torch.stack(squares).sum().sqrt()
+    squared = torch.stack(squares).sum()
+    yield squared
+    return squared.sqrt()
 
 
 def _square(

@@ -1,6 +1,7 @@
 """The reference backend: every step in plain torch, one tensor at a time, to be read.
 
-Any floating dtype; norms in float64. The equations it applies are in ``equations.py``.
+Any floating dtype; norms in float64. The equations it applies are in ``equations.py``. The passes
+are generators, which give out their sums in case other devices have more to add (``lockstep.py``).
 """
 
 from collections.abc import Iterable
@@ -22,8 +23,9 @@ from .equations import (
     usable,
     wide,
 )
+from .interface import DeviceBackend
+from .lockstep import Pass
 from .measures import (
-    dot,
     finish_ascent,
     finish_descent,
     first_passes,
@@ -134,23 +136,22 @@ def keep_rejected(
     accepted = torch.ne(scalars[Scalar.ACCEPTED], 0, out=accepted)
     for old, new in zip(batch.ascent, batch.next, strict=True):
         for name in new:
-            torch.where(accepted, new[name], old[name], out=new[name])
+            here = accepted.to(new[name].device, non_blocking=True)
+            torch.where(here, new[name], old[name], out=new[name])
 
 
-class ReferenceBackend:
+class ReferenceBackend(DeviceBackend):
     """See the module's docstring."""
 
-    takes_scaled = False
-
-    def ascend(self, batch: Batch, step: Step, scalars: Tensor) -> ListBackup:
+    def ascent_pass(self, batch: Batch, step: Step, scalars: Tensor) -> Pass[ListBackup]:
         everyone = range(len(batch.params))
         follow_parameters(batch, None)
         weights = at_weights(batch)
         directions = [advance_one(batch, k, step) for k in everyone]
         if step.needs_ascent_norm:
-            n = m = scaled_norm(batch.grads, weights, step, like=scalars)
+            n = m = yield from scaled_norm(batch.grads, weights, step, like=scalars)
             if step.ascent.name == "ema":
-                m = scaled_norm(directions, weights, step, like=scalars)
+                m = yield from scaled_norm(directions, weights, step, like=scalars)
             finish_ascent(n, m, step, scalars)
         backup = ListBackup()
         try:
@@ -164,15 +165,17 @@ class ReferenceBackend:
             raise
         return backup
 
-    def descend(self, batch: Batch, backup: ListBackup | None, step: Step, scalars: Tensor) -> None:
+    def descent_pass(
+        self, batch: Batch, backup: ListBackup | None, step: Step, scalars: Tensor
+    ) -> Pass[None]:
         updates: Values = []
         with undone_if_it_fails(scalars):  # what may fail comes before the first write
             if step.needs_descent_norm:
-                plain = measured = global_norm(batch.grads, scalars, batch.shardings)
+                plain = measured = yield from global_norm(batch.grads, scalars, batch.shardings)
                 if step.adaptive and step.renormalize:
-                    measured = scaled_norm(batch.grads, batch, step, like=scalars)
+                    measured = yield from scaled_norm(batch.grads, batch, step, like=scalars)
                 measure = measure_mixture(batch, backup, step, scalars)
-                finish_descent(plain, measured, measure, step, scalars)
+                yield from finish_descent(plain, measured, measure, step, scalars, batch.leads)
             keep_rejected(batch, step, scalars)
             follow_parameters(batch, backup)
             if step.base is None:
@@ -180,14 +183,15 @@ class ReferenceBackend:
             else:
                 for k in range(len(batch.params)):
                     updates += update_one(batch, k, backup, step, scalars)
+            yield None
         if backup is not None:
             updated = set(batch.params) if step.base is not None else set()
             write([(w, copy) for w, copy in backup.copies.items() if w not in updated])
         write(updates)
 
-    def hypergradient(
+    def hypergradient_pass(
         self, batch: Batch, backup: ListBackup | None, hessian: str, step: Step, scalars: Tensor
-    ) -> None:
+    ) -> Pass[None]:
         parts = []
         perturbations = first_passes(batch, backup, step, scalars) if hessian == "diag" else None
         for k, (first, grad) in enumerate(zip(batch.firsts, batch.grads, strict=True)):
@@ -201,5 +205,7 @@ class ReferenceBackend:
                 for x in (batch.validation[k], batch.training[k])
             )
             lr = signed_lr(step.groups[batch.groups[k]]) * torch.ones_like(scalars[0])
-            parts.append(lr * dot([(validation - training, product)], like=scalars))
-        scalars[Scalar.HYPERGRADIENT] = scalars[Scalar.COEFFICIENT] * total(parts, batch.shardings)
+            parts.append(lr * ((validation - training) * product).sum(dtype=scalars.dtype))
+        slope = total(parts, batch.shardings)
+        yield slope
+        scalars[Scalar.HYPERGRADIENT] = scalars[Scalar.COEFFICIENT] * slope

@@ -20,23 +20,26 @@ from ..bases import Group
 from ..rules import Batch, Step
 from . import cpu, measures, reference
 from .cpu_update import FUSED
+from .lockstep import Pass
 from .norms import served
 from .reference import ReferenceBackend
 from .scratch import Memory, ScratchBackup
 from .weights import ListBackup, at_weights, follow_parameters
 
 
-def global_norm(batch: Batch, like: Tensor) -> Tensor:
+def global_norm(batch: Batch, like: Tensor) -> Pass[Tensor]:
     """The L2 norm of all gradients, accumulated in float32 or wider."""
     if any(batch.shardings):
-        return measures.global_norm(batch.grads, like, batch.shardings)
+        return (yield from measures.global_norm(batch.grads, like, batch.shardings))
     by_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
     for g in batch.grads:
         by_dtype[g.dtype].append(g)
     norms: list[Tensor] = []
     for dtype, same in by_dtype.items():
         norms += torch._foreach_norm(same, 2, dtype=torch.promote_types(dtype, torch.float32))
-    return torch.stack([norm.to(like.dtype) for norm in norms]).square().sum().sqrt()
+    squared = torch.stack([norm.to(like.dtype) for norm in norms]).square().sum()
+    yield squared
+    return squared.sqrt()
 
 
 class TorchBackend(ReferenceBackend):
@@ -45,17 +48,17 @@ class TorchBackend(ReferenceBackend):
     def __init__(self) -> None:
         self._memory = Memory()
 
-    def ascend(self, batch: Batch, step: Step, scalars: Tensor) -> ListBackup:
+    def ascent_pass(self, batch: Batch, step: Step, scalars: Tensor) -> Pass[ListBackup]:
         if scalars.device.type == "cpu":
-            return cpu.ascend(batch, step, scalars, self._memory)
+            return (yield from cpu.ascend(batch, step, scalars, self._memory))
         if step.ascent.name != "unified":
-            return super().ascend(batch, step, scalars)
+            return (yield from super().ascent_pass(batch, step, scalars))
         follow_parameters(batch, None)
         weights = at_weights(batch)
         if step.adaptive:
-            n = measures.scaled_norm(batch.grads, weights, step, like=scalars)
+            n = yield from measures.scaled_norm(batch.grads, weights, step, like=scalars)
         else:
-            n = global_norm(batch, like=scalars)
+            n = yield from global_norm(batch, like=scalars)
         measures.finish_ascent(n, n, step, scalars)
         backup = ListBackup()
         try:
@@ -71,21 +74,27 @@ class TorchBackend(ReferenceBackend):
             raise
         return backup
 
-    def descend(self, batch: Batch, backup: ListBackup | None, step: Step, scalars: Tensor) -> None:
+    def descent_pass(
+        self, batch: Batch, backup: ListBackup | None, step: Step, scalars: Tensor
+    ) -> Pass[None]:
         if scalars.device.type == "cpu":
             assert backup is None or isinstance(backup, ScratchBackup)
-            cpu.descend(batch, backup, step, scalars, self._memory)
+            yield from cpu.descend(batch, backup, step, scalars, self._memory)
             return
         slow: reference.Values = []
         updates: list[Callable[[], None]] = []
         # what may fail comes before the first update
         with measures.undone_if_it_fails(scalars):
             if step.needs_descent_norm:
-                plain = measured = global_norm(batch, like=scalars)
+                plain = measured = yield from global_norm(batch, like=scalars)
                 if step.adaptive and step.renormalize:
-                    measured = measures.scaled_norm(batch.grads, batch, step, like=scalars)
+                    measured = yield from measures.scaled_norm(
+                        batch.grads, batch, step, like=scalars
+                    )
                 measure = measures.measure_mixture(batch, backup, step, scalars)
-                measures.finish_descent(plain, measured, measure, step, scalars)
+                yield from measures.finish_descent(
+                    plain, measured, measure, step, scalars, batch.leads
+                )
             reference.keep_rejected(batch, step, scalars)
             follow_parameters(batch, backup)
             if backup is not None:
@@ -103,6 +112,7 @@ class TorchBackend(ReferenceBackend):
             for (i, _, fresh), members in fused.items():
                 group = step.groups[i]
                 updates.append(self._fused_update(batch, members, group, fresh, step, scalars))
+            yield None
         for update in updates:
             update()
         reference.write(slow)

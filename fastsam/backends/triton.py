@@ -1,7 +1,9 @@
 """The triton backend: one kernel launch per pass, bucket and device."""
 
 from collections import defaultdict
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -20,7 +22,9 @@ from ..rules import Batch, Step
 from ..sharding import Sharding, add_up
 from .buckets import Bucket, make_buckets, release, write_back
 from .flat import FlatBackup
+from .interface import DeviceBackend
 from .launcher import LAUNCHES, Launched, Launcher
+from .lockstep import Pass
 from .measures import adapt, undone_if_it_fails
 from .reference import keep_rejected, leave_final_gradient
 from .rows import ascent_rows, ascent_states, grad_rows, key_rows, state_rows
@@ -29,7 +33,32 @@ FIRST, LAST = int(Task.FIRST), int(Task.LAST)
 SUMS = slice(Scalar.SUM0, Scalar.SUM4 + 1)
 
 
-class TritonBackend(Launcher):
+@dataclass
+class Reduction:
+    """The launches of a reduction. The last finishes it, unless others have to be added first."""
+
+    scalars: Tensor
+    launches: list[Launched] = field(default_factory=list)
+    finish: Launched | None = None
+    totals: list[Tensor] = field(default_factory=list)
+
+    def note(self, sharding: Sharding) -> None:
+        """Take over the sums that the last launches left, over all processes with shards."""
+        self.totals.append(add_up(self.scalars[SUMS].clone(), sharding))
+
+    def run(self) -> Pass[None]:
+        with _on(self.scalars.device):
+            for launch in self.launches:
+                launch()
+        if self.finish is not None:
+            total = torch.stack(self.totals).sum(0)
+            yield total
+            self.scalars[SUMS] = total
+            with _on(self.scalars.device):
+                self.finish()
+
+
+class TritonBackend(Launcher, DeviceBackend):
     """See the module's docstring."""
 
     takes_scaled = True
@@ -40,32 +69,25 @@ class TritonBackend(Launcher):
 
     # --- the interface ---
 
-    def ascend(self, batch: Batch, step: Step, scalars: Tensor) -> FlatBackup:
-        try:
-            return self._ascend(batch, step, scalars)
-        except BaseException:
-            self._forget(batch)
-            raise
+    def ascent_pass(self, batch: Batch, step: Step, scalars: Tensor) -> Pass[FlatBackup]:
+        with self._forgetting(batch):
+            return (yield from self._ascend(batch, step, scalars))
 
-    def descend(self, batch: Batch, backup: FlatBackup | None, step: Step, scalars: Tensor) -> None:
-        try:
-            self._descend(batch, backup, step, scalars)
-        except BaseException:
-            self._forget(batch)
-            raise
+    def descent_pass(
+        self, batch: Batch, backup: FlatBackup | None, step: Step, scalars: Tensor
+    ) -> Pass[None]:
+        with self._forgetting(batch):
+            yield from self._descend(batch, backup, step, scalars)
 
-    def hypergradient(
+    def hypergradient_pass(
         self, batch: Batch, backup: FlatBackup | None, hessian: str, step: Step, scalars: Tensor
-    ) -> None:
-        try:
-            self._hypergradient(batch, backup, hessian, step, scalars)
-        except BaseException:
-            self._forget(batch)
-            raise
+    ) -> Pass[None]:
+        with self._forgetting(batch):
+            yield from self._hypergradient(batch, backup, hessian, step, scalars)
 
     # --- the passes ---
 
-    def _ascend(self, batch: Batch, step: Step, scalars: Tensor) -> FlatBackup:
+    def _ascend(self, batch: Batch, step: Step, scalars: Tensor) -> Pass[FlatBackup]:
         backup = FlatBackup(batch.layout)
         buckets = self._buckets("ascent", batch, step)
         states = ascent_states(step)
@@ -76,10 +98,12 @@ class TritonBackend(Launcher):
             if states:
                 rows |= ascent_rows(bucket, batch, step)
             bucket.locate(batch, backup, rows)
-        with _on(scalars.device):
-            if step.needs_ascent_norm:
-                run(self._reduce("ascent", buckets, step, scalars))
-            try:
+        if step.needs_ascent_norm:
+            with _on(scalars.device):
+                reduction = self._reduce("ascent", buckets, batch, step, scalars)
+            yield from reduction.run()
+        try:
+            with _on(scalars.device):
                 for bucket in buckets:
                     self._prepare(
                         perturb_kernel, bucket, step, scalars, self.launches.perturb,
@@ -87,17 +111,17 @@ class TritonBackend(Launcher):
                         HAS_MASTER=bucket.has_master, STOCHASTIC=_is_stochastic(bucket, step),
                         **_only(bucket.types, "P", "G", "ACC"),
                     )()  # fmt: skip
-                    backup.written += 1
+                    bucket.note_perturbed(batch, backup)
                     write_back(bucket, batch)
-            except BaseException:
-                backup.restore()
-                raise
+        except BaseException:
+            backup.restore()
+            raise
         release(buckets)
         return backup
 
     def _descend(
         self, batch: Batch, backup: FlatBackup | None, step: Step, scalars: Tensor
-    ) -> None:
+    ) -> Pass[None]:
         buckets = self._buckets("descent", batch, step)
         # the update kernel looks at the ascent's state only where it may have to put it back
         states = ascent_states(step) if step.skip_nonfinite else 0
@@ -111,53 +135,38 @@ class TritonBackend(Launcher):
                 rows |= ascent_rows(bucket, batch, step)
             bucket.locate(batch, backup, rows)
         # a user's rule runs on the host; the reduction knows SAMAR's own
-        rule = None if type(step.mix) is SharpnessRatio else step.mix
+        rule = None if type(step.mix) is SharpnessRatio or not batch.leads else step.mix
+        # Whatever needs memory or a compiler comes before the first launch: the reduction changes
+        # scalars that are state, and no update can be undone.
+        reduction, updates = Reduction(scalars), []
         with _on(scalars.device):
-            # Whatever needs memory or a compiler comes before the first launch: the reduction
-            # changes scalars that are state, and no update can be undone.
-            reduction: list[Launched] = []
             if step.needs_descent_norm:
                 kind = "descent" if step.mix is None else "mix"
-                reduction = self._reduce(kind, buckets, step, scalars)
+                reduction = self._reduce(kind, buckets, batch, step, scalars)
+            if step.base is not None:
+                updates = self._updates(buckets, step, scalars, states)
+        yield None
+        if step.base is not None and backup is not None:
+            backup.restore(backup.left_by(batch))
+        undoing = step.base is None or rule is not None
+        with undone_if_it_fails(scalars) if undoing else nullcontext():
+            yield from reduction.run()
+            if rule is not None:
+                adapt(rule, scalars)
             if step.base is None:
-                with undone_if_it_fails(scalars):
-                    run(reduction)
-                    if rule is not None:
-                        adapt(rule, scalars)
-                    if backup is not None:
-                        backup.restore()
-                    keep_rejected(batch, step, scalars)
-                    leave_final_gradient(batch, step, scalars)
-                release(buckets)
-                return
-            updates = []
-            for bucket in buckets:
-                arrivals = self._scratch(
-                    "updated", bucket.table.columns, torch.int32, scalars.device
-                )
-                updates.append(self._prepare(
-                    update_kernel, bucket, step, scalars, self.launches.update, arrivals,
-                    compiles=True, BASE=step.base.name, SCALE=step.rescales,
-                    MIX=step.mix is not None, SKIP=step.skip_nonfinite, ASCENT_STATES=states,
-                    HAS_MASTER=bucket.has_master, STOCHASTIC=_is_stochastic(bucket, step),
-                    **bucket.types,
-                ))  # fmt: skip
-            if backup is not None:
-                backup.restore(backup.left_by(batch))
-            if rule is None:
-                run(reduction)
-            else:
-                with undone_if_it_fails(scalars):
-                    run(reduction)
-                    adapt(rule, scalars)
-            for bucket, update in zip(buckets, updates, strict=True):
+                if backup is not None:
+                    backup.restore()
+                keep_rejected(batch, step, scalars)
+                leave_final_gradient(batch, step, scalars)
+        with _on(scalars.device):
+            for bucket, update in zip(buckets, updates, strict=False):
                 update()
                 write_back(bucket, batch)
         release(buckets)
 
     def _hypergradient(
         self, batch: Batch, backup: FlatBackup | None, hessian: str, step: Step, scalars: Tensor
-    ) -> None:
+    ) -> Pass[None]:
         buckets = self._buckets("hypergradient", batch, step)
         others = {Row.FIRST_GRAD: batch.firsts, Row.VALIDATION: batch.validation,
                   Row.TRAINING: batch.training}  # fmt: skip
@@ -165,14 +174,31 @@ class TritonBackend(Launcher):
             rows = ascent_rows(bucket, batch, step) | grad_rows(bucket, others)
             bucket.locate(batch, backup, rows)
         with _on(scalars.device):
-            run(self._reduce(hessian, buckets, step, scalars))
+            reduction = self._reduce(hessian, buckets, batch, step, scalars)
+        yield from reduction.run()
         release(buckets)
 
     # --- launches ---
 
-    def _reduce(
-        self, kind: str, buckets: list[Bucket], step: Step, scalars: Tensor
+    def _updates(
+        self, buckets: list[Bucket], step: Step, scalars: Tensor, states: int
     ) -> list[Launched]:
+        assert step.base is not None
+        updates = []
+        for bucket in buckets:
+            arrivals = self._scratch("updated", bucket.table.columns, torch.int32, scalars.device)
+            updates.append(self._prepare(
+                update_kernel, bucket, step, scalars, self.launches.update, arrivals,
+                compiles=True, BASE=step.base.name, SCALE=step.rescales,
+                MIX=step.mix is not None, SKIP=step.skip_nonfinite, ASCENT_STATES=states,
+                HAS_MASTER=bucket.has_master, STOCHASTIC=_is_stochastic(bucket, step),
+                **bucket.types,
+            ))  # fmt: skip
+        return updates
+
+    def _reduce(
+        self, kind: str, buckets: list[Bucket], batch: Batch, step: Step, scalars: Tensor
+    ) -> Reduction:
         # the flags take longer than the launch: they are worked out once for every kind of step
         needs_norm = step.base is not None and step.base.needs_norm
         key = (kind, step.ascent.name, step.adaptive, step.renormalize, step.skip_nonfinite,
@@ -185,14 +211,14 @@ class TritonBackend(Launcher):
         parts: dict[Sharding, list[Bucket]] = defaultdict(list)
         for bucket in buckets:
             parts[bucket.sharding].append(bucket)
-        is_whole = len(parts) == 1 and () in parts
-        launches: list[Launched] = []
-        totals: list[Tensor] = []
+        # else the sums over everything are known only after all launches
+        is_whole = len(parts) == 1 and () in parts and batch.part is None
+        reduction = Reduction(scalars)
         for sharding, same in parts.items():
             for i, bucket in enumerate(same):
                 partials = constants["SUMS"] * bucket.table.chunks(launch.chunk).size(0)
                 last = is_whole and i == len(same) - 1
-                launches.append(self._prepare(
+                reduction.launches.append(self._prepare(
                     reduce_kernel, bucket, step, scalars, launch,
                     self._scratch("partials", partials, bucket.arithmetic, scalars.device),
                     self._scratch("reduced", 1, torch.int32, scalars.device),
@@ -201,22 +227,26 @@ class TritonBackend(Launcher):
                     **constants, **_only(bucket.types, "P", "G", "ACC"),
                 ))  # fmt: skip
             if not is_whole:
-                launches.append(partial(_add_up, scalars, sharding, totals))
+                reduction.launches.append(partial(reduction.note, sharding))
         if not is_whole:
             names = _only(constants, "KIND", "RULE", "SUMS")
             names |= {"num_warps": 1, "enable_fp_fusion": True}
             hyper = self._hyper_table(buckets[0], step)
-            launches.append(partial(_put_down, scalars, totals))
-            launches.append(partial(finish_kernel[(1,)], hyper, scalars, tasks, **names))
-        return launches
+            reduction.finish = partial(finish_kernel[(1,)], hyper, scalars, tasks, **names)
+        return reduction
 
-    def _forget(self, batch: Batch) -> None:
-        """After a failure: no table is known to hold what it should."""
-        if batch.layout is not None:
-            for name in ("ascent", "descent"):
-                batch.layout.cache.pop(name, None)
-        for tables in (self._tables, self._hyper, self._hyper_of, self._hyper_values):
-            tables.clear()
+    @contextmanager
+    def _forgetting(self, batch: Batch) -> Iterator[None]:
+        """After a failure no table is known to hold what it should."""
+        try:
+            yield
+        except BaseException:
+            if batch.layout is not None:
+                for name in ("ascent", "descent"):
+                    batch.layout.cache.pop(name, None)
+            for tables in (self._tables, self._hyper, self._hyper_of, self._hyper_values):
+                tables.clear()
+            raise
 
     # --- tables ---
 
@@ -286,20 +316,6 @@ def _reduction(kind: str, step: Step) -> tuple[dict[str, Any], int, bool]:
         rule, adaptive = "unified", False
     constants = {"KIND": kind, "RULE": rule, "STATES": states, "ADAPTIVE": adaptive, "SUMS": sums}
     return constants, int(tasks), streams
-
-
-def run(launches: list[Launched]) -> None:
-    for launch in launches:
-        launch()
-
-
-def _add_up(scalars: Tensor, sharding: Sharding, totals: list[Tensor]) -> None:
-    """Note the sums that the last launches left, over all processes with shards."""
-    totals.append(add_up(scalars[SUMS].clone(), sharding))
-
-
-def _put_down(scalars: Tensor, totals: list[Tensor]) -> None:
-    scalars[SUMS] = torch.stack(totals).sum(0)
 
 
 def _is_stochastic(bucket: Bucket, step: Step) -> bool:

@@ -1,0 +1,153 @@
+"""Parameters on several devices: a backend for each, in lockstep, with norms over all of them.
+
+Every device has the step's scalars for itself, and computes from equal sums what follows from
+them. Nothing waits for a device: sums go from one to the other as copies in their streams do.
+"""
+
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsam.kernels.layout import Scalar
+
+from ..bases import Group
+from ..rules import Batch, Layout, Step
+from ..scaling import unscaled
+from .interface import Backup, DeviceBackend, create, resolve
+from .lockstep import together
+
+
+class SplitBackup:
+    """The unperturbed weights by device."""
+
+    def __init__(self, parts: dict[torch.device, Backup]):
+        self.parts = parts
+
+    def restore(self) -> None:
+        for backup in self.parts.values():
+            backup.restore()
+
+
+class SeveralDevices:
+    """See the module's docstring.
+
+    Args:
+        name: The backend that was asked for.
+    """
+
+    takes_scaled = True
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._backends: dict[tuple[str, torch.device], DeviceBackend] = {}
+
+    def ascend(self, batch: Batch, step: Step, scalars: Tensor) -> SplitBackup:
+        """See ``Backend.ascend``."""
+        found: list[Backup] = []
+        parts = self._split(batch, step, scalars, Scalar.FIRST_INVERSE_SCALE)
+        try:
+            self._run(parts, scalars, found, lambda _, backend, *part: backend.ascent_pass(*part))
+        except BaseException:
+            for backup in found:
+                backup.restore()
+            raise
+        return SplitBackup(dict(zip(parts, found, strict=True)))
+
+    def descend(
+        self, batch: Batch, backup: SplitBackup | None, step: Step, scalars: Tensor
+    ) -> None:
+        """See ``Backend.descend``."""
+        perturbed = {} if backup is None else backup.parts
+        parts = self._split(batch, step, scalars, Scalar.INVERSE_SCALE)
+        self._run(
+            parts, scalars, [],
+            lambda device, backend, part, *rest: backend.descent_pass(
+                part, perturbed.get(device), *rest
+            ),
+        )  # fmt: skip
+        for device in perturbed.keys() - parts.keys():  # without a second gradient
+            perturbed[device].restore()
+
+    def hypergradient(
+        self, batch: Batch, backup: SplitBackup | None, hessian: str, step: Step, scalars: Tensor
+    ) -> None:
+        """See ``Backend.hypergradient``."""
+        perturbed = {} if backup is None else backup.parts
+        parts = self._split(batch, step, scalars, Scalar.INVERSE_SCALE)
+        self._run(
+            parts, scalars, [],
+            lambda device, backend, part, *rest: backend.hypergradient_pass(
+                part, perturbed.get(device), hessian, *rest
+            ),
+        )  # fmt: skip
+
+    def _run(
+        self, parts: dict[torch.device, Any], scalars: Tensor, results: list[Any],
+        start: Callable[..., Any],
+    ) -> None:  # fmt: skip
+        """Start a pass on every device, and take over the scalars of the first."""
+        together([start(device, *part) for device, part in parts.items()], results)
+        first = next(iter(parts.values()))
+        scalars.copy_(first[-1], non_blocking=True)
+
+    def _split(
+        self, batch: Batch, step: Step, scalars: Tensor, scale: Scalar
+    ) -> dict[torch.device, tuple[DeviceBackend, Batch, Step, Tensor]]:
+        """What each device works with, in the order of the devices."""
+        layouts = layouts_of(batch)
+        names = {resolve(self._name, device) for device in layouts}
+        name = names.pop() if len(names) == 1 else "torch"  # passes of one kind stop alike
+        parts = {}
+        for number, (device, layout) in enumerate(layouts.items()):
+            key = name, device
+            if key not in self._backends:
+                self._backends[key] = create(name)
+            part = part_of(batch, device, layout, number)
+            own = scalars.to(device, non_blocking=True, copy=True)
+            # what a foreign base will read has been unscaled where it is
+            carries = scale == Scalar.FIRST_INVERSE_SCALE or step.base is not None
+            if step.is_scaled and carries and not self._backends[key].takes_scaled:
+                part = unscaled(part, own[scale])
+            groups = [on_device(group, device) for group in step.groups]
+            parts[device] = self._backends[key], part, replace(step, groups=groups), own
+        return parts
+
+
+def layouts_of(batch: Batch) -> dict[torch.device, Layout]:
+    """A layout of each device's tensors, kept with that of all."""
+    whole = batch.layout
+    assert whole is not None
+    if "devices" not in whole.cache:
+        whole.cache["devices"] = {device: whole.of_device(device) for device in whole.members}
+    layouts: dict[torch.device, Layout] = whole.cache["devices"]
+    return layouts
+
+
+def part_of(batch: Batch, device: torch.device, layout: Layout, number: int) -> Batch:
+    """One device's part of a batch."""
+    assert batch.layout is not None
+    positions = batch.layout.members[device]
+    if batch.layout.seen:
+        seen = [batch.layout.seen[k] for k in positions]
+        if seen != layout.seen:
+            layout.seen = seen
+    lists = {field.name: getattr(batch, field.name) for field in fields(Batch)}
+    picked = {
+        name: [xs[k] for k in positions]
+        for name, xs in lists.items()
+        if isinstance(xs, list) and xs
+    }
+    return replace(batch, **picked, layout=layout, part=number)
+
+
+def on_device(group: Group, device: torch.device) -> Group:
+    """A group whose hyper-parameters are numbers, or tensors that the device may read."""
+    held = {
+        key: x.to(device, non_blocking=True)
+        for key, x in group.items()
+        if isinstance(x, Tensor) and x.device.type != "cpu"
+    }
+    return {**group, **held} if held else group
