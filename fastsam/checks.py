@@ -3,7 +3,8 @@
 import inspect
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from numbers import Real
 from typing import Any
 
@@ -87,6 +88,19 @@ def check_schedule(perturb_every: Any, start: Any, stop: Any) -> None:
             raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
     if isinstance(stop, bool) or not (stop is None or (isinstance(stop, int) and stop > start)):
         raise ValueError(f"stop must be None or an integer above start={start}, got {stop!r}")
+
+
+def entered(context: Callable[[], AbstractContextManager[Any]]) -> AbstractContextManager[Any]:
+    """What a closure is called in: ``ascent_context`` or ``descent_context`` gives it."""
+    try:
+        return context()
+    except TypeError as error:
+        if callable(context) and not hasattr(context, "__enter__"):
+            raise  # its own
+        raise TypeError(
+            "ascent_context and descent_context must be None or functions that give a context "
+            f"manager (model.no_sync, not model.no_sync()), got {type(context).__name__}"
+        ) from error
 
 
 def check_closure(name: str, closure: Any) -> None:

@@ -262,6 +262,7 @@ class Probe:
                 with torch.no_grad():
                     for p, w, e in moved:
                         p.copy_(wide(w) + e)
+                torch.clear_autocast_cache()  # a region around all this keeps casts of weights
                 for p in self.params:
                     p.grad = None
                 yield
@@ -269,6 +270,7 @@ class Probe:
             with uninterrupted(), torch.no_grad():
                 for p, w, _ in moved:
                     p.copy_(w)
+                torch.clear_autocast_cache()
                 for p, needed, grad in kept:
                     p.requires_grad_(needed)
                     p.grad = grad

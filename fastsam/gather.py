@@ -1,6 +1,7 @@
 """What a pass works on: tensors with gradients, their state, and the device's scalars."""
 
 import sys
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -23,6 +24,20 @@ def _holders(tensors: dict[str, Tensor], name: str) -> int:
 
 
 ALONE = _holders({"": torch.empty(0)}, "")
+
+
+def _of_one(tensors: list[Tensor], k: int) -> int:
+    return sys.getrefcount(tensors[k])
+
+
+def _of_a_gradient() -> int:
+    param = torch.empty(0, requires_grad=True)
+    param.grad = torch.empty(0)
+    return _of_one([param.grad], 0)
+
+
+#: How often a gradient is referred to that is a parameter's, and in one list.
+UNSHARED = _of_a_gradient()
 
 
 #: An ascent rule's state of one parameter: before the step, and room for the next.
@@ -182,20 +197,29 @@ class GatheringOptimizer(StatefulOptimizer):
                 group[key] = slot
         return self._scalars
 
-    def _set_aside(self) -> dict[Tensor, Tensor]:
+    def _set_aside(self, ours: Iterable[Tensor]) -> dict[Tensor, Tensor]:
         """The gradients themselves, by parameter, such that no backward pass writes to them."""
-        kept = self._take_over(self._collect(), cleared=True)
+        kept = self._take_over(self._collect(), cleared=True, ours=ours)
         return {p: p.grad if is_sharded(p) and p.grad is not None else x for p, x in kept.items()}
 
-    def _take_over(self, batch: Batch, cleared: bool) -> dict[Tensor, Tensor]:
+    def _take_over(
+        self, batch: Batch, cleared: bool, ours: Iterable[Tensor] = ()
+    ) -> dict[Tensor, Tensor]:
         """The gradients, kept for later; copied, unless nobody else can write to them.
 
-        That is so where they are about to be set to None and own their memory: DDP's, for one, may
-        be views of buckets that the next backward fills again.
+        ``ours`` are those of which the caller has another list.
+
+        That is so where they are about to be set to None, nobody else has them and they own their
+        memory: DDP's, for one, may be views of buckets that the next backward fills again, and a
+        closure may give out the same tensors in every call.
         """
-        kept = {}
-        for param, grad in zip(batch.owners, batch.grads, strict=True):
+        kept, ids = {}, set(map(id, ours))
+        for k, param in enumerate(batch.owners):
+            known = UNSHARED + (id(batch.grads[k]) in ids)
+            # counted before the next line makes another; a shard is its DTensor's as well
+            alone = cleared and (_of_one(batch.grads, k) <= known or is_sharded(param))
+            grad = batch.grads[k]
             size = grad.numel() * grad.element_size()
-            alone = not grad._is_view() and grad.untyped_storage().nbytes() == size
-            kept[param] = grad if cleared and alone else grad.clone()
+            alone = alone and not grad._is_view() and grad.untyped_storage().nbytes() == size
+            kept[param] = grad if alone else grad.clone()
         return kept

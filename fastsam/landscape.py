@@ -122,7 +122,7 @@ def loss_landscape(
 
     Cost: one evaluation for each point (``points ** 2`` in a plane), one more with its backward
     pass for the gradient; a copy of the weights and one for each direction. The host waits for a
-    GPU once, at the end.
+    GPU where directions are copied to it, and once at the end.
 
     Args:
         model: The module, or its parameters, as for :func:`sharpness`. Parameters that need no

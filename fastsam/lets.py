@@ -138,6 +138,10 @@ class LETS(Optimizer):
                 state and radius as they were; one in what follows, as in ``val_closure``, costs
                 this update of the radius and nothing else. Both propagate.
         """
+        if closure is None and val_closure is None and self.optimizer._is_bare:
+            with torch.no_grad():  # torch.distributed.checkpoint asks for the state so
+                self.optimizer._create_state()
+            return None
         if closure is None or val_closure is None:
             missing = "closure" if closure is None else "val_closure"
             raise RuntimeError(
@@ -168,8 +172,9 @@ class LETS(Optimizer):
         closure: Callable[[], Any],
         val_closure: Callable[[], Any],
     ) -> None:
-        left = self.optimizer._set_aside()
-        batch.grads = list(self.optimizer._take_over(batch, cleared=True).values())
+        left = self.optimizer._set_aside(ours=batch.grads)
+        kept = self.optimizer._take_over(batch, cleared=True, ours=left.values())
+        batch.grads = list(kept.values())
         try:
             losses: list[Tensor] = []
             grads: list[list[Tensor | None]] = []

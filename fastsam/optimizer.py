@@ -21,12 +21,13 @@ from .checks import (
     check_keys,
     check_max_grad_norm,
     check_schedule,
+    entered,
 )
 from .passes import TwoPassOptimizer
 from .precision import check_precision, warn_of_rounding
 from .replicas import replicas_of
 from .rules import UNIFIED, Ascent, wide_dtype
-from .stateful import uncompiled, warn_user
+from .stateful import uncompiled
 
 #: Gives a context manager, for one pass.
 Context = Callable[[], AbstractContextManager[Any]]
@@ -80,7 +81,6 @@ class SharpnessAwareOptimizer(TwoPassOptimizer):
         """``own`` holds a subclass's further group keys and their defaults."""
         check_base(base_optimizer, not_below=SharpnessAwareOptimizer)
         check_max_grad_norm(max_grad_norm)
-        check_schedule(perturb_every, start, stop)
         own = {"rho": rho, "adaptive": adaptive, "eta": eta, **(own or {})}
         self._base = BASES.get(base_optimizer)
         check_precision(master_weights, rounding, seed, self._base is not None)
@@ -107,8 +107,7 @@ class SharpnessAwareOptimizer(TwoPassOptimizer):
         self._start()
         params_ = [p for group in self.param_groups for p in group["params"]]
         backends.resolve(backend, params_[0].device if params_ else torch.device("cpu"))
-        if self._has_schedule:
-            self.param_groups[0].setdefault("t", 1)
+        self.param_groups[0].setdefault("t", 1)
         if rounding == "stochastic":
             self.param_groups[0].setdefault("rounding_step", 0.0)
         elif not master_weights:
@@ -154,8 +153,7 @@ class SharpnessAwareOptimizer(TwoPassOptimizer):
         self._check_groups()
         self._inside_step = True
         try:
-            zero_radius = all(_is_zero(group["rho"]) for group in self.param_groups)
-            perturbs = self.perturbs_next and not (self._may_skip_ascent and zero_radius)
+            perturbs = self._needs_two_passes
             # a gradient that the base takes as it is has to be synchronised, for one
             loss = self._call(closure, self.ascent_context if perturbs else None)
             self._warn_of_no_gradients()
@@ -181,11 +179,12 @@ class SharpnessAwareOptimizer(TwoPassOptimizer):
 
         with :math:`e_i` along :math:`\nabla L_i(w)`: m-sharpness, with the memory of one more
         gradient. In :meth:`step` a closure that runs all micro-batches perturbs along their sum.
+        Where the step is the base's (``perturb_every``, ``start``, ``stop``) :math:`e_i = 0`.
 
         Args:
             closures: One for each micro-batch, at least one. Each computes the loss of its own,
                 not divided by their number, calls ``backward`` and returns the loss; each is
-                called twice. ``.grad`` is :math:`u` afterwards.
+                called twice, or once in a step of the base. ``.grad`` is :math:`u` afterwards.
 
         Returns:
             What the first calls returned.
@@ -199,23 +198,28 @@ class SharpnessAwareOptimizer(TwoPassOptimizer):
         name = type(self).__name__
         if self.renormalize or self._mix is not None or self._ascent is not UNIFIED:
             raise RuntimeError(f"{name} does not serve perturbations by micro-batch")
+        if callable(closures):
+            raise TypeError("closures must be a sequence of functions, got a function")
         closures = list(closures)
         if not closures:
             raise ValueError("closures must be at least one, got none")
         for closure in closures:
             check_closure(name, closure)
         self._expect("first_step", "step_micro_batches")
+        self._check_groups()
         self._run_hooks("pre")
+        perturbs = self._needs_two_passes
         self._inside_step = True
         losses: list[Any] = []
         total: dict[Tensor, Tensor] = {}
         dtypes: dict[Tensor, torch.dtype] = {}
         try:
             for closure in closures:
-                losses.append(self._call(closure, self.ascent_context))
-                self.first_step(zero_grad=True)
-                self._call(closure, self.descent_context)
-                self._check_reduced(self._collect("descent"))
+                losses.append(self._call(closure, self.ascent_context if perturbs else None))
+                if perturbs:
+                    self.first_step(zero_grad=True)
+                    self._call(closure, self.descent_context)
+                    self._check_reduced(self._collect("descent"))
                 for param in chain.from_iterable(group["params"] for group in self.param_groups):
                     if param.grad is not None:
                         share = param.grad.to(wide_dtype(param.grad)) / len(closures)
@@ -226,7 +230,7 @@ class SharpnessAwareOptimizer(TwoPassOptimizer):
             for param, grad in total.items():
                 param.grad = grad.to(dtypes[param])
             self.plain_step()
-            self._perturbs = True
+            self._perturbs = perturbs
         except BaseException:
             self.restore()
             raise
@@ -240,7 +244,7 @@ class SharpnessAwareOptimizer(TwoPassOptimizer):
         """Whether ``perturb_every``, ``start`` and ``stop`` make the next step sharpness-aware."""
         if not self._has_schedule:
             return True
-        since = self.param_groups[0].setdefault("t", 1) - 1 - self.start
+        since = self.param_groups[0]["t"] - 1 - self.start
         ended = self.stop is not None and since >= self.stop - self.start
         return since >= 0 and not ended and bool(since % self.perturb_every == 0)
 
@@ -253,6 +257,11 @@ class SharpnessAwareOptimizer(TwoPassOptimizer):
         return not self._has_schedule
 
     @property
+    def _needs_two_passes(self) -> bool:
+        zero_radius = all(_is_zero(group["rho"]) for group in self.param_groups)
+        return self.perturbs_next and not (self._may_skip_ascent and zero_radius)
+
+    @property
     def _may_skip_ascent(self) -> bool:
         """Whether a step with radius 0 needs no first pass."""
         return self._ascent.name == "unified"
@@ -260,11 +269,15 @@ class SharpnessAwareOptimizer(TwoPassOptimizer):
     def _call(self, closure: Any, context: Context | None) -> Any:
         """What the closure returns, called as one pass."""
         self.zero_grad()
-        manager = context() if context else nullcontext()
+        manager = nullcontext() if context is None else entered(context)
         if context is self.ascent_context:
             self._replicas = replicas_of(manager)
         with self._in_closure(), manager, torch.enable_grad():
             return closure()
+
+    def _check_groups(self) -> None:
+        check_schedule(self.perturb_every, self.start, self.stop)
+        super()._check_groups()
 
     @contextmanager
     def _in_closure(self) -> Iterator[None]:
@@ -275,14 +288,12 @@ class SharpnessAwareOptimizer(TwoPassOptimizer):
             self._inside_closure = False
 
     def _warn_of_no_gradients(self) -> None:
-        if self._warned:
-            return
         params = chain.from_iterable(group["params"] for group in self.param_groups)
         if all(param.grad is None for param in params):
-            self._warned = True
-            warn_user(
+            self._warn_once(
+                "no gradients",
                 "the closure left no gradient in any parameter: it has to call backward() on the "
-                "loss of the model whose parameters are optimized"
+                "loss of the model whose parameters are optimized",
             )
 
     # --- what a step measured ---
@@ -296,9 +307,9 @@ class SharpnessAwareOptimizer(TwoPassOptimizer):
         gradient's norm, is there where the step needs it; with ``renormalize`` so is
         ``renormalization`` (gamma, and both norms are then of ``T g``), with ``skip_nonfinite``
         so is ``skipped``, the number of steps skipped so far (under a loss scale, too, without
-        which all norms are given). ``perturbed`` is 1, or 0 after a step of the base alone. Reading
-        a value synchronises with the device; making the mapping does not. Empty before the first
-        step.
+        which all norms are given). ``perturbed`` is 1, or 0 after a step of the base alone, which
+        measures nothing of a first pass. Reading a value synchronises with the device; making the
+        mapping does not. Empty before the first step.
         """
         if self._scalars is None:
             return {}

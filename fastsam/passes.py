@@ -22,7 +22,7 @@ from .replicas import agree, replicas_of
 from .rules import Batch, LamRule, Step
 from .scaling import check_scaler, is_scaled, record, unscaled, write_scale
 from .sharding import local_state
-from .stateful import uncompiled, warn_user
+from .stateful import uncompiled
 
 
 class TwoPassOptimizer(GatheringOptimizer):
@@ -46,10 +46,10 @@ class TwoPassOptimizer(GatheringOptimizer):
             RuntimeError: If ``second_step`` is due; if a gradient is sparse or complex, or the
                 parameters lie on several types of device. Nothing has changed then.
             ValueError: If a group's hyper-parameter has been set out of range.
-            TypeError: If ``grad_scaler`` is something else.
+            TypeError: If ``grad_scaler`` is something else, or not given by its name.
         """
         self._expect("first_step")
-        scaler = check_scaler(grad_scaler, self)
+        scaler = check_scaler(grad_scaler, self, zero_grad)
         self._run_hooks("pre")
         self._check_groups()
         batch = self._collect("ascent")
@@ -63,24 +63,28 @@ class TwoPassOptimizer(GatheringOptimizer):
         else:
             pending = {}
             batch.ascent = batch.next = [{}] * len(batch.params)
-        with uninterrupted():
-            if batch.params:
-                self._backup = self._backend_for(batch).ascend(batch, self._describe(), scalars)
-            else:
-                scalars[Scalar.GRAD_NORM].zero_()
-                scalars[Scalar.NEXT_SQUARED_NORMS] = scalars[Scalar.ASCENT_SQUARED_NORMS]
-            self._firsts, self._pending = firsts, pending
-            self._saw_shards = any(batch.shardings)
-            self._between_passes = True
-        if self._replicas is not None and (self.renormalize or self._is_scaled or self._records):
-            with self._restoring():
+        with self._restoring():
+            with uninterrupted():
+                if batch.params:
+                    backend = self._backend_for(batch)
+                    self._backup = backend.ascend(batch, self._describe(), scalars)
+                else:
+                    scalars[Scalar.GRAD_NORM].zero_()
+                    scalars[Scalar.NEXT_SQUARED_NORMS] = scalars[Scalar.ASCENT_SQUARED_NORMS]
+                self._firsts, self._pending = firsts, pending
+                self._saw_shards = any(batch.shardings)
+                self._between_passes = True
+                torch.clear_autocast_cache()  # of the weights as they were
+            if self._replicas is not None and (
+                self.renormalize or self._is_scaled or self._records
+            ):
                 agree(scalars, self._replicas)
-        if zero_grad:
-            self.zero_grad()
-        else:
-            ends = batch.owners[:1] + batch.owners[-1:]
-            self._seen = [(param, weakref.ref(param.grad), param.grad._version)
-                          for param in ends if param.grad is not None]  # fmt: skip
+            if zero_grad:
+                self.zero_grad()
+            else:
+                ends = batch.owners[:1] + batch.owners[-1:]
+                self._seen = [(param, weakref.ref(param.grad), param.grad._version)
+                              for param in ends if param.grad is not None]  # fmt: skip
 
     @uncompiled
     @torch.no_grad()
@@ -89,7 +93,8 @@ class TwoPassOptimizer(GatheringOptimizer):
     ) -> None:
         """Restore the weights and update them with the gradients taken at ``w + e``.
 
-        Warns once where the gradients are still those of the first pass, or were added to them.
+        Warns once where there are no gradients, or they are still those of the first pass, or were
+        added to them.
 
         Args:
             zero_grad: Zero the gradients afterwards.
@@ -103,10 +108,16 @@ class TwoPassOptimizer(GatheringOptimizer):
         """
         self._expect("second_step")
         with self._restoring():
-            if check_scaler(grad_scaler, self) is not self._scaler and grad_scaler is not None:
+            if check_scaler(grad_scaler, self, zero_grad) is not self._scaler and grad_scaler:
                 raise RuntimeError("grad_scaler has to be given to first_step as well")
             self._warn_of_stale_gradients()
             batch = self._collect("descent")
+            if self._backup is not None and not batch.params:
+                self._warn_once(
+                    "no second gradients",
+                    "the second pass left no gradients: backward has to be called on the loss at "
+                    "the perturbed weights as well; the step changes nothing",
+                )
             self._check_reduced(batch)
             self._descend(batch)
         self._after_step(zero_grad)
@@ -128,7 +139,7 @@ class TwoPassOptimizer(GatheringOptimizer):
             ValueError: If a group's hyper-parameter has been set out of range.
         """
         self._expect("first_step", "plain_step")
-        scaler = check_scaler(grad_scaler, self)
+        scaler = check_scaler(grad_scaler, self, zero_grad)
         self._run_hooks("pre")
         self._check_groups()
         batch = self._collect("descent")
@@ -266,7 +277,7 @@ class TwoPassOptimizer(GatheringOptimizer):
     def _warn_of_stale_gradients(self) -> None:
         """Look at the first and the last parameter's gradient, where the first pass left them."""
         seen, self._seen = self._seen, []
-        if self._warned or self._inside_step or not seen:
+        if self._inside_step or not seen:
             return
         present = [(param.grad, old(), version) for param, old, version in seen]
         if all(grad is not None and grad is old for grad, old, _ in present):
@@ -277,10 +288,10 @@ class TwoPassOptimizer(GatheringOptimizer):
                 what = "the sum of its own and those"
             else:
                 return
-            self._warned = True
-            warn_user(
+            self._warn_once(
+                "stale gradients",
                 f"second_step() seems to find gradients that are {what} of the first pass: zero "
-                "them after first_step (its argument zero_grad=True does) and call backward again"
+                "them after first_step (its argument zero_grad=True does) and call backward again",
             )
 
     def _descend(self, batch: Batch) -> None:
@@ -382,8 +393,7 @@ class TwoPassOptimizer(GatheringOptimizer):
         if self._scaler is not None and room is not None:
             record(self, self._scaler, scalars, room[1])
         self._end_step()
-        if "t" in self.param_groups[0]:
-            self.param_groups[0]["t"] += 1
+        self.param_groups[0]["t"] += 1
 
     def _after_step(self, zero_grad: bool) -> None:
         self._opt_called = True  # what LR schedulers look at, to warn where no step came first

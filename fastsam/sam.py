@@ -176,7 +176,6 @@ class UnifiedSAM(SharpnessAwareOptimizer):
             check_lam(lam)
         self.lam = lam
         super().__init__(params, base_optimizer, rho=rho, **kwargs)
-        self.param_groups[0].setdefault("t", 1)
 
     @property
     def _is_static(self) -> bool:

@@ -18,13 +18,17 @@ from fastsam.kernels.layout import Scalar
 from .rules import Batch, wide_dtype
 
 
-def check_scaler(grad_scaler: Any, optimizer: Optimizer) -> GradScaler | None:
+def check_scaler(
+    grad_scaler: Any, optimizer: Optimizer, zero_grad: Any = False
+) -> GradScaler | None:
     """The scaler if it is one that is enabled, else None.
 
     Raises:
-        TypeError: If it is something else.
+        TypeError: If it is something else, or was given in the place of ``zero_grad``.
         RuntimeError: If its ``update`` has not been called since the optimizer's last step.
     """
+    if isinstance(zero_grad, GradScaler):
+        raise TypeError("grad_scaler must be given by its name, as in grad_scaler=scaler")
     if grad_scaler is None:
         return None
     if not isinstance(grad_scaler, GradScaler):

@@ -92,7 +92,7 @@ class StatefulOptimizer(Optimizer):
         self._saw_shards = False  # whether sharded parameters had a first gradient
         # gradients that the first pass left: parameter, gradient, its version
         self._seen: list[tuple[Tensor, weakref.ref[Tensor], int]] = []
-        self._warned = False  # of a misuse: once
+        self._warned: set[str] = set()  # of what: once
         self._backends: dict[str, backends.Backend] = {}
         # as asked for, by device; None stands for several
         self._served: dict[tuple[str, torch.device | None], backends.Backend] = {}
@@ -233,8 +233,14 @@ class StatefulOptimizer(Optimizer):
             for param, state in own.items():
                 self.state[param].update(state)
 
+    def _warn_once(self, of: str, message: str) -> None:
+        if of not in self._warned:
+            self._warned.add(of)
+            warn_user(message)
+
     def _end_step(self) -> None:
         """Forget what lives from the first pass to the second."""
+        torch.clear_autocast_cache()  # of the perturbed weights, in a region around the step
         self._backup = None
         self._pending = {}
         self._firsts = {}

@@ -496,6 +496,7 @@ class Comparison:
             unit = (info.eps * torch.maximum(x.abs(), y.abs())).clamp(
                 min=info.smallest_normal * info.eps
             )
+            unit *= 1 + key.startswith("pass")  # one that was written to has been rounded twice
             if (error <= tolerance + unit).all() and beyond.sum() <= 2 + y.numel() / 64:
                 SEEN["elements on the other side of a tie"] += int(beyond.sum())
                 return None

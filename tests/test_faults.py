@@ -4,6 +4,8 @@
 samples. A base optimizer that is not fused takes its step by itself, and is not looked into.
 """
 
+import os
+import signal
 from contextlib import contextmanager
 
 import pytest
@@ -355,7 +357,7 @@ def check_interrupts(rig: Rig, twin: Rig, stride: int, explicit: bool = False) -
             interrupted = False
         except KeyboardInterrupt:
             interrupted = True
-        if interrupted and explicit:
+        if interrupted and rig.optimizer._between_passes:  # between the calls, outside of both
             rig.optimizer.restore()
         twin.step(explicit)
         left, complete = rig.snapshot(), twin.snapshot()
@@ -385,6 +387,26 @@ def test_interrupts(method, base, backend, stride):
 
 def test_interrupts_of_explicit_passes():
     check_interrupts(*pair_of("samar-all", "sgd", "torch", TWO), 13, explicit=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_interrupted_while_perturbing(backend, monkeypatch):
+    """Held back until the pass is complete, which is undone then."""
+    rig, twin = (Rig("sam", "sgd", backend, TWO).steps(2) for _ in range(2))
+    before, optimizer = rig.snapshot(), rig.optimizer
+    original = type(optimizer)._backend_for
+
+    def interrupted(self, batch):
+        os.kill(os.getpid(), signal.SIGINT)
+        return original(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(optimizer), "_backend_for", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            rig.step(explicit=True)
+    rig.taken = twin.taken
+    assert difference(rig.snapshot(), before) is None
+    assert difference(rig.steps(1).snapshot(), twin.steps(1).snapshot()) is None
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -221,6 +221,44 @@ def test_overflow_that_unscale_found(mended, backend):
     assert_same(snapshot(optimizer, params), before)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_overflow_is_of_its_own_step(backend):
+    """What was found in one step does not skip the next, whether that has one pass or two."""
+    params, optimizer = create("sam", "sgd-momentum", backend, perturb_every=2)
+    scaler = scaler_of()
+    for k in range(4):
+
+        def closure(spoil=None if k else INF):
+            give_grads(params, scaler, spoil)
+            scaler.unscale_(optimizer)
+
+        optimizer.step(closure, grad_scaler=scaler)
+        scaler.update()
+        assert float(optimizer.metrics["skipped"]) == 1
+        assert float(optimizer.metrics["perturbed"]) == (k % 2 == 0)
+
+
+@pytest.mark.parametrize("method", ["sam-clip", "usam"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_steps_without_a_scaler_after_some_with(method, backend):
+    """Neither the scale nor what was found stays behind."""
+    results = []
+    for scaled in (False, True):
+        params, optimizer = create(method, "sgd-momentum", backend, skip_nonfinite=True)
+        run(optimizer, params, scaler_of() if scaled else None, 1)
+        if scaled:
+            scaler = scaler_of()
+            give_grads(params, scaler, INF)
+            scaler.unscale_(optimizer)
+            optimizer.first_step(grad_scaler=scaler)
+            give_grads(params, scaler)
+            optimizer.second_step(grad_scaler=scaler)
+        run(optimizer, params, None, 2)
+        results.append(params)
+        assert float(optimizer.metrics["skipped"]) == scaled
+    assert same(*results)
+
+
 # --- what does not work without this -------------------------------------------------------------
 
 
@@ -283,6 +321,9 @@ def test_misuse_is_named():
     give_grads(params)
     with pytest.raises(TypeError, match="grad_scaler must be a torch.amp.GradScaler"):
         optimizer.first_step(grad_scaler=2.0**16)
+    for half in (optimizer.first_step, optimizer.plain_step):
+        with pytest.raises(TypeError, match="grad_scaler must be given by its name"):
+            half(scaler)
     with pytest.raises(RuntimeError, match="has scaled no loss yet"):
         optimizer.first_step(grad_scaler=scaler)
     with pytest.raises(RuntimeError, match="has scaled no loss yet"):

@@ -204,12 +204,45 @@ def test_failing_closure_undoes_the_step(call, error, backend):
     assert all(map(np.array_equal, numpy(params), numpy(twins)))
 
 
+@pytest.mark.parametrize("kwargs", [{"perturb_every": 2, "start": 1}, {"rho": 0.0}])
+def test_steps_of_the_base(kwargs):
+    """One call of each closure, and the base's step with the mean of the gradients."""
+    problem = Regression()
+    params, twins = problem.params(), problem.params()
+    optimizer = fastsam.SAM(params, torch.optim.AdamW, lr=0.01, **kwargs)
+    twin, base = fastsam.SAM(twins, torch.optim.AdamW, lr=0.01), torch.optim.AdamW(twins, lr=0.01)
+    for k in range(4):
+        perturbs = k % 2 == 1 and "rho" not in kwargs
+        if perturbs:
+            twin.load_state_dict(base.state_dict())
+            twin.step_micro_batches(problem.closures(twins))
+            base.load_state_dict(twin.state_dict())
+        else:
+            base.zero_grad()
+            for closure in problem.closures(twins):
+                closure()
+            for p in twins:
+                p.grad = None if p.grad is None else p.grad / 3
+            base.step()
+        calls = []
+        closures = [lambda f=f, calls=calls: (calls.append(1), f())[1]
+                    for f in problem.closures(params)]  # fmt: skip
+        assert optimizer.perturbs_next == (k % 2 == 1 or "rho" in kwargs)
+        optimizer.step_micro_batches(closures)
+        assert len(calls) == (6 if perturbs else 3)
+        assert optimizer.metrics["perturbed"] == perturbs
+        for ours, exact in zip(numpy(params), numpy(twins), strict=True):
+            np.testing.assert_allclose(ours, exact, rtol=1e-12, atol=1e-13)
+
+
 def test_what_is_not_a_list_of_closures():
     model, loss_fn = model_and_data()
     optimizer, closure = fastsam.SAM(model.parameters(), **SGD), closure_of(loss_fn)
     before = bits(model)
     with pytest.raises(ValueError, match="closures must be at least one"):
         optimizer.step_micro_batches([])
+    with pytest.raises(TypeError, match="closures must be a sequence of functions"):
+        optimizer.step_micro_batches(closure)
     with pytest.raises(TypeError, match="closure must be a function .* got Tensor"):
         optimizer.step_micro_batches([closure, loss_fn()])
     with pytest.raises(RuntimeError, match="inside a closure"):

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -213,6 +214,83 @@ def test_closure_without_gradients(cls, backend):
     assert str(optimizer.state_dict()["state"]) == str(state["state"])
     optimizer.step(closure_of(loss_fn))
     assert not same(bits(model), before)
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+def test_a_second_pass_without_gradients(explicit):
+    """Said once; the step changes nothing, and warnings of other misuse still come."""
+    model, loss_fn, optimizer = make()
+    before, calls = bits(model), []
+
+    def closure():
+        loss = loss_fn()
+        if len(calls) % 2 == 0:
+            loss.backward()
+        calls.append(1)
+        return loss
+
+    def step():
+        if not explicit:
+            return optimizer.step(closure)
+        loss_fn().backward()
+        optimizer.first_step(zero_grad=True)
+        optimizer.second_step()
+
+    with pytest.warns(UserWarning, match="the second pass left no gradients") as seen:
+        step()
+    assert len(seen) == 1 and seen[0].filename == __file__
+    step()
+    assert same(bits(model), before)
+    with pytest.warns(UserWarning, match=NO_GRADIENT):
+        optimizer.step(loss_fn)
+
+
+@pytest.mark.parametrize("name", ["ascent_context", "descent_context"])
+@pytest.mark.parametrize("wrong", [torch.no_grad(), nullcontext(), "x", 0])
+def test_what_is_no_function_that_gives_a_context(wrong, name):
+    model, loss_fn, optimizer = make(**{name: wrong})
+    before = bits(model)
+    with pytest.raises(TypeError, match=r"functions that give a context manager .*, got "):
+        optimizer.step(closure_of(loss_fn))
+    assert same(bits(model), before)
+
+    def own():
+        raise TypeError("of the function's own")
+
+    setattr(optimizer, name, own)
+    with pytest.raises(TypeError, match="of the function's own"):
+        optimizer.step(closure_of(loss_fn))
+    setattr(optimizer, name, None)
+    optimizer.step(closure_of(loss_fn))
+    assert not same(bits(model), before)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("perturb_every", 0), ("start", -1), ("stop", 0), ("max_grad_norm", 0.0)]
+)
+def test_attributes_out_of_range(name, value):
+    model, loss_fn, optimizer = make()
+    before = bits(model)
+    setattr(optimizer, name, value)
+    loss_fn().backward()
+    closure = closure_of(loss_fn)
+    for call in (
+        lambda: optimizer.step(closure),
+        lambda: optimizer.step_micro_batches([closure]),
+        optimizer.first_step,
+        optimizer.plain_step,
+    ):
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            call()
+    assert same(bits(model), before)
+
+
+def test_groups_out_of_range_in_a_step_of_the_base():
+    model, loss_fn, optimizer = make()
+    loss_fn().backward()
+    optimizer.param_groups[0]["rho"] = -1.0
+    with pytest.raises(ValueError, match="rho must be"):
+        optimizer.plain_step()
 
 
 def test_order_of_the_passes():

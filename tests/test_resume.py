@@ -263,3 +263,21 @@ def test_learned_radius_in_a_distributed_checkpoint(tmp_path):
     resumed = Run("vasso", "adamw", lets=LEARNING, initial=2).go(2)
     resumed.load(through(tmp_path, run.state_dict(), resumed.state_dict()))
     check_goes_on(run, resumed)
+
+
+@alone
+def test_learned_radius_by_names():
+    """torch takes what its own optimizers have: the radius, and the wrapped optimizer's state."""
+    run = Run("vasso", "adamw", lets=LEARNING).go(3)
+    resumed = Run("vasso", "adamw", lets=LEARNING, initial=2)
+    before = [p.detach().clone() for p in resumed.model.parameters()]
+    saved = get_optimizer_state_dict(run.model, run.optimizer)
+    set_optimizer_state_dict(resumed.model, resumed.optimizer, saved)
+    for p, w in zip(resumed.model.parameters(), before, strict=True):
+        assert torch.equal(p, w)
+    assert resumed.optimizer.metrics["rho"] == run.optimizer.metrics["rho"] != 0.05
+    for p, q in zip(run.model.parameters(), resumed.model.parameters(), strict=True):
+        for name, x in run.optimizer.state[p].items():
+            assert torch.equal(resumed.optimizer.state[q][name], x)
+    with pytest.raises(RuntimeError, match="needs a closure and a val_closure"):
+        run.optimizer.step()

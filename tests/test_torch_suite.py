@@ -4,8 +4,8 @@ Gradients and backends, hooks, and state dicts are in the files ``test_torch_sui
 checks are those of ``TestOptimRenewed`` in torch's repository, and those on optimizers of its
 suites for schedulers, the profiler and CUDA, written anew, on the entries of ``fastsam_db``. What
 torch compares between ``foreach``, ``fused`` and its loop is compared between backends. Turned
-round are the checks with complex parameters, sparse gradients, several types of device and parameters on
-meta: those are refused. Left out:
+round are the checks with complex parameters, sparse gradients, several types of device and
+parameters on meta: those are refused. Left out:
 
 =========================================  =========================================================
 test_foreach_large_tensor, test_fused_...  2 ** 32 elements need a GPU with 64 GB and more

@@ -13,6 +13,10 @@ from ..rules import Step
 
 #: What a row holds where there is no rule.
 NO_RATIO = SharpnessRatio()
+#: Keys of groups that change in every step, and that no row holds.
+NOT_READ = (
+    "params", "t", "lam", "sharpness", "squared_norms", "ascent_squared_norms", "rounding_step"
+)  # fmt: skip
 
 
 def hyper_values(step: Step) -> list[Any]:
@@ -20,7 +24,7 @@ def hyper_values(step: Step) -> list[Any]:
     values = [step.ascent, step.base, step.lam, step.max_grad_norm, step.mix]
     for group in step.groups:
         for name, value in group.items():
-            if name not in ("params", "squared_norms", "rounding_step"):  # state, not read here
+            if name not in NOT_READ:
                 values += value if isinstance(value, (tuple, list)) else (value,)
     return values
 

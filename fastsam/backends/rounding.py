@@ -11,6 +11,7 @@ from torch import Tensor
 from fastsam.kernels.layout import Scalar
 
 from ..rules import Batch, Step
+from .pieces import PIECE, flat
 
 LOW = 0xFFFFFFFF
 Bits = TypeVar("Bits", int, Tensor)
@@ -34,17 +35,21 @@ def add_noise(x: Tensor, like: Tensor, key: Tensor) -> Tensor:
     """``x``, such that cutting off its lower 16 bits rounds it stochastically; they are cut off.
 
     Args:
-        x: float32.
+        x: What is rounded, once it is float32.
         like: Has the layout in memory by which elements are counted.
         key: 0-dim int64: what the bits depend on.
     """
-    index = torch.empty_like(like, dtype=torch.int64, requires_grad=False)
-    index.as_strided((index.numel(),), (1,)).copy_(torch.arange(index.numel(), device=like.device))
-    noise = mix((index * 0x9E3779B1 + key) & LOW) & 0xFFFF
-    bits = x.contiguous().view(torch.int32).long() & LOW
-    rounded = (bits + noise) & 0xFFFF0000
-    signed = torch.where(rounded >= 2**31, rounded - 2**32, rounded).int()
-    return torch.where(x.isfinite(), signed.view(torch.float32), x)
+    result = torch.empty_like(like, dtype=torch.float32, requires_grad=False).copy_(x)
+    start = 0
+    for part in torch.split(flat(result), PIECE):  # what follows takes ten times the memory
+        index = torch.arange(start, start + part.numel(), device=like.device)
+        noise = mix((index * 0x9E3779B1 + key) & LOW) & 0xFFFF
+        bits = part.view(torch.int32).long() & LOW
+        rounded = (bits + noise) & 0xFFFF0000
+        signed = torch.where(rounded >= 2**31, rounded - 2**32, rounded).int()
+        part.copy_(torch.where(part.isfinite(), signed.view(torch.float32), part))
+        start += part.numel()
+    return result
 
 
 def rounded(x: Tensor, batch: Batch, k: int, step: Step, scalars: Tensor, descends: bool) -> Tensor:
@@ -54,4 +59,4 @@ def rounded(x: Tensor, batch: Batch, k: int, step: Step, scalars: Tensor, descen
         return x
     count = 2 * scalars[Scalar.ROUNDING_STEP].long() + descends
     key = mix(tensor_key(step.seed, batch.places[k]) ^ mix(count & LOW))
-    return add_noise(x.float(), param, key)
+    return add_noise(x, param, key)
