@@ -34,6 +34,9 @@ CASES = {
     "LightSAM II": (fastsam.LightSAM, None, {"rule": "adagrad"}),
     "LightSAM III": (fastsam.LightSAM, None, {"rule": "adam"}),
     "AdaSAM": (fastsam.AdaSAM, None, {}),
+    "SAM, stochastic": (fastsam.SAM, ADAMW, {"rounding": "stochastic", "seed": 3}),
+    "SAM, masters": (fastsam.SAM, ADAMW, {"master_weights": True}),
+    "VaSSO, masters": (fastsam.VaSSO, ADAMW, {"master_weights": True, "skip_nonfinite": True}),
 }
 
 
@@ -90,8 +93,10 @@ def problem(name, capturable=True):
     model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 2))
     for p in model.parameters():
         p.data = torch.randn(p.shape, generator=generator)
-    model.to(DEVICE)
-    x = torch.empty(8, 6, device=DEVICE)
+    low = {"rounding", "master_weights"} & kwargs.keys()
+    dtype = torch.bfloat16 if low else torch.float32
+    model.to(DEVICE, dtype)
+    x = torch.empty(8, 6, device=DEVICE, dtype=dtype)
     hyper = {"lr": 0.1, "rho": 0.2} | kwargs | (base[1] if base else {})
     if capturable:
         hyper |= {key: torch.tensor(hyper[key], device=DEVICE) for key in ("lr", "rho")}
@@ -235,6 +240,8 @@ def test_what_the_host_decides_is_refused(monkeypatch):
 def test_capture_before_a_step_on_a_gpu():
     model, optimizer, x, closure = problem("SAM + AdamW")
     x.normal_()
+    closure()  # else cuBLAS would make its handle inside the capture
+    optimizer.zero_grad()
     graph = torch.cuda.CUDAGraph()
     with pytest.raises(RuntimeError, match="step outside"), torch.cuda.graph(graph):
         optimizer.step(closure)

@@ -119,6 +119,42 @@ def test_normalised_directions_have_the_norms_of_the_weights(normalization, bias
                 torch.testing.assert_close(product, d_part.norm() * r_part.norm())
 
 
+SIZES = [(1e-22, 1.0), (1e-30, 1.0), (1e-40, 1.0), (1e25, 1.0), (1.0, 1e-30), (1e-25, 1e-25)]
+
+
+@pytest.mark.parametrize("kind", ["given", "gradient"])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("normalization", ["filter", "layer", "unit"])
+def test_squares_of_directions_and_weights_need_not_be_float32(normalization, size, kind):
+    """A gradient that vanishes still has a direction; a factor may be beyond float32, too."""
+    generator = torch.Generator().manual_seed(1)
+    tiny, small = ([torch.randn(shape, generator=generator) * x for shape in ((3, 4), (5,), ())]
+                   for x in size)  # fmt: skip
+    tiny[0][1] = 0  # a filter without direction stays
+    params = [w.to(DEVICE, copy=True).requires_grad_() for w in small]
+    along = [d.to(DEVICE) for d in tiny]
+
+    def loss() -> Tensor:  # whose gradient is exactly the direction
+        return sum((w * d).sum() for w, d in zip(params, along, strict=True))
+
+    (direction,) = loss_landscape(
+        params, loss, [along] if kind == "given" else "gradient", points=2,
+        normalization=normalization, biases=True,
+    ).directions  # fmt: skip
+    total = np.sqrt(sum(np.square(d.double().numpy()).sum() for d in tiny))
+    for found, d, w in zip(direction, tiny, small, strict=True):
+        d, w = d.double().numpy(), w.double().numpy()
+        by_filter = normalization == "filter" and d.ndim > 1
+        inside = tuple(range(by_filter, d.ndim))
+        norm, target = (np.sqrt(np.square(x).sum(inside, keepdims=True)) for x in (d, w))
+        if normalization == "unit":
+            norm, target = total, 1.0
+        expected = d * np.divide(target, norm, where=norm > 0, out=np.zeros_like(norm))
+        assert found.dtype == torch.float32 and np.abs(expected).max() > 1e-32
+        # rounded once
+        np.testing.assert_allclose(found.cpu().double().numpy(), expected, rtol=2.0**-24 * 1.01)
+
+
 def test_rescaled_networks_have_the_same_filter_normalised_slice():
     """A ReLU network whose layers are scaled by c and 1/c is the same function."""
     torch.manual_seed(3)

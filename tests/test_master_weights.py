@@ -162,10 +162,19 @@ TORCH_BASES = ["sgd", "sgd-momentum", "sgd-nesterov", "sgd-dampening", "adam-ams
                "adagrad"]  # fmt: skip
 
 
+def check_torchs(what, ours, theirs, exact):
+    """Equal bits, but where torch's operators divide in another order, as on a GPU."""
+    ours = ours.to(theirs)
+    if exact:
+        assert torch.equal(ours, theirs), what
+    else:
+        torch.testing.assert_close(ours, theirs, rtol=8 * 2.0**-23, atol=2.0**-23)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("base", TORCH_BASES)
 def test_loop_in_plain_torch(base, dtype):
-    """USAM with a radius of a power of two rounds as the equations do: equal bit for bit.
+    """USAM with a radius of a power of two rounds as the equations do: equal bit for bit on a CPU.
 
     Plain torch has an optimizer over float32 copies, and the gradients are of their roundings.
     """
@@ -178,7 +187,7 @@ def test_loop_in_plain_torch(base, dtype):
     optimizer = fastsam.USAM(params, cls, rho, backend="reference", master_weights=True, **kwargs)
     copies = [torch.nn.Parameter(w.float()) for w in starts]
     plain = cls(copies, foreach=False, **kwargs)
-    lost = 0
+    lost, exact = 0, DEVICE == "cpu" or cls is torch.optim.SGD
     for _ in range(8):
         for half in (optimizer.first_step, optimizer.second_step):
             for p in params:
@@ -191,12 +200,14 @@ def test_loop_in_plain_torch(base, dtype):
             w.grad = torch.sin(3 * perturbed).float()
         plain.step()
         for p, w in zip(params, copies, strict=True):
-            assert torch.equal(optimizer.state[p]["master_weight"], w)
-            assert torch.equal(p, w.to(dtype))
+            master = optimizer.state[p]["master_weight"]
+            check_torchs("master", master, w, exact)
+            assert torch.equal(p, master.to(dtype))
+            w.data.copy_(master)  # else one rounding may become a unit of the parameter
     assert lost  # rounding the perturbed parameter, not the perturbed master, is something else
     for p, w in zip(params, copies, strict=True):
         for name, value in plain.state[w].items():
-            assert torch.equal(optimizer.state[p][name].to(value), value), name
+            check_torchs(name, optimizer.state[p][name], value, exact)
             assert name == "step" or optimizer.state[p][name].dtype == torch.float32
 
 

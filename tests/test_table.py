@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from fastsam.backends import launcher
 from fastsam.kernels.layout import Row
 from fastsam.kernels.table import Table, chunk_table
 
-from registry import DEVICE
+from registry import DEVICE, METHODS, create
 
 
 def unpack(entries):
@@ -70,6 +71,35 @@ def test_uploads_only_what_moved(monkeypatch):
     assert table.pointers[Row.PARAM].tolist() == [4096, 8192]
     table.move({Row.GRAD: [4096, 4108]})
     assert table.aligned.tolist() == [True, False] and table.chunks(1024) is not chunks
+
+
+#: Whose lam is another one in every step.
+SCHEDULED = ("unified-1/t", "unified-1-1/t", "unified-callable")
+STEADY = [(method, "sgd-momentum", {}) for method in METHODS if method not in SCHEDULED] + [
+    ("sam", "adamw", {"rounding": "stochastic"}), ("sam", "adamw", {"master_weights": True}),
+    ("vasso-all", "adagrad_norm", {"rounding": "stochastic"}), ("asam", "adagrad_norm", {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "base", "kwargs"), STEADY)
+def test_hyper_parameters_are_looked_at_once(method, base, kwargs, monkeypatch):
+    """What a step counts or keeps in its groups makes no table; a number that changes does."""
+    made, make = [], launcher.hyper_rows
+    monkeypatch.setattr(launcher, "hyper_rows", lambda *args: made.append(1) or make(*args))
+    dtype = torch.bfloat16 if kwargs else torch.float32
+    param = torch.nn.Parameter(torch.ones(9, dtype=dtype, device=DEVICE))
+    optimizer = create(method, [param], "triton", base, **kwargs)
+
+    def step():
+        for half in (optimizer.first_step, optimizer.second_step):
+            param.grad = torch.ones_like(param)
+            half()
+        return len(made)
+
+    seen = [step() for _ in range(4)]
+    assert 0 < seen[1] == seen[3]
+    optimizer.param_groups[0]["lr"] *= 0.5
+    assert step() > seen[3]
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 0.9, 0.999, 0.999999])
