@@ -182,6 +182,7 @@ class Layout:
         contiguous: Whether all of them are.
         owners: The optimizer's parameters, of which ``params`` may be shards.
         shardings: How each is sharded over processes (``sharding.py``).
+        has_empty: Whether one of them has no elements.
         members: Positions of the parameters by their devices, these in a fixed order.
         spreads: Whether the optimizer's parameters, also those not here, lie on several devices.
         seen: Where the gradients were in the last pass.
@@ -197,6 +198,7 @@ class Layout:
     contiguous: bool
     owners: list[Tensor]
     shardings: list[Sharding]
+    has_empty: bool
     members: dict[torch.device, list[int]]
     spreads: bool = False
     seen: list[int] = field(default_factory=list)

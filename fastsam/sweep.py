@@ -87,6 +87,7 @@ class Sweep:
                 contiguous=all(map(Tensor.is_contiguous, chain(params, grads))),
                 owners=owners,
                 shardings=list(map(sharding_of, owners)) if self._shards else [()] * len(params),
+                has_empty=not all(map(Tensor.numel, params)),
                 members=by_device(params),
                 spreads=len(by_device([p for p in self._unique[0] if p.requires_grad])) > 1,
             )
@@ -125,7 +126,7 @@ def _fits(layout: Layout, grads: list[Tensor], addresses: list[int], again: bool
     if not again and list(map(Tensor.numel, grads)) != layout.sizes:  # shrunk where it was
         return False
     # dtypes are looked at only where a gradient moved: a cast tensor is elsewhere, if not empty
-    if 0 in addresses:
+    if layout.has_empty:
         if [x.dtype for x in chain(layout.params, grads)] != layout.dtypes:
             return False
     elif addresses != layout.seen:

@@ -14,9 +14,9 @@ from ..rules import Step
 #: What a row holds where there is no rule.
 NO_RATIO = SharpnessRatio()
 #: Keys of groups that change in every step, and that no row holds.
-NOT_READ = (
-    "params", "t", "lam", "sharpness", "squared_norms", "ascent_squared_norms", "rounding_step"
-)  # fmt: skip
+NOT_READ = frozenset((
+    "params", "t", "lam", "sharpness", "squared_norms", "ascent_squared_norms", "rounding_step",
+))  # fmt: skip
 
 
 def hyper_values(step: Step) -> list[Any]:

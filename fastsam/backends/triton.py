@@ -1,8 +1,7 @@
 """The triton backend: one kernel launch per pass, bucket and device."""
 
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -30,6 +29,7 @@ from .reference import keep_rejected, leave_final_gradient
 from .rows import ascent_rows, ascent_states, grad_rows, key_rows, state_rows
 
 FIRST, LAST = int(Task.FIRST), int(Task.LAST)
+NOTHING = nullcontext()
 SUMS = slice(Scalar.SUM0, Scalar.SUM4 + 1)
 
 
@@ -70,20 +70,29 @@ class TritonBackend(Launcher, DeviceBackend):
     # --- the interface ---
 
     def ascent_pass(self, batch: Batch, step: Step, scalars: Tensor) -> Pass[FlatBackup]:
-        with self._forgetting(batch):
+        try:
             return (yield from self._ascend(batch, step, scalars))
+        except BaseException:
+            self._forget(batch)
+            raise
 
     def descent_pass(
         self, batch: Batch, backup: FlatBackup | None, step: Step, scalars: Tensor
     ) -> Pass[None]:
-        with self._forgetting(batch):
+        try:
             yield from self._descend(batch, backup, step, scalars)
+        except BaseException:
+            self._forget(batch)
+            raise
 
     def hypergradient_pass(
         self, batch: Batch, backup: FlatBackup | None, hessian: str, step: Step, scalars: Tensor
     ) -> Pass[None]:
-        with self._forgetting(batch):
+        try:
             yield from self._hypergradient(batch, backup, hessian, step, scalars)
+        except BaseException:
+            self._forget(batch)
+            raise
 
     # --- the passes ---
 
@@ -149,7 +158,7 @@ class TritonBackend(Launcher, DeviceBackend):
         if step.base is not None and backup is not None:
             backup.restore(backup.left_by(batch))
         undoing = step.base is None or rule is not None
-        with undone_if_it_fails(scalars) if undoing else nullcontext():
+        with undone_if_it_fails(scalars) if undoing else NOTHING:
             yield from reduction.run()
             if rule is not None:
                 adapt(rule, scalars)
@@ -235,18 +244,13 @@ class TritonBackend(Launcher, DeviceBackend):
             reduction.finish = partial(finish_kernel[(1,)], hyper, scalars, tasks, **names)
         return reduction
 
-    @contextmanager
-    def _forgetting(self, batch: Batch) -> Iterator[None]:
-        """After a failure no table is known to hold what it should."""
-        try:
-            yield
-        except BaseException:
-            if batch.layout is not None:
-                for name in ("ascent", "descent"):
-                    batch.layout.cache.pop(name, None)
-            for tables in (self._tables, self._hyper, self._hyper_of, self._hyper_values):
-                tables.clear()
-            raise
+    def _forget(self, batch: Batch) -> None:
+        """After a failure: no table is known to hold what it should."""
+        if batch.layout is not None:
+            for name in ("ascent", "descent"):
+                batch.layout.cache.pop(name, None)
+        for tables in (self._tables, self._hyper, self._hyper_of, self._hyper_values):
+            tables.clear()
 
     # --- tables ---
 
@@ -327,4 +331,4 @@ def _only(types: dict[str, Any], *names: str) -> dict[str, Any]:
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    return torch.cuda.device(device) if device.type == "cuda" else NOTHING
