@@ -1,22 +1,9 @@
-"""What ``test_fuzz.py`` draws, the optimizers under test, and how their results are compared.
+"""The optimizers that ``test_fuzz.py`` puts side by side, and what they are fed.
 
 A :class:`Side` is an optimizer with parameters of its own. All sides of a trial take the same
 actions on the same gradients; the first one, on the reference backend, is the model. After every
-action the others take over its numbers, so that rounding errors do not add up.
-
-How far two sides may differ in one action: 4 units in the last place, and 32 times the epsilon of
-the arithmetic on what has changed, which is all that a few operations in another order can do;
-where a norm was taken over more than 1,024 elements, the root of their number in the place of 32.
-
-Where that is not enough, because something cancelled or was divided by next to nothing, the model's
-own sensitivity decides: the action is repeated on copies of the model (its *shadows*) in each of
-which one of ``STREAMS`` has moved by 4 units in the last place, and norms by as much as above; a
-result may be off by 16 times the sum of what that does. So it passes if it is the exact one for
-inputs that nearly are those given: the usual meaning of a stable computation.
-
-A number that is stored in fewer bits than it is computed in may fall to the other side of a tie,
-one unit of storage away, in one element of 64 at most. (The chance of it is the distance between
-the sides in units of storage: for bfloat16 some 1 in 1,000.)
+action the others take over its numbers, so that rounding errors do not add up
+(``fuzz_comparison.py`` says how closely they have to agree, ``fuzz_cases.py`` what is drawn).
 """
 
 import copy
@@ -24,13 +11,12 @@ import io
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from hypothesis import strategies as st
 from torch import Tensor
 
 from fastsam.kernels.layout import Scalar
@@ -41,11 +27,9 @@ from registry import BASES, METHODS, OWN_UPDATES, Base, build
 
 #: What was seen, for the summary of a long run.
 SEEN: Counter[str] = Counter()
-#: What moves, in one shadow each; by how many epsilons; times the distance of their results.
+#: What moves, in one shadow each, and by how many epsilons.
 STREAMS = ("nothing", "weights", "state", "first gradients", "second gradients", "norms")
-JITTER, FACTOR = 4, 16
-#: Below which float32 has no numbers; a unit or two of it are rounding.
-TINIEST = 2.0**-147
+JITTER = 4
 
 
 class Wrapped(torch.optim.SGD):
@@ -414,234 +398,9 @@ def shadow(before: Side, stream: str) -> Side:
     return side
 
 
-# --- comparing ----------------------------------------------------------------------------------
-
-Numbers = dict[str, Any]
-
-
-class Comparison:
-    """Whether results are within rounding of the model's."""
-
-    def __init__(self, before: Numbers, model: Side, shadows: Callable[[], list[Numbers]]):
-        self.before, self.model = before, model.numbers()
-        self.dtypes, self.is_fused = [p.dtype for p in model.params], model.config.is_fused
-        self.grad_dtypes = [spec.grad_dtype or p.dtype
-                            for spec, p in zip(model.specs, model.params, strict=True)]  # fmt: skip
-        # the norm, which decides how far everything moves, is that of the narrowest
-        coarse = self._arithmetic("norm")
-        self.slack = coarse * max([32.0, *(math.sqrt(p.numel()) for p in model.params)])
-        self._make, self._shadows = shadows, None
-
-    @property
-    def shadows(self) -> list[Numbers]:
-        if self._shadows is None:
-            SEEN["actions measured with shadows"] += 1
-            self._shadows = self._make()
-        return self._shadows
-
-    def check(self, name: str, numbers: Numbers) -> None:
-        assert numbers.keys() == self.model.keys(), (
-            f"{name} differs in {sorted(numbers.keys() ^ self.model.keys())}"
-        )
-        for key, b in self.model.items():
-            found = self._difference(key, numbers[key], b)
-            assert found is None, f"{name}: {key}: {found}"
-
-    def _arithmetic(self, key: str) -> float:
-        """The epsilon of what the number was computed in."""
-        kind, *rest = key.split()
-        if kind in ("weight", "state") and not self.is_fused:  # torch's own, as it is stored
-            return torch.finfo(self.dtypes[int(rest[0])]).eps
-        if kind in ("weight", "state"):
-            wide = self.dtypes[int(rest[0])] == torch.float64
-        elif kind == "pass":
-            wide = self.dtypes[int(rest[1])] == torch.float64
-        else:
-            wide = {torch.float64}.issuperset(self.dtypes + self.grad_dtypes)
-        return 2.0**-52 if wide else 2.0**-23
-
-    def _difference(self, key: str, a: Any, b: Any) -> str | None:
-        if not (isinstance(b, Tensor) and b.is_floating_point()):
-            return None if same_bits(a, b) else f"{a} is not {b}"
-        if not isinstance(a, Tensor) or a.dtype != b.dtype or a.shape != b.shape:
-            return f"{a} is not like {b}"
-        if same_bits(a, b):
-            return None
-        if key.endswith(" step") or "rounding_step" in key:
-            return f"{a} is not {b}"
-        x, y = a.double(), b.double()
-        alike = (x == y) | (x.isnan() & y.isnan())
-        if key.startswith("metric"):  # a norm that is not finite is infinite or NaN
-            alike |= ~x.isfinite() & ~y.isfinite()
-        if key.endswith("max_exp_avg_sq"):  # torch's fused Adam leaves NaN out of it
-            alike |= y.isnan()
-        error = torch.where(alike, 0.0, (x - y).abs().nan_to_num(math.inf, math.inf))
-        eps = self._arithmetic(key)
-        start = self.before.get(_origin(key), self.before.get(_weight_of(key)))
-        start = start.double() if isinstance(start, Tensor) else torch.zeros_like(y)
-        moved = (y - start).abs().nan_to_num(0.0, 0.0)
-        size = torch.maximum(y.abs(), start.abs()).nan_to_num(0.0, 0.0)
-        tolerance = 4 * eps * size + self.slack * moved + TINIEST
-        if (error <= tolerance).all():
-            return None
-        still, *others = (self._unrounded(numbers, key) for numbers in self.shadows)
-        for z in others:
-            far = torch.where((z == still) | (z.isnan() & still.isnan()), 0.0, (z - still).abs())
-            tolerance += FACTOR * far.nan_to_num(math.inf, math.inf)
-        beyond = error > tolerance
-        if not beyond.any():
-            return None
-        info = torch.finfo(b.dtype)
-        if info.eps > eps:  # stored in fewer bits
-            unit = (info.eps * torch.maximum(x.abs(), y.abs())).clamp(
-                min=info.smallest_normal * info.eps
-            )
-            unit *= 1 + key.startswith("pass")  # one that was written to has been rounded twice
-            if (error <= tolerance + unit).all() and beyond.sum() <= 2 + y.numel() / 64:
-                SEEN["elements on the other side of a tie"] += int(beyond.sum())
-                return None
-        worst = (error - tolerance).flatten().argmax()
-        at = [z.flatten()[worst].item() for z in (x, y, moved, error, tolerance)]
-        return (
-            f"{int(beyond.sum())} of {y.numel()} differ; at {int(worst)}: {at[0]!r} is not "
-            f"{at[1]!r} (moved by {at[2]:.3g}; off by {at[3]:.3g}, allowed {at[4]:.3g})"
-        )
-
-    @staticmethod
-    def _unrounded(numbers: Numbers, key: str) -> Tensor:
-        return numbers[key if key in numbers else _weight_of(key)].double()
-
-
-def _origin(key: str) -> str:
-    kind, *rest = key.split()
-    return f"weight {rest[1]}" if kind == "pass" else key
-
-
-def _weight_of(key: str) -> str:
-    return f"weight {key.split()[1]}" if key.endswith(MASTER) else ""
-
-
-def first_change(before: Numbers, after: Numbers) -> str | None:
-    """What differs in a bit; state that has been created, and has not changed yet, may be new."""
-    for key, x in before.items():
-        if key not in after or not same_bits(x, after[key]):
-            return f"{key}: {after.get(key)} is not {x}"
-    added = [key for key in after if key not in before and not key.startswith("state")]
-    return f"new: {added}" if added else None
-
-
 def saved(state: Any) -> Any:
     """A state dict as it comes back from a file."""
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
     return torch.load(file, weights_only=True)
-
-
-# --- strategies ---------------------------------------------------------------------------------
-
-FEW = [(), (0,), (1,), (2,), (5,), (3, 4), (2, 3, 4), (2, 0), (2, 3, 4, 5)]
-SHAPES = FEW * 4 + [(1023,), (1024,), (1025,), (31, 33)] * 2 + [(16384,), (129, 128), (16383,)]
-SHAPES += [(256, 257)]
-RHOS, LRS = [0.05, 0.31, 0.73, 0.0], [0.11, 0.013, 0.0]
-sampled = st.sampled_from
-
-
-@st.composite
-def specs(draw: Any, dtypes: tuple[torch.dtype, ...], free: bool) -> Spec:
-    dtype = draw(sampled(dtypes))
-    grad_dtype = None
-    if free and draw(st.integers(0, 3)) == 3:
-        others = (torch.float32, torch.bfloat16, torch.float64)
-        grad_dtype = draw(sampled([other for other in others if other != dtype]))
-    return Spec(draw(sampled(SHAPES)), dtype, draw(sampled(LAYOUTS[:1] * 4 + LAYOUTS[:4])),
-                grad_dtype, draw(st.integers(0, 9)))  # fmt: skip
-
-
-@st.composite
-def keys_of_group(draw: Any, method: str, base: str) -> dict[str, Any]:
-    """Hyper-parameters of one group's own."""
-    keys: dict[str, Any] = {}
-    if draw(st.booleans()):
-        rho = draw(sampled(RHOS))
-        keys["rho"] = torch.tensor(rho) if draw(st.integers(0, 5)) == 5 else rho
-    if draw(st.booleans()):
-        keys["lr"] = draw(sampled(LRS))
-    if not method.startswith("light") and draw(st.integers(0, 2)) == 2:
-        keys |= {"adaptive": draw(st.booleans()), "eta": draw(sampled([0.01, 0.0, 0.4]))}
-    if method.startswith("vasso") and draw(st.booleans()):
-        keys["theta"] = draw(sampled([0.2, 1.0, 0.0]))
-    if (
-        base.startswith(("sgd", "adam", "adagrad"))
-        and base != "adagrad_norm"
-        and draw(st.booleans())
-    ):
-        keys["weight_decay"] = draw(sampled([0.03, 0.0]))
-    return keys
-
-
-@st.composite
-def configs(draw: Any) -> Config:
-    method = draw(sampled(sorted(METHODS)))
-    own = [name for name in METHODS[method].bases if name in OWN_UPDATES]
-    base = draw(sampled(own or sorted(FUZZ_BASES)))
-    fused = base not in ("rmsprop", "wrapped")
-    dtypes = draw(sampled([DTYPES[:1], DTYPES[:1], DTYPES[1:2], DTYPES[:2], DTYPES[2:3], DTYPES[3:],
-                           DTYPES, DTYPES[:3]]))  # fmt: skip
-    kwargs: dict[str, Any] = {}
-    half = any(dtype in HALF for dtype in dtypes)
-    if half and fused and draw(st.booleans()):
-        kwargs["master_weights"] = True
-    elif half and torch.float16 not in dtypes and draw(st.booleans()):
-        kwargs |= {"rounding": "stochastic", "seed": draw(sampled([0, 7, 2**32 - 1]))}
-    for name, values in (
-        ("max_grad_norm", [0.7, 30.0]), ("skip_nonfinite", [True]), ("renormalize", [True]),
-        ("perturb_every", [2, 3]), ("start", [1, 2]), ("stop", [3, 4]),
-    ):  # fmt: skip
-        if draw(st.integers(0, 4)) == 4:
-            kwargs[name] = draw(sampled(values))
-    sizes = draw(st.lists(st.integers(1, 3), min_size=1, max_size=3))
-    groups = tuple((size, draw(keys_of_group(method, base))) for size in sizes)
-    drawn = tuple(draw(specs(dtypes, fused)) for _ in range(sum(sizes)))
-    return Config(method, base, kwargs, drawn, groups)
-
-
-@st.composite
-def new_groups(draw: Any, config: Config) -> tuple[list[Spec], dict[str, Any]]:
-    dtypes = tuple(sorted({spec.dtype for spec in config.specs}, key=str))
-    drawn = draw(st.lists(specs(dtypes, config.is_fused), min_size=1, max_size=2))
-    return drawn, draw(keys_of_group(config.method, config.base))
-
-
-ODD = ("missing", "zero", "huge", "tiny", "inf", "nan", "holes")
-
-
-@st.composite
-def one_pass(draw: Any) -> Grads:
-    odd = {}
-    if draw(st.integers(0, 1)):
-        odd = draw(st.dictionaries(st.integers(0, 5), sampled(ODD), max_size=2))
-    return Grads(
-        seed=draw(st.integers(0, 99)), scale=draw(sampled([1.0, 0.03, 40.0])),
-        pull=draw(sampled([0.0, 0.6])), odd=odd,
-        layouts=tuple(draw(st.lists(sampled(LAYOUTS), min_size=1, max_size=2))),
-        delivery=draw(sampled(["assign", "backward", "into", "bucket"])),
-    )  # fmt: skip
-
-
-def passes(count: int) -> Any:
-    return st.lists(one_pass(), min_size=count, max_size=count)
-
-
-def changes() -> Any:
-    """A hyper-parameter's key, or an attribute's name, and its new value."""
-    values = {
-        "rho": [*RHOS, torch.tensor(0.21)], "lr": LRS, "weight_decay": [0.0, 0.02],
-        "eta": [0.0, 0.3],
-        "momentum": [0.0, 0.9], "theta": [0.0, 0.5, 1.0], "maximize": [True, False],
-        "amsgrad": [True, False], "betas": [(0.7, 0.9), (0.0, 0.99)], "max_grad_norm": [None, 0.7],
-        "skip_nonfinite": [True, False], "renormalize": [True, False],
-    }  # fmt: skip
-    return sampled(sorted(values)).flatmap(
-        lambda key: st.tuples(st.just(key), sampled(values[key]))
-    )

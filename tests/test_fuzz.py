@@ -30,22 +30,18 @@ from hypothesis.stateful import (
 )
 
 from faults import Allocations, kernels
+from fuzz_cases import changes, configs, new_groups, passes
+from fuzz_comparison import Comparison, first_change
 from fuzzing import (
     SEEN,
     STREAMS,
-    Comparison,
     Config,
     Fault,
     Feed,
     Grads,
     Side,
-    changes,
-    configs,
-    first_change,
     lay_out,
-    new_groups,
     noise,
-    passes,
     quiet,
     saved,
     shadow,
