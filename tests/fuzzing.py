@@ -393,6 +393,8 @@ def shadow(before: Side, stream: str) -> Side:
             factor = 1 + 2.0**-23 * max(math.sqrt(p.numel()) for p in side.params)
             for group in side.optimizer.param_groups:
                 group["rho"], group["lr"] = group["rho"] * factor, group["lr"] * factor
+                if "weight_decay" in group:  # of which no norm is a part
+                    group["weight_decay"] /= factor
             if side.optimizer.max_grad_norm is not None:
                 side.optimizer.max_grad_norm *= factor
     return side
