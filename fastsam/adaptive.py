@@ -76,9 +76,9 @@ class LightSAM(SharpnessAwareOptimizer):
         ValueError: If a hyper-parameter is out of range, or ``rule`` or ``backend`` unknown.
         ImportError, RuntimeError: As :class:`SAM`.
 
-    Reference: "LightSAM: parameter-agnostic sharpness-aware minimization", arXiv 2505.24399. The
-    equations of I and II are sure; III was read in a re-implementation by the authors of Unified
-    SAM.
+    Reference: Cheng, Shen, Sun, Yin, Cao and Chen, "LightSAM: parameter-agnostic sharpness-aware
+    minimization", arXiv 2505.24399. The equations of I and II are sure; III was read in a
+    re-implementation by the authors of Unified SAM.
     """
 
     def __init__(

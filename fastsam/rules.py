@@ -6,6 +6,7 @@ Frontends fill these in; backends read them. The equations themselves are in ``k
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from operator import is_
 from typing import Any
 
@@ -142,11 +143,11 @@ class Step:
     seed: int | None = None
     keeps_weights: bool = False
 
-    @property
+    @cached_property
     def adaptive(self) -> bool:
         return any(group["adaptive"] for group in self.groups)
 
-    @property
+    @cached_property
     def rescales(self) -> bool:
         """Whether ``u`` may differ from the second gradient."""
         rescaled = self.renormalize or self.mix is not None or self.max_grad_norm is not None
@@ -157,7 +158,7 @@ class Step:
         rules = self.ascent.needs_norm or self.renormalize or self.mix is not None
         return rules or self.skip_first
 
-    @property
+    @cached_property
     def needs_descent_norm(self) -> bool:
         needs_norm = self.base is not None and self.base.needs_norm
         return self.rescales or self.skip_nonfinite or needs_norm
