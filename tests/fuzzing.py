@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -178,8 +179,8 @@ class Config:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the warnings that the fuzzer asks for."""
-    with warnings.catch_warnings():
+    """Without the warnings that the fuzzer asks for, also of NumPy in Triton's interpreter."""
+    with warnings.catch_warnings(), np.errstate(invalid="ignore", over="ignore"):
         warnings.simplefilter("ignore", UserWarning)
         yield
 
