@@ -27,8 +27,10 @@ class AcceleratedSAM(AcceleratedOptimizer):  # type: ignore[misc,unused-ignore]
             with accelerator.accumulate(model):
                 def closure():
                     for batch in batches:
-                        loss = loss_of(model, batch)
-                        accelerator.backward(loss)
+                        last = batch is batches[-1]
+                        with nullcontext() if last else accelerator.no_sync(model):
+                            loss = loss_of(model, batch)
+                            accelerator.backward(loss)
                     return loss
                 optimizer.step(closure)  # calls it when the last micro-batch is there
                 if accelerator.sync_gradients:

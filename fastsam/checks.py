@@ -19,6 +19,13 @@ ZERO = (
     "step without a closure; use FSDP2 (torch.distributed.fsdp.fully_shard) or DDP instead"
 )
 
+#: What is said of the parameters of the older FSDP.
+FSDP1 = (
+    "fastsam does not serve FullyShardedDataParallel, whose parameters are plain tensors that do "
+    "not say of what they are shards: norms would be those of one rank's part; use FSDP2 "
+    "(torch.distributed.fsdp.fully_shard) instead"
+)
+
 #: Modules whose loops call ``step`` without a closure, once imported, and what serves there.
 CLOSURELESS = {
     "lightning.pytorch": "in Lightning's 16-mixed, fastsam.lightning.MixedPrecision",
@@ -133,9 +140,14 @@ def check_accumulation(closure: Any) -> None:
 
 
 def check_partitioned(params: Iterable[Tensor]) -> None:
-    """Parameters of DeepSpeed's ZeRO, stage 3, which are empty outside of their modules' passes."""
+    """Parameters of DeepSpeed's ZeRO, stage 3, and of the older FSDP."""
+    params = list(params)
     if any(hasattr(param, "ds_id") for param in params):
         raise RuntimeError(ZERO)
+    # the second of these is of FSDP's own flat parameters, the first of those that are parts of one
+    flat = ("_fsdp_flattened", "_is_flat_param")
+    if any(getattr(param, name, False) for param in params for name in flat):
+        raise RuntimeError(FSDP1)
 
 
 def check_lam(value: Any) -> float:

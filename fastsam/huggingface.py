@@ -17,7 +17,7 @@ for _name in NEEDED:
     if not hasattr(Trainer, _name):
         raise ImportError(
             f"SAMTrainer needs Trainer.{_name}, which transformers {transformers.__version__} does "
-            "not have; those from 5.3 to 5.23 do"
+            "not have; those from 5.10 to 5.23 do"
         )
 
 

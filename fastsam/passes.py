@@ -18,7 +18,7 @@ from .capture import is_captured
 from .checks import check_max_grad_norm
 from .gather import GatheringOptimizer
 from .interrupts import uninterrupted
-from .replicas import agree, replicas_of
+from .replicas import agree, is_distributed, replicas_of
 from .rules import Batch, LamRule, Step
 from .scaling import check_scaler, is_scaled, record, unscaled, write_scale
 from .sharding import local_state
@@ -218,11 +218,16 @@ class TwoPassOptimizer(GatheringOptimizer):
     def _begin_step(self, scaler: GradScaler | None, perturbs: bool) -> None:
         """Decide on the host what the step will be."""
         if not self._inside_step:
-            self._replicas = replicas_of(self.ascent_context)
+            context = self.ascent_context
+            self._replicas = replicas_of(context)
+            if self._replicas is None and perturbs and context is not None:
+                self._replicas = replicas_of(context())  # what it gives says more than it
         if perturbs and self._replicas is not None:
             self._check_replicas()
         lam = self._next_lam()
         self._scaler, self._is_scaled = scaler, is_scaled(self, scaler)
+        if perturbs and self._replicas is None and self.ascent_context is not None:
+            self._warn_of_unknown_context()
         self._perturbs, self._lam = perturbs, lam
 
     def _check_replicas(self) -> None:
@@ -237,6 +242,17 @@ class TwoPassOptimizer(GatheringOptimizer):
             raise RuntimeError(
                 f"{name} renormalizes, in adaptive groups, by norms that depend on each replica's "
                 "own w + e, so ascent_context cannot leave the replicas' gradients apart"
+            )
+
+    def _warn_of_unknown_context(self) -> None:
+        """Say, once, that replicas would drift apart if this is one that keeps gradients apart."""
+        matters = self.renormalize or self._mix is not None or self._is_scaled
+        if matters and is_distributed():
+            self._warn_once(
+                "unknown context",
+                "ascent_context is none that is known to keep gradients apart. If it does, the "
+                "replicas' weights drift apart, as the update takes more of the first gradient "
+                "than its direction: give ascent_context=fastsam.per_replica(model) instead",
             )
 
     def _check_reduced(self, batch: Batch) -> None:

@@ -55,6 +55,7 @@ class per_replica:  # noqa: N801 - used like a function
     """
 
     def __init__(self, module: Any):
+        module = getattr(module, "_orig_mod", module)  # a compiled one
         self.module: Any = module
         self.group: Any
         if isinstance(module, DistributedDataParallel):
@@ -129,16 +130,25 @@ def _sharded_parts(module: Any) -> list[Any]:
 def replicas_of(context: Any) -> Any:
     """The process group of the replicas whose gradients a context leaves apart; else None.
 
-    That is known of :class:`per_replica` and of DDP's ``no_sync``: the method, or what it gives.
+    That is known of :class:`per_replica`, of DDP's ``no_sync`` and of what Lightning and Accelerate
+    make of it: the method, or what it gives.
     """
     made_by = getattr(context, "func", context)
-    is_no_sync = getattr(made_by, "__name__", "") == "no_sync"
+    keeps_apart = getattr(made_by, "__name__", "") in ("no_sync", "block_backward_sync")
     for x in (context, getattr(context, "__self__", None), *getattr(context, "args", ())):
         if isinstance(x, per_replica):
             return x.group
-        if is_no_sync and isinstance(x, DistributedDataParallel):
-            return x.process_group
+        # of a module that stands for another, as a compiled one; Lightning's strategy has a model
+        held = (x, getattr(x, "model", None)) if keeps_apart else ()
+        for module in held:
+            if isinstance(module, DistributedDataParallel):
+                return module.process_group
     return None
+
+
+def is_distributed() -> bool:
+    """Whether there are other processes."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def agree(scalars: Tensor, replicas: Any) -> None:

@@ -109,11 +109,17 @@ def coordinate_of(param: Any) -> int:
     return number
 
 
-def add_up(sums: Tensor, sharding: Sharding) -> Tensor:
-    """Sums over this process's shards, which become those over all of them."""
-    for group in sharding:
-        dist.all_reduce(sums, group=group)
-    return sums
+def add_up(sums: dict[Sharding, Tensor]) -> Tensor:
+    """Sums over this process's shards, by where they are to be added up, made one over everything.
+
+    That is one all-reduce for each mesh dimension, with all the sums that need it.
+    """
+    for group in dict.fromkeys(group for sharding in sums for group in sharding):
+        members = [sharding for sharding in sums if group in sharding]
+        together = torch.stack([sums[sharding] for sharding in members])
+        dist.all_reduce(together, group=group)
+        sums |= dict(zip(members, together.unbind(), strict=True))
+    return torch.stack(list(sums.values())).sum(0)
 
 
 def total(values: Sequence[Tensor], shardings: Sequence[Sharding]) -> Tensor:
@@ -123,5 +129,4 @@ def total(values: Sequence[Tensor], shardings: Sequence[Sharding]) -> Tensor:
     by_sharding: dict[Sharding, list[Tensor]] = defaultdict(list)
     for value, sharding in zip(values, shardings, strict=True):
         by_sharding[sharding].append(value)
-    parts = [add_up(torch.stack(same).sum(), where) for where, same in by_sharding.items()]
-    return torch.stack(parts).sum()
+    return add_up({where: torch.stack(same).sum() for where, same in by_sharding.items()})

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .bases import Base, Group
-from .checks import check_tensors
+from .checks import check_partitioned, check_tensors
 from .rules import Batch, Layout, identical
 from .sharding import is_sharded, local, local_grad, sharding_of
 
@@ -50,6 +50,7 @@ class Sweep:
             index = chain.from_iterable(map(repeat, range(len(sizes)), sizes))
             group_of = dict(zip(reversed(params), reversed(list(index)), strict=True))
             unique = list(dict.fromkeys(params))
+            check_partitioned(unique)  # they may have been since they were given
             self._layouts = {}
             self._unique = unique, [group_of[param] for param in unique]
             self._shards = any(map(is_sharded, unique))

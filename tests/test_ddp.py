@@ -4,6 +4,7 @@ import contextlib
 import multiprocessing
 import os
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -316,6 +317,31 @@ def several_modes(rank, size):
         with model.no_sync():
             (model(x) - y).square().mean().backward()
 
+    def stacked(model):
+        def context():
+            stack = contextlib.ExitStack()
+            stack.enter_context(model.no_sync())
+            return stack
+
+        return context
+
+    class Strategy:
+        """As Lightning's, which has the model and a method that gives ``no_sync``."""
+
+        def __init__(self, model):
+            self.model = model
+
+        @contextlib.contextmanager
+        def block_backward_sync(self):
+            with self.model.no_sync():
+                yield
+
+    def warned(steps, **kwargs):
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            found = ends(steps, **kwargs)
+        return *found, [str(one.message) for one in seen if one.category is UserWarning]
+
     return {
         "alike": ends(closures),
         "naive": ends(by_hand(naive)),
@@ -323,6 +349,10 @@ def several_modes(rank, size):
         "function": ends(closures, wrap=lambda model: lambda: model.no_sync()),
         "per_replica": ends(closures, wrap=fastsam.per_replica),
         "by hand": ends(by_hand(whole), wrap=lambda model: model.no_sync),
+        "function, by hand": ends(by_hand(whole), wrap=lambda model: lambda: model.no_sync()),
+        "strategy": ends(closures, wrap=lambda model: Strategy(model).block_backward_sync),
+        "compiled": ends(closures, wrap=lambda model: fastsam.per_replica(torch.compile(model))),
+        "stack": warned(closures, wrap=stacked),
         "unknown": ends(by_hand(whole)),
     }
 
@@ -332,8 +362,12 @@ def test_ways_to_no_sync():
         alike, own = found["alike"][0], found["method"][0]
         assert (alike - own).abs().max() > 1e-4
         assert torch.equal(found["naive"][0], alike)  # around backward alone it has no effect
-        for way in ("function", "per_replica", "by hand"):
-            assert torch.equal(found[way][0], own)
+        for way in ("function", "per_replica", "by hand", "function, by hand", "strategy",
+                    "compiled"):  # fmt: skip
+            assert torch.equal(found[way][0], own), way
+        _, equal, messages = found.pop("stack")  # in which nothing can be seen
+        assert not equal and len(messages) == 1
+        assert "give ascent_context=fastsam.per_replica(model)" in messages[0]
         # without ascent_context nothing says that the norms are those of single ranks
         unknown = found.pop("unknown")
         assert not unknown[1]

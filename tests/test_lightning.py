@@ -280,8 +280,8 @@ def test_resumed_run_is_the_uninterrupted_one(half, tmp_path):
 class Shared(Module):
     """Each process perturbs along the gradient of its own half of the batch, if asked to."""
 
-    def __init__(self, folder, local):
-        super().__init__(SAM, dropout=0.0)
+    def __init__(self, folder, local, make=SAM):
+        super().__init__(make, dropout=0.0)
         self.folder, self.local = folder, local
 
     def configure_optimizers(self):
@@ -329,3 +329,13 @@ def test_two_processes(local, tmp_path):
         # sums over halves have other roundings than sums over a batch
         torch.testing.assert_close(x, expected[key], rtol=1e-12, atol=1e-13)
         assert local == (not torch.allclose(x, together[key], rtol=1e-6))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_renormalized_steps_are_the_same_on_every_process(tmp_path):
+    """SSAM takes the first gradient's norm, on which processes with their own have to agree."""
+    make = functools.partial(fastsam.SSAM, base_optimizer=torch.optim.SGD, lr=0.1)
+    trainer = trainer_of(strategy="ddp_fork", devices=2, precision="64-true")
+    trainer.fit(Shared(str(tmp_path), True, make))
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    assert same(ranks[0].values(), ranks[1].values())

@@ -43,6 +43,25 @@ def test_deepspeed_zero_3(make, as_groups):
     optimizer.second_step()
 
 
+@pytest.mark.parametrize("name", ["_fsdp_flattened", "_is_flat_param"])
+@pytest.mark.parametrize("late", [False, True])
+def test_fully_sharded_data_parallel(late, name):
+    """The parameters of the older FSDP, also of a model that it wrapped after the optimizer."""
+    param = Parameter(torch.ones(2))
+    message = r"FullyShardedDataParallel.* use FSDP2 \(torch\.distributed\.fsdp\.fully_shard\)"
+    if late:
+        optimizer = fastsam.SAM([param], **SGD)
+    setattr(param, name, True)
+    if late:
+        param.grad = torch.ones(2)
+        with pytest.raises(RuntimeError, match=message):
+            optimizer.first_step()
+    else:
+        with pytest.raises(RuntimeError, match=message):
+            fastsam.SAM([param], **SGD)
+    assert param.tolist() == [1, 1]
+
+
 def test_deepspeed_engines(monkeypatch):
     """They step without a closure, whatever the stage; the error knows that they are there."""
     param = Parameter(torch.ones(2))

@@ -144,11 +144,12 @@ def communication(rank, size, method):
     return halves
 
 
-def test_one_all_reduce_for_each_way_to_shard():
+def test_one_all_reduce_for_each_dimension():
+    """Of parameters sharded along both dimensions, and of those along one of them, together."""
     for halves in processes.run(2, communication, "ssam"):
         assert halves == [[1], [1]]
-    for halves in processes.run(4, communication, "ssam"):  # over two dimensions; over one of them
-        assert halves == [[1] * 3] * 2
+    for halves in processes.run(4, communication, "ssam"):
+        assert halves == [[2, 1]] * 2
 
 
 def nonfinite(rank, size, backend):

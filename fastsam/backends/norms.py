@@ -47,11 +47,10 @@ def norm(
     members: dict[Sharding, list[int]] = defaultdict(list)
     for k in range(len(vectors)):
         members[batch.shardings[k] if batch.shardings else ()].append(k)
-    squares = [
-        add_up(_square(same, vectors, batch, step, like, memory), sharding)
+    squared = add_up({
+        sharding: _square(same, vectors, batch, step, like, memory)
         for sharding, same in members.items()
-    ]
-    squared = torch.stack(squares).sum()
+    })  # fmt: skip
     yield squared
     return squared.sqrt()
 

@@ -40,18 +40,18 @@ class Reduction:
     scalars: Tensor
     launches: list[Launched] = field(default_factory=list)
     finish: Launched | None = None
-    totals: list[Tensor] = field(default_factory=list)
+    sums: dict[Sharding, Tensor] = field(default_factory=dict)
 
     def note(self, sharding: Sharding) -> None:
-        """Take over the sums that the last launches left, over all processes with shards."""
-        self.totals.append(add_up(self.scalars[SUMS].clone(), sharding))
+        """Take over the sums that the last launches left, which are over this process's shards."""
+        self.sums[sharding] = self.scalars[SUMS].clone()
 
     def run(self) -> Pass[None]:
         with _on(self.scalars.device):
             for launch in self.launches:
                 launch()
         if self.finish is not None:
-            total = torch.stack(self.totals).sum(0)
+            total = add_up(self.sums)
             yield total
             self.scalars[SUMS] = total
             with _on(self.scalars.device):
