@@ -215,18 +215,24 @@ def _keeping_first(optimizer: Any, params: list[nn.Parameter], firsts: list[Tens
     """As :func:`both_passes`, for a method that reads both passes' gradients at once.
 
     They are two sets of tensors here, or a cache would serve half of the reads. And the first pass
-    clears them, as in ``step(closure)``, so that the method may keep the first without a copy.
+    clears them, as in ``step(closure)``, so that the method may keep the first without a copy, as
+    long as nobody else has them.
     """
 
     def step() -> None:
         for param, grad in zip(params, firsts, strict=True):
-            param.grad = grad
+            param.grad = _as_from_backward(grad)
         optimizer.first_step(zero_grad=True)
         for param, grad in zip(params, seconds, strict=True):
             param.grad = grad
         optimizer.second_step()
 
     return step
+
+
+def _as_from_backward(grad: Tensor) -> Tensor:
+    """The same memory in a tensor that knows of no other, at less than the cost of a copy."""
+    return torch.from_numpy(grad.numpy()) if grad.device.type == "cpu" else torch.from_dlpack(grad)
 
 
 def fastsam_contender(problem: Problem, method: str, backend: str = "auto") -> Contender:

@@ -209,17 +209,18 @@ class GatheringOptimizer(StatefulOptimizer):
 
         ``ours`` are those of which the caller has another list.
 
-        That is so where they are about to be set to None, nobody else has them and they own their
-        memory: DDP's, for one, may be views of buckets that the next backward fills again, and a
-        closure may give out the same tensors in every call.
+        That is so where they are about to be set to None, and neither they nor their memory are
+        known elsewhere: DDP's, for one, may be views of buckets that the next backward fills again,
+        and a closure may give out the same tensors in every call.
         """
         kept, ids = {}, set(map(id, ours))
         for k, param in enumerate(batch.owners):
             known = UNSHARED + (id(batch.grads[k]) in ids)
-            # counted before the next line makes another; a shard is its DTensor's as well
-            alone = cleared and (_of_one(batch.grads, k) <= known or is_sharded(param))
+            alone = _of_one(batch.grads, k) <= known  # before the next line makes another
             grad = batch.grads[k]
+            # a shard is its DTensor's as well
+            alone = is_sharded(param) or (alone and backends.is_alone(grad))
             size = grad.numel() * grad.element_size()
             alone = alone and not grad._is_view() and grad.untyped_storage().nbytes() == size
-            kept[param] = grad if alone else grad.clone()
+            kept[param] = grad if alone and cleared else grad.clone()
         return kept

@@ -11,8 +11,8 @@ result may be off by 16 times the sum of what that does. So it passes if it is t
 inputs that nearly are those given: the usual meaning of a stable computation.
 
 A number that is stored in fewer bits than it is computed in may fall to the other side of a tie,
-one unit of storage away, in one element of 64 at most. (The chance of it is the distance between
-the sides in units of storage: for bfloat16 some 1 in 1,000.)
+one unit of storage away. The chance of it is the distance between the sides in units of storage:
+for bfloat16 some 1 in 1,000. One element of 64 may, and twice as many as the tolerance makes likely.
 """
 
 import math
@@ -112,7 +112,8 @@ class Comparison:
                 min=info.smallest_normal * info.eps
             )
             unit *= 1 + key.startswith("pass")  # one that was written to has been rounded twice
-            if (error <= tolerance + unit).all() and beyond.sum() <= 2 + y.numel() / 64:
+            likely = 2 * (tolerance / unit).clamp(max=1).sum()
+            if (error <= tolerance + unit).all() and beyond.sum() <= 2 + y.numel() / 64 + likely:
                 SEEN["elements on the other side of a tie"] += int(beyond.sum())
                 return None
         worst = (error - tolerance).flatten().argmax()

@@ -34,6 +34,7 @@ def test_vasso_with_theta_1_is_sam(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.filterwarnings("ignore:the second pass left no gradients")
 def test_vasso_around_a_base_that_is_not_fused(backend):
     """Such a base initialises a parameter that has no state at all: VaSSO's must not be seen."""
     model, loss_fn = model_and_data()

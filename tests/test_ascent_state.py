@@ -104,6 +104,7 @@ def test_a_rejected_step_whose_passes_have_different_parameters(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("method", ["vasso-all", "lightsam-1", "lightsam-2", "lightsam-3-all"])
+@pytest.mark.filterwarnings("ignore:the second pass left no gradients")
 def test_a_step_without_second_gradients_is_complete(method, backend):
     """Whatever the verdict on the step before was."""
     params = parameters([np.ones(3)], FP32)

@@ -157,6 +157,7 @@ def test_a_base_that_fails_after_its_update(method):
 
 
 @pytest.mark.parametrize("missing", [[0], [1], [0, 1, 2]])
+@pytest.mark.filterwarnings("ignore:the second pass left no gradients")
 def test_missing_second_gradients(missing):
     params = parameters(BIG, BIG, SMALL)
     optimizer = fastsam.SAM(params, **SGD, backend="torch")

@@ -283,6 +283,7 @@ def test_missing_gradients(method, base, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.filterwarnings("ignore:the second pass left no gradients")
 def test_all_gradients_missing(backend):
     params = parameters([np.ones(3), np.ones((2, 2))], FP32)
     optimizer = fastsam.SAM(params, torch.optim.AdamW, lr=0.1, backend=backend)

@@ -3,6 +3,7 @@
 import warnings
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -72,6 +73,7 @@ rules = st.fixed_dictionaries(
     rule=rules, dtype=st.sampled_from(sorted(DTYPES)), backend=st.sampled_from(BACKENDS),
     missing=st.lists(st.booleans(), min_size=10, max_size=10), seed=st.integers(0, 99),
 )  # fmt: skip
+@pytest.mark.filterwarnings("ignore:the second pass left no gradients")
 def test_step_matches_the_oracle(
     shapes, cut, first, second, base, rule, dtype, backend, missing, seed
 ):
