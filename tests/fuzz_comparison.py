@@ -12,7 +12,8 @@ inputs that nearly are those given: the usual meaning of a stable computation.
 
 A number that is stored in fewer bits than it is computed in may fall to the other side of a tie,
 one unit of storage away. The chance of it is the distance between the sides in units of storage:
-for bfloat16 some 1 in 1,000. One element of 64 may, and twice as many as the tolerance makes likely.
+for bfloat16 some 1 in 1,000. One element of 64 may, and twice as many as the tolerance makes
+likely.
 """
 
 import math
