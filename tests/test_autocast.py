@@ -77,7 +77,10 @@ def test_flatness():
 
     expected = fastsam.sharpness(model, forward, rho=2.0)
     slice_ = fastsam.loss_landscape(model, forward, directions="gradient", points=5)
+    drawn = fastsam.loss_landscape(model, forward, points=4)  # which leaves out w itself
     with autocast():
+        loss_fn()  # its casts are kept
+        assert (fastsam.loss_landscape(model, loss_fn, points=4).losses == drawn.losses).all()
         assert fastsam.sharpness(model, loss_fn, rho=2.0) == expected > 0.1
         found = fastsam.loss_landscape(model, loss_fn, directions="gradient", points=5)
         assert (found.losses == slice_.losses).all() and found.losses.std() > 0.01
