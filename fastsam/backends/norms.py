@@ -64,16 +64,17 @@ def _square(
     norms: list[tuple[int, Tensor]] = []
     plain: list[int] = []
     scaled: dict[int, list[int]] = defaultdict(list)  # by group
+    in_order = batch.layout is not None and batch.layout.contiguous and vectors is batch.grads
+    adaptive = [memory is not None and group["adaptive"] for group in step.groups]
     for k in members:
         x, i = vectors[k], batch.groups[k]
-        group = step.groups[i]
-        adaptive = memory is not None and group["adaptive"]
-        in_order = x.is_contiguous() or is_dense(x)  # else the operators lose precision
-        if not in_order or x.dtype not in SERVED or (adaptive and not served([batch.params[k], x])):
+        serves = x.dtype in SERVED and (not adaptive[i] or served([batch.params[k], x]))
+        # elsewhere than in the order of the memory the operators lose precision
+        if not (serves and (in_order or x.is_contiguous() or is_dense(x))):
             x = equations.wide(x)
-            x = equations.element_scale(batch.params[k], group) * x if adaptive else x
+            x = equations.element_scale(batch.params[k], step.groups[i]) * x if adaptive[i] else x
             norms.append((k, torch.linalg.vector_norm(x, dtype=like.dtype)))
-        elif adaptive:
+        elif adaptive[i]:
             scaled[i].append(k)
         else:
             plain.append(k)
@@ -99,8 +100,8 @@ def _square(
             measure([same[j] for j in positions], t)
     squares.sort(key=itemgetter(0))
     norms.sort(key=itemgetter(0))
-    large = total((value for _, value in squares), like)
-    return large + total((value for _, value in norms), like, power=2)
+    large = total([value for _, value in squares], like)
+    return large + total([value for _, value in norms], like, power=2)
 
 
 def total(values: Iterable[Tensor], like: Tensor, power: int = 1) -> Tensor:
@@ -110,5 +111,6 @@ def total(values: Iterable[Tensor], like: Tensor, power: int = 1) -> Tensor:
         by_dtype[value.dtype].append(value)
     result = torch.zeros_like(like)
     for same in by_dtype.values():
-        result += torch.stack(same).to(like.dtype).pow(power).sum()
+        xs = torch.stack(same).to(like.dtype)
+        result += (xs if power == 1 else xs.square()).sum()
     return result
