@@ -119,7 +119,8 @@ def add_up(sums: dict[Sharding, Tensor]) -> Tensor:
         together = torch.stack([sums[sharding] for sharding in members])
         dist.all_reduce(together, group=group)
         sums |= dict(zip(members, together.unbind(), strict=True))
-    return torch.stack(list(sums.values())).sum(0)
+    values = list(sums.values())
+    return values[0] if len(values) == 1 else torch.stack(values).sum(0)
 
 
 def total(values: Sequence[Tensor], shardings: Sequence[Sharding]) -> Tensor:

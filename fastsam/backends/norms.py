@@ -44,15 +44,44 @@ def norm(
     How a tensor's norm is taken, and the order in which they are added, depend on the tensors
     alone: equal gradients have equal norms in both passes, and in any groups.
     """
-    members: dict[Sharding, list[int]] = defaultdict(list)
-    for k in range(len(vectors)):
-        members[batch.shardings[k] if batch.shardings else ()].append(k)
+    adaptive = memory is not None and step.adaptive
+    members: dict[Sharding, list[int]] = {(): list(range(len(vectors)))}
+    if any(batch.shardings):
+        members = defaultdict(list)
+        for k, sharding in enumerate(batch.shardings):
+            members[sharding].append(k)
+    elif not adaptive and vectors is batch.grads and (found := _by_size(batch)) is not None:
+        small, large = found
+        squared = _sum_of_squares([vectors[k] for k in small], [vectors[k] for k in large], like)
+        yield squared
+        return squared.sqrt()
     squared = add_up({
         sharding: _square(same, vectors, batch, step, like, memory)
         for sharding, same in members.items()
     })  # fmt: skip
     yield squared
     return squared.sqrt()
+
+
+def _by_size(batch: Batch) -> tuple[list[int], list[int]] | None:
+    """Small and large gradients by position, if all of them lie in order, in dtypes served."""
+    layout = batch.layout
+    if layout is None or not layout.contiguous:
+        return None
+    if "by size" not in layout.cache:
+        sizes = layout.sizes
+        found = ([k for k, size in enumerate(sizes) if size < LARGE],
+                 [k for k, size in enumerate(sizes) if size >= LARGE])  # fmt: skip
+        served = all(dtype in SERVED for dtype in layout.dtypes)
+        layout.cache["by size"] = found if served else None
+    by_size: tuple[list[int], list[int]] | None = layout.cache["by size"]
+    return by_size
+
+
+def _sum_of_squares(small: list[Tensor], large: list[Tensor], like: Tensor) -> Tensor:
+    norms = torch._foreach_norm(small) if small else ()
+    # a dot product is faster than a norm, and more accurate
+    return total([part for x in large for part in dots(x, x)], like, squared=norms)
 
 
 def _square(
@@ -64,13 +93,12 @@ def _square(
     norms: list[tuple[int, Tensor]] = []
     plain: list[int] = []
     scaled: dict[int, list[int]] = defaultdict(list)  # by group
-    in_order = batch.layout is not None and batch.layout.contiguous and vectors is batch.grads
     adaptive = [memory is not None and group["adaptive"] for group in step.groups]
     for k in members:
         x, i = vectors[k], batch.groups[k]
         serves = x.dtype in SERVED and (not adaptive[i] or served([batch.params[k], x]))
         # elsewhere than in the order of the memory the operators lose precision
-        if not (serves and (in_order or x.is_contiguous() or is_dense(x))):
+        if not (serves and (x.is_contiguous() or is_dense(x))):
             x = equations.wide(x)
             x = equations.element_scale(batch.params[k], step.groups[i]) * x if adaptive[i] else x
             norms.append((k, torch.linalg.vector_norm(x, dtype=like.dtype)))
@@ -100,17 +128,18 @@ def _square(
             measure([same[j] for j in positions], t)
     squares.sort(key=itemgetter(0))
     norms.sort(key=itemgetter(0))
-    large = total([value for _, value in squares], like)
-    return large + total([value for _, value in norms], like, power=2)
+    large = [value for _, value in squares]
+    return total(large, like, squared=[value for _, value in norms])
 
 
-def total(values: Iterable[Tensor], like: Tensor, power: int = 1) -> Tensor:
-    """The sum of 0-dim tensors, or of their squares, in the dtype of ``like``."""
-    by_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
-    for value in values:
-        by_dtype[value.dtype].append(value)
-    result = torch.zeros_like(like)
-    for same in by_dtype.values():
-        xs = torch.stack(same).to(like.dtype)
-        result += (xs if power == 1 else xs.square()).sum()
-    return result
+def total(values: Iterable[Tensor], like: Tensor, squared: Iterable[Tensor] = ()) -> Tensor:
+    """The sum of 0-dim tensors, and of the squares of others, in the dtype of ``like``."""
+    by_dtype: dict[tuple[torch.dtype, bool], list[Tensor]] = defaultdict(list)
+    for squares, same in ((False, values), (True, squared)):
+        for value in same:
+            by_dtype[value.dtype, squares].append(value)
+    sums = []
+    for (_, squares), group in by_dtype.items():
+        xs = torch.stack(group).to(like.dtype)
+        sums.append((xs.square() if squares else xs).sum())
+    return sum(sums[1:], sums[0]) if sums else torch.zeros_like(like)

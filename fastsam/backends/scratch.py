@@ -105,10 +105,11 @@ class ScratchBackup(ListBackup):
         self.moved: list[tuple[Tensor, Tensor, Tensor]] = []  # parameter, scratch, home
         self.copied: list[tuple[list[Tensor], list[Tensor]]] = []
         self._copies: dict[Tensor, Tensor] = {}
+        self._spent = False
 
     @property
     def copies(self) -> dict[Tensor, Tensor]:  # type: ignore[override]
-        """The unperturbed weights by parameter, until :meth:`restore`."""
+        """The unperturbed weights by parameter."""
         if not self._copies:
             self._copies = {param: home for param, _, home in self.moved}
             for params, copies in self.copied:
@@ -130,7 +131,7 @@ class ScratchBackup(ListBackup):
             if not in_place and param.numel() >= WORTHWHILE and owns_memory(param):
                 target = self.scratch.get(param)
                 if target is None or not (alike(target, param) and is_alone(target)):
-                    target = torch.empty_like(param, requires_grad=False)
+                    target = self.scratch[param] = torch.empty_like(param, requires_grad=False)
                 targets.append(target)
             else:
                 targets.append(param)
@@ -157,12 +158,13 @@ class ScratchBackup(ListBackup):
         for param, target in zip(params, targets, strict=True):
             if target is not param:
                 self.moved.append((param, target, param.data))
-                self.scratch[param] = target
                 param.data = target
                 moved.append(param)
         _count_as_changed(moved)
 
     def restore(self) -> None:
+        if self._spent:
+            return
         for params, copies in self.copied:
             torch._foreach_copy_(params, copies)
         for param, target, home in self.moved:
@@ -174,9 +176,8 @@ class ScratchBackup(ListBackup):
                 target.copy_(home)
                 self.scratch[param] = home
         _count_as_changed([param for param, *_ in self.moved])
-        self._copies = self.copies
-        if self.moved:  # a fused update that fails later leaves all weights as far as it got
-            self.moved, self.copied = [], []
+        # a fused update that fails later leaves all weights as far as it got
+        self._spent = bool(self.moved)
 
 
 def _count_as_changed(params: list[Tensor]) -> None:
