@@ -102,7 +102,7 @@ def record(
 def unscaled(batch: Batch, inverse: Tensor) -> Batch:
     """The batch with gradients that carry no scale, in the dtype of the arithmetic."""
     grads = []
-    for grad in batch.grads:
-        dtype = wide_dtype(grad)
+    for param, grad in zip(batch.params, batch.grads, strict=True):
+        dtype = torch.promote_types(wide_dtype(param), wide_dtype(grad))
         grads.append(grad.to(dtype) * inverse.to(grad.device, dtype, non_blocking=True))
     return replace(batch, grads=grads, layout=None)

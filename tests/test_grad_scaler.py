@@ -264,6 +264,22 @@ def test_gradients_are_only_read(base, backend):
         assert same(grads, copies)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_scale_is_taken_out_in_the_parameters_precision(backend):
+    """A third of a float32 gradient, for a float64 weight: 1e-8 of it would be lost in float32."""
+    param = torch.nn.Parameter(torch.zeros(5, dtype=torch.float64, device=DEVICE))
+    param.grad_dtype = torch.float32
+    optimizer = fastsam.USAM([param], torch.optim.SGD, rho=1.0, lr=1.0, backend=backend)
+    optimizer.grad_scale = torch.tensor(3.0, device=DEVICE)
+    g = torch.tensor([0.1, 0.2, 0.7, -1.1, 1.3], device=DEVICE)
+    param.grad = g
+    optimizer.first_step()
+    torch.testing.assert_close(param.detach(), g.double() / 3, rtol=1e-15, atol=0)
+    param.grad = g.clone()
+    optimizer.second_step()
+    torch.testing.assert_close(param.detach(), -g.double() / 3, rtol=1e-15, atol=0)
+
+
 # --- training ------------------------------------------------------------------------------------
 
 
