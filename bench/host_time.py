@@ -4,9 +4,7 @@
 
 prints one JSON line per measurement. ``report.py`` runs it as a child, since the variable has to be
 set before Triton is imported; it lets the backend take tensors on a CPU, so that no GPU is needed.
-What a launch itself costs, and the upload of a table to a GPU, are not in these times. Memory for
-the copies of the weights comes as from a GPU's caching allocator, which gives the same block again:
-a CPU's gives others, and addresses that moved would have to go into the tables.
+What a launch itself costs, and the upload of a table to a GPU, are not in these times.
 
 Beside the step with SGD and with AdamW stand one bare sweep over the gradients' addresses, below
 which no step can come that notices a moved gradient, and the step where every pass finds gradients
@@ -53,25 +51,9 @@ class NoLaunch:
         """What compiles a kernel before its first launch."""
 
 
-class CachedMemory:
-    """Stands for ``torch`` where copies of the weights are allocated, each time the same memory."""
-
-    def __init__(self) -> None:
-        self.blocks: dict[Any, Tensor] = {}
-
-    def empty(self, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        key = size, dtype, device
-        if key not in self.blocks:
-            self.blocks[key] = torch.empty(size, dtype=dtype, device=device)
-        return self.blocks[key]
-
-
 def stub_launches() -> None:
     """Put :class:`NoLaunch` in the place of the triton backend's kernels, for good."""
-    import fastsam.backends.flat as flat
     import fastsam.backends.triton as backend
-
-    flat.torch = CachedMemory()  # type: ignore[assignment]
 
     for name in KERNELS:
         if not hasattr(backend, name):
