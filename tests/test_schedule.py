@@ -94,7 +94,7 @@ def test_plain_steps_are_torchs(base, backend):
         else:
             other = torchs(base, twin.parameters(), backend)
         state = copy.deepcopy(optimizer.state_dict())
-        if state["state"] or not perturbs:
+        if state["state"]:  # else torch 2.11 would forget what Adagrad begins with
             for key in ("foreach", "fused"):  # the choice of an implementation is loaded, too
                 if key in other.param_groups[0]:
                     state["param_groups"][0][key] = other.param_groups[0][key]
