@@ -14,10 +14,10 @@ from fastsam.kernels.layout import Scalar
 from . import backends
 from .backends.measures import undone_if_it_fails
 from .capture import is_captured
-from .checks import check_max_grad_norm
+from .checks import check_max_grad_norm, entered
 from .guards import GuardedOptimizer
 from .interrupts import uninterrupted
-from .replicas import agree, replicas_of
+from .replicas import agree, is_distributed, replicas_of
 from .rules import Batch, Step
 from .scaling import check_scaler, is_scaled, record, unscaled, write_scale
 from .sharding import local_state
@@ -205,8 +205,8 @@ class TwoPassOptimizer(GuardedOptimizer):
         if not self._inside_step:
             context = self.ascent_context
             self._replicas = replicas_of(context)
-            if self._replicas is None and perturbs and context is not None:
-                self._replicas = replicas_of(context())  # what it gives says more than it
+            if self._replicas is None and perturbs and context is not None and is_distributed():
+                self._replicas = replicas_of(entered(context))  # what it gives says more than it
         if perturbs and self._replicas is not None:
             self._check_replicas()
         lam = self._next_lam()

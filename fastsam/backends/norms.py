@@ -52,7 +52,9 @@ def norm(
             members[sharding].append(k)
     elif not adaptive and vectors is batch.grads and (found := _by_size(batch)) is not None:
         small, large = found
-        squared = _sum_of_squares([vectors[k] for k in small], [vectors[k] for k in large], like)
+        norms = torch._foreach_norm([vectors[k] for k in small]) if small else ()
+        squares = [part for k in large for part in dots(vectors[k], vectors[k])]
+        squared = total(squares, like, squared=norms)
         yield squared
         return squared.sqrt()
     squared = add_up({
@@ -76,12 +78,6 @@ def _by_size(batch: Batch) -> tuple[list[int], list[int]] | None:
         layout.cache["by size"] = found if served else None
     by_size: tuple[list[int], list[int]] | None = layout.cache["by size"]
     return by_size
-
-
-def _sum_of_squares(small: list[Tensor], large: list[Tensor], like: Tensor) -> Tensor:
-    norms = torch._foreach_norm(small) if small else ()
-    # a dot product is faster than a norm, and more accurate
-    return total([part for x in large for part in dots(x, x)], like, squared=norms)
 
 
 def _square(
