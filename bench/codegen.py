@@ -169,7 +169,7 @@ def _storages(types: Sequence[str]) -> list[dict[str, bool]]:
 def _variant(kernel: str, types: Sequence[str], **constants: Any) -> Variant:
     wide = "fp64" if types[0] == "fp64" else "fp32"
     arguments = {"table": "*i64", "chunks": "*i64", "columns": "i32", "hyper": f"*{wide}",
-                 "scalars": "*fp64"}  # fmt: skip
+                 "scalars": "*fp64", "origin": "i64"}  # fmt: skip
     if kernel != "perturb_kernel":
         arguments["arrivals"] = "*i32"
     chunk, lanes = CHUNK, LANES

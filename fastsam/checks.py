@@ -46,6 +46,8 @@ def check_group(group: Mapping[str, Any], fused: bool, scales: bool) -> None:
     """
     for key in ("rho", "eta"):
         value = group.get(key, 0.0)
+        if type(value) is float and 0 <= value < math.inf:
+            continue
         if isinstance(value, Tensor):
             if value.ndim != 0:
                 raise ValueError(

@@ -1,8 +1,7 @@
 """The two passes that every method shares, and the contract of a step."""
 
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -22,6 +21,19 @@ from .rules import Batch, Step
 from .scaling import check_scaler, is_scaled, record, unscaled, write_scale
 from .sharding import local_state
 from .stateful import uncompiled
+
+
+class _restoring:  # noqa: N801 - used like a function
+    """Undo the optimizer's first pass if the block fails."""
+
+    def __init__(self, optimizer: "TwoPassOptimizer"):
+        self._optimizer = optimizer
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, error: object, *_: object) -> None:
+        if error is not None:
+            self._optimizer.restore()
 
 
 class TwoPassOptimizer(GuardedOptimizer):
@@ -59,7 +71,7 @@ class TwoPassOptimizer(GuardedOptimizer):
         else:
             pending = {}
             batch.ascent = batch.next = [{}] * len(batch.params)
-        with self._restoring():
+        with _restoring(self):
             with uninterrupted():
                 if batch.params:
                     backend = self._backend_for(batch)
@@ -103,7 +115,7 @@ class TwoPassOptimizer(GuardedOptimizer):
                 then, and the step is over without an update.
         """
         self._expect("second_step")
-        with self._restoring():
+        with _restoring(self):
             if check_scaler(grad_scaler, self, zero_grad) is not self._scaler and grad_scaler:
                 raise RuntimeError("grad_scaler has to be given to first_step as well")
             self._warn_of_stale_gradients()
@@ -140,7 +152,7 @@ class TwoPassOptimizer(GuardedOptimizer):
         self._check_groups()
         batch = self._collect("descent")
         self._begin_step(scaler, perturbs=False)
-        with self._restoring():
+        with _restoring(self):
             self._descend(batch)
         self._after_step(zero_grad)
 
@@ -164,15 +176,6 @@ class TwoPassOptimizer(GuardedOptimizer):
         return self._mix is not None or self._records is not None
 
     # --- parts of the step ---
-
-    @contextmanager
-    def _restoring(self) -> Iterator[None]:
-        """Undo the first pass if the block fails."""
-        try:
-            yield
-        except BaseException:
-            self.restore()
-            raise
 
     @property
     def _has_ascent_state(self) -> bool:

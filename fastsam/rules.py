@@ -4,9 +4,8 @@ Frontends fill these in; backends read them. The equations themselves are in ``k
 ``backends/equations.py``; the base updates are declared in ``bases.py``.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
 from operator import is_
 from typing import Any
 
@@ -109,9 +108,9 @@ LIGHT_ADAGRAD = Ascent("adagrad", _no_columns, _adagrad_states, needs_norm=False
 LIGHT_ADAM = Ascent("adam", _adam_columns, _adam_states, needs_norm=False, scales=False)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Step:
-    """One step, as the backends see it.
+    """One step, as the backends see it. It does not change.
 
     Attributes:
         groups: The optimizer's parameter groups.
@@ -127,6 +126,8 @@ class Step:
         has_masters: Whether 16-bit parameters have float32 master weights.
         seed: Of stochastic rounding; None rounds to nearest.
         keeps_weights: Whether the copy of the weights is needed after the update (LETS).
+        adaptive: Whether some group has ASAM's element-wise scale.
+        rescales: Whether ``u`` may differ from the second gradient.
     """
 
     groups: Sequence[Group]
@@ -143,29 +144,26 @@ class Step:
     seed: int | None = None
     keeps_weights: bool = False
 
-    @cached_property
-    def adaptive(self) -> bool:
-        return any(group["adaptive"] for group in self.groups)
-
-    @cached_property
-    def rescales(self) -> bool:
-        """Whether ``u`` may differ from the second gradient."""
-        rescaled = self.renormalize or self.mix is not None or self.max_grad_norm is not None
-        return rescaled or self.is_scaled
+    def __post_init__(self) -> None:
+        self.adaptive = any([group["adaptive"] for group in self.groups])
+        self.rescales = (
+            self.renormalize or self.is_scaled
+            or self.mix is not None or self.max_grad_norm is not None
+        )  # fmt: skip
 
     @property
     def needs_ascent_norm(self) -> bool:
         rules = self.ascent.needs_norm or self.renormalize or self.mix is not None
         return rules or self.skip_first
 
-    @cached_property
+    @property
     def needs_descent_norm(self) -> bool:
         needs_norm = self.base is not None and self.base.needs_norm
         return self.rescales or self.skip_nonfinite or needs_norm
 
 
-def identical(xs: Sequence[Any], ys: Sequence[Any]) -> bool:
-    """Whether two lists hold the same objects; ``==`` would compare tensors by their elements."""
+def identical(xs: Collection[Any], ys: Collection[Any]) -> bool:
+    """Whether both hold the same objects; ``==`` would compare tensors by their elements."""
     return len(xs) == len(ys) and all(map(is_, xs, ys))
 
 

@@ -42,8 +42,9 @@ def check_scaler(
 
 def is_scaled(optimizer: Optimizer, grad_scaler: GradScaler | None) -> bool:
     """Whether somebody scales the loss, or looks for overflows, outside."""
-    attributes = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
-    return grad_scaler is not None or any(x is not None for x in attributes)
+    if grad_scaler is not None or getattr(optimizer, "grad_scale", None) is not None:
+        return True
+    return getattr(optimizer, "found_inf", None) is not None
 
 
 def write_scale(

@@ -253,8 +253,11 @@ class StatefulOptimizer(Optimizer):
         """Run torch's step hooks around explicit passes; inside ``step`` torch runs them."""
         if self._inside_step:
             return
-        own = getattr(self, f"_optimizer_step_{when}_hooks")
-        everyone = getattr(torch_optimizer, f"_global_optimizer_{when}_hooks")
-        hooks = (everyone, own) if when == "pre" else (own, everyone)  # as torch orders them
-        for hook in chain(*(some.values() for some in hooks)):
-            hook(self, (), {})
+        hooks: tuple[Any, Any]
+        if when == "pre":  # in torch's order
+            hooks = torch_optimizer._global_optimizer_pre_hooks, self._optimizer_step_pre_hooks
+        else:
+            hooks = self._optimizer_step_post_hooks, torch_optimizer._global_optimizer_post_hooks
+        for some in hooks:
+            for hook in some.values():
+                hook(self, (), {})

@@ -5,9 +5,9 @@ follows from everything else is worked out once and kept with a :class:`Layout`;
 few sweeps over the parameters, in C wherever Python offers that.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import chain, repeat
-from operator import itemgetter
+from operator import is_, itemgetter
 from typing import Any
 
 import torch
@@ -44,9 +44,9 @@ class Sweep:
         Raises:
             RuntimeError: For tensors that ``name`` does not serve (``check_tensors``).
         """
-        params = list(chain.from_iterable(group["params"] for group in groups))
         sizes = [len(group["params"]) for group in groups]
-        if sizes != self._sizes or not identical(params, self._params):
+        if sizes != self._sizes or not (again or self._has(groups)):
+            params = list(chain.from_iterable(group["params"] for group in groups))
             index = chain.from_iterable(map(repeat, range(len(sizes)), sizes))
             group_of = dict(zip(reversed(params), reversed(list(index)), strict=True))
             unique = list(dict.fromkeys(params))
@@ -99,6 +99,11 @@ class Sweep:
             shardings=layout.shardings, layout=layout,
         )  # fmt: skip
 
+    def _has(self, groups: Sequence[Group]) -> bool:
+        """Whether these are the parameters of the last pass, of which there are as many."""
+        params = chain.from_iterable(group["params"] for group in groups)
+        return all(map(is_, params, self._params))
+
 
 def device_of(param: Tensor) -> torch.device:
     return param.device
@@ -121,7 +126,11 @@ def _addresses(grads: list[Any]) -> list[int] | None:
 
 
 def _fits(layout: Layout, grads: list[Tensor], addresses: list[int], again: bool) -> bool:
-    """Whether parameters and gradients still have the layout (a moved parameter may have not)."""
+    """Whether gradients still have the layout, and parameters are where they were.
+
+    There they still have it, too: autograd would give a parameter that was transposed in place a
+    gradient with its strides.
+    """
     if list(map(Tensor.data_ptr, layout.params)) != layout.addresses:
         return False
     if not again and list(map(Tensor.numel, grads)) != layout.sizes:  # shrunk where it was
@@ -133,11 +142,9 @@ def _fits(layout: Layout, grads: list[Tensor], addresses: list[int], again: bool
     elif addresses != layout.seen:
         if [grad.dtype for grad in grads] != layout.dtypes[len(grads) :]:
             return False
-    tensors = grads if again else chain(layout.params, grads)
     if layout.contiguous:
-        return all(map(Tensor.is_contiguous, tensors))
-    strides = layout.strides[len(layout.params) :] if again else layout.strides
-    return list(map(Tensor.stride, tensors)) == strides
+        return all(map(Tensor.is_contiguous, grads))
+    return list(map(Tensor.stride, grads)) == layout.strides[len(grads) :]
 
 
 class Prepared:
@@ -162,14 +169,14 @@ class Prepared:
         self._addresses = list(map(Tensor.data_ptr, self._watched))
         self._memory = [x.detach() for _, xs in self.tensors.values() for x in xs]
 
-    def is_current(self, base: Base, groups: Sequence[Group], everything: Iterable[Any]) -> bool:
+    def is_current(self, base: Base, groups: Sequence[Group], everything: Collection[Any]) -> bool:
         """Whether the optimizer holds the same tensors still, where they were."""
         try:
             return (
-                identical(list(everything), self._everything)
+                identical(everything, self._everything)
                 and self._names == [list(base.states(group)) for group in groups]
                 and all(
-                    identical(list(map(itemgetter(name), states)), tensors)
+                    all(map(is_, map(itemgetter(name), states), tensors))
                     for name, (states, tensors) in self.tensors.items()
                 )
                 and list(map(Tensor.data_ptr, self._watched)) == self._addresses

@@ -48,8 +48,8 @@ class Row(IntEnum):
 
     GRAD = 0
     PARAM = 1
-    # what update restores from: the copy, or the parameter itself if unperturbed; with master
-    # weights it is these, or the parameter
+    # what update restores from: the copy, or the parameter itself if unperturbed, as bytes from the
+    # kernels' argument ``origin``; with master weights the address of these, or of the parameter
     BACKUP = 2
     STEP = 3  # 0-dim float32 step count
     STATE0 = 4

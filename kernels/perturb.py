@@ -117,7 +117,7 @@ def is_usable(state0, state1, scalars, RULE: tl.constexpr):
 
 
 @triton.jit
-def _perturb(table, columns, tensor, start, offsets, mask, row, scalars, scale, key,
+def _perturb(table, columns, tensor, start, offsets, mask, row, scalars, origin, scale, key,
              P: tl.constexpr, G: tl.constexpr, ACC: tl.constexpr, RULE: tl.constexpr,
              STATES: tl.constexpr, ADAPTIVE: tl.constexpr, HAS_MASTER: tl.constexpr,
              STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr):  # fmt: skip
@@ -131,7 +131,7 @@ def _perturb(table, columns, tensor, start, offsets, mask, row, scalars, scale, 
         w = newest(held, stored, P)
         tl.store(master, w, mask=mask & (w != held))
     else:
-        backup = stream(table, BACKUP, columns, tensor, start, P, ALIGNED) + offsets
+        backup = stream(table, BACKUP, columns, tensor, start, P, ALIGNED, origin) + offsets
         tl.store(backup, stored, mask=mask)
         w = stored.to(ACC)
     old0 = g
@@ -156,8 +156,8 @@ def _perturb(table, columns, tensor, start, offsets, mask, row, scalars, scale, 
     tl.store(param, round_weight(w + e, start + offsets, key, P, STOCHASTIC), mask=mask)
 
 
-@triton.jit(do_not_specialize=["columns"])
-def perturb_kernel(table, chunks, columns, hyper, scalars, P: tl.constexpr,
+@triton.jit(do_not_specialize=["columns", "origin"])
+def perturb_kernel(table, chunks, columns, hyper, scalars, origin, P: tl.constexpr,
                    G: tl.constexpr, ACC: tl.constexpr, RULE: tl.constexpr,
                    STATES: tl.constexpr, ADAPTIVE: tl.constexpr,
                    HAS_MASTER: tl.constexpr, STOCHASTIC: tl.constexpr,
@@ -169,6 +169,7 @@ def perturb_kernel(table, chunks, columns, hyper, scalars, P: tl.constexpr,
         columns: Number of tensors in the table.
         hyper: Hyper-parameters in ``ACC`` (``layout.Hyper``), one row per group.
         scalars: Device scalars (``layout.Scalar``), float64.
+        origin: Address that the table's backups count from.
         P, G, ACC: Dtypes of parameter, gradient and arithmetic.
         RULE: ``"unified"``, ``"ema"``, ``"adagrad_norm"``, ``"adagrad"`` or ``"adam"``.
         STATES: Number of the rule's state tensors per parameter, which are in ``ACC``.
@@ -185,9 +186,11 @@ def perturb_kernel(table, chunks, columns, hyper, scalars, P: tl.constexpr,
         key = pass_key(table, columns, tensor, scalars, 0)
     if vector > 0:
         offsets = tl.arange(0, CHUNK)
-        _perturb(table, columns, tensor, start, offsets, offsets < vector, row, scalars, scale,
-                 key, P, G, ACC, RULE, STATES, ADAPTIVE, HAS_MASTER, STOCHASTIC, True)  # fmt: skip
+        _perturb(table, columns, tensor, start, offsets, offsets < vector, row, scalars,
+                 origin, scale, key, P, G, ACC, RULE, STATES, ADAPTIVE, HAS_MASTER, STOCHASTIC,
+                 True)  # fmt: skip
     for first in range(vector, length, LANES):
         offsets = first + tl.arange(0, LANES)
-        _perturb(table, columns, tensor, start, offsets, offsets < length, row, scalars, scale,
-                 key, P, G, ACC, RULE, STATES, ADAPTIVE, HAS_MASTER, STOCHASTIC, False)  # fmt: skip
+        _perturb(table, columns, tensor, start, offsets, offsets < length, row, scalars,
+                 origin, scale, key, P, G, ACC, RULE, STATES, ADAPTIVE, HAS_MASTER, STOCHASTIC,
+                 False)  # fmt: skip

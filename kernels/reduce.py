@@ -45,10 +45,10 @@ WINDOW = tl.constexpr(1024)
 
 
 @triton.jit
-def _terms(table, columns, tensor, start, offsets, mask, row, scalars, P: tl.constexpr,
-           G: tl.constexpr, ACC: tl.constexpr, KIND: tl.constexpr, RULE: tl.constexpr,
-           STATES: tl.constexpr, ADAPTIVE: tl.constexpr, HAS_MASTER: tl.constexpr,
-           ALIGNED: tl.constexpr):  # fmt: skip
+def _terms(table, columns, tensor, start, offsets, mask, row, scalars, origin,
+           P: tl.constexpr, G: tl.constexpr, ACC: tl.constexpr, KIND: tl.constexpr,
+           RULE: tl.constexpr, STATES: tl.constexpr, ADAPTIVE: tl.constexpr,
+           HAS_MASTER: tl.constexpr, ALIGNED: tl.constexpr):  # fmt: skip
     """What is summed, element by element: up to five sums."""
     grad = stream(table, GRAD, columns, tensor, start, G, ALIGNED) + offsets
     SCALE: tl.constexpr = FIRST_INVERSE_SCALE if KIND == "ascent" else INVERSE_SCALE
@@ -95,7 +95,7 @@ def _terms(table, columns, tensor, start, offsets, mask, row, scalars, P: tl.con
             if HAS_MASTER:
                 backup = stream(table, MASTER, columns, tensor, start, ACC, ALIGNED) + offsets
             else:
-                backup = stream(table, BACKUP, columns, tensor, start, P, ALIGNED) + offsets
+                backup = stream(table, BACKUP, columns, tensor, start, P, ALIGNED, origin) + offsets
             t = element_scale(tl.load(backup, mask=perturbed, other=0.0).to(ACC), row, ADAPTIVE)
         scale = radius(row, scalars, RULE, ACC)
         d = direction(g, state0, state1, RULE)
@@ -152,8 +152,8 @@ def _finish(hyper, scalars, sum0, sum1, sum2, sum3, sum4, tasks, KIND: tl.conste
         finish_descent(hyper, scalars, sum0, sum1, sum2, sum3, sum4, tasks, KIND != "descent")
 
 
-@triton.jit(do_not_specialize=["columns", "tasks"])
-def reduce_kernel(table, chunks, columns, hyper, scalars, partials, arrivals, tasks,
+@triton.jit(do_not_specialize=["columns", "tasks", "origin"])
+def reduce_kernel(table, chunks, columns, hyper, scalars, partials, arrivals, tasks, origin,
                   P: tl.constexpr, G: tl.constexpr, ACC: tl.constexpr, KIND: tl.constexpr,
                   RULE: tl.constexpr, STATES: tl.constexpr, ADAPTIVE: tl.constexpr,
                   HAS_MASTER: tl.constexpr, SUMS: tl.constexpr, CHUNK: tl.constexpr,
@@ -187,7 +187,7 @@ def reduce_kernel(table, chunks, columns, hyper, scalars, partials, arrivals, ta
     if vector > 0:
         offsets = tl.arange(0, CHUNK)
         a, b, c, d, f = _terms(table, columns, tensor, start, offsets, offsets < vector, row,
-                               scalars, P, G, ACC, KIND, RULE, STATES, ADAPTIVE, HAS_MASTER,
+                               scalars, origin, P, G, ACC, KIND, RULE, STATES, ADAPTIVE, HAS_MASTER,
                                True)  # fmt: skip
         sum0 += tl.sum(a)
         if SUMS > 1:
@@ -205,7 +205,7 @@ def reduce_kernel(table, chunks, columns, hyper, scalars, partials, arrivals, ta
         for first in range(vector, length, LANES):
             offsets = first + tl.arange(0, LANES)
             a, b, c, d, f = _terms(table, columns, tensor, start, offsets, offsets < length, row,
-                                   scalars, P, G, ACC, KIND, RULE, STATES, ADAPTIVE,
+                                   scalars, origin, P, G, ACC, KIND, RULE, STATES, ADAPTIVE,
                                    HAS_MASTER, False)  # fmt: skip
             lanes0 += a
             lanes1 += b

@@ -64,9 +64,9 @@ def hyper_row(hyper, group):
 
 @triton.jit
 def stream(table, row: tl.constexpr, columns, tensor, start, dtype: tl.constexpr,
-           ALIGNED: tl.constexpr):  # fmt: skip
-    """Pointer to element ``start`` of one stream of one tensor."""
-    pointer = tl.load(table + row * columns + tensor).to(tl.pointer_type(dtype))
+           ALIGNED: tl.constexpr, origin=0):  # fmt: skip
+    """Pointer to element ``start`` of one stream of one tensor; its row counts from ``origin``."""
+    pointer = (tl.load(table + row * columns + tensor) + origin).to(tl.pointer_type(dtype))
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
     return pointer + start

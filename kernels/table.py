@@ -72,18 +72,27 @@ class Upload:
         self._captured.append(tensor)
         return tensor
 
-    def __call__(self, host: np.ndarray) -> torch.Tensor:
-        """The array's copy on the device.
+    def __call__(self, host: np.ndarray, into: torch.Tensor | None = None) -> torch.Tensor:
+        """The array's copy on the device: ``into`` what an earlier call gave, where that fits.
+
+        Launches that were prepared with it then need no other. No graph may read it.
 
         Raises:
             RuntimeError: Under capture, where nothing of this size was uploaded before it.
         """
         tensor = torch.from_numpy(host)
+        fits = into is not None and into.shape == tensor.shape and into.dtype == tensor.dtype
         if self.device.type == "cpu":
-            return tensor
+            if into is None or not fits:
+                return tensor
+            np.copyto(into.numpy(), host)
+            return into
         if not is_capturing(self.device):
             self.set_aside(tensor)
-            return tensor.pin_memory().to(self.device, non_blocking=True)
+            pinned = tensor.pin_memory()
+            if into is not None and fits:
+                return into.copy_(pinned, non_blocking=True)
+            return pinned.to(self.device, non_blocking=True)
         if not (self._aside and self._aside[-1].shape == tensor.shape):
             raise RuntimeError(
                 "a step can be captured in a CUDA graph, alone, after two like it were taken "
@@ -94,11 +103,19 @@ class Upload:
 
 
 class Table:
-    """Device tables of one bucket for one pass, uploaded again only when an address moved."""
+    """Device tables of one bucket for one pass, uploaded again only when an address moved.
+
+    Attributes:
+        pointers: The pointer table on the device.
+        revision: Another object whenever a tensor of the tables is another.
+    """
+
+    pointers: torch.Tensor | None = None
 
     def __init__(self, device: torch.device, captured: list[torch.Tensor] | None = None):
         """``captured`` takes what graphs read, which has to outlive this object."""
         self.device = device
+        self.revision = object()
         self.columns = 0
         self._rows = np.empty((0, 0), np.int64)
         self._sizes: list[int] = []
@@ -107,6 +124,7 @@ class Table:
         captured = [] if captured is None else captured
         self._upload = Upload(device, captured)
         self._upload_chunks = Upload(device, captured)
+        self._is_captured = False  # whether a graph reads the pointers
         self.aligned = np.empty(0, bool)
 
     def set(self, rows: dict[Row, Addresses], sizes: list[int], groups: list[int]) -> None:
@@ -118,32 +136,39 @@ class Table:
         if same_layout and np.array_equal(host, self._rows):
             return
         if not same_layout:
-            self._chunks = {}
+            self._chunks, self.revision = {}, object()
         self.columns, self._sizes, self._groups = len(sizes), sizes, groups
         self._replace(host)
 
     def move(self, rows: dict[Row, Addresses]) -> None:
         """Change some rows of the bucket that was set; they are taken to have moved."""
-        host, realigned = self._rows.copy(), False
+        if self._is_captured:
+            self._rows = self._rows.copy()
+        realigned = False
         for row, values in rows.items():
             new = np.asarray(values, np.int64)
-            realigned |= bool(((new ^ host[row]) & 15).any())
-            host[row] = new
-        self._replace(host, realigned)
+            realigned |= bool(((new ^ self._rows[row]) & 15).any())
+            self._rows[row] = new
+        self._replace(self._rows, realigned)
 
     def _replace(self, host: np.ndarray, realigned: bool = True) -> None:
         if realigned:
             aligned = (host[STREAM_ROWS] & 15 == 0).all(0)
             if not np.array_equal(aligned, self.aligned):
                 self.aligned = aligned
-                self._chunks = {}
+                self._chunks, self.revision = {}, object()
         self._rows = host
-        self.pointers = self._upload(host)
+        capturing = is_capturing(self.device)
+        pointers = self._upload(host, None if self._is_captured or capturing else self.pointers)
+        if pointers is not self.pointers:
+            self.pointers, self.revision, self._is_captured = pointers, object(), capturing
 
     def captured(self, size: int) -> None:
         """Keep for good the tables that a graph reads."""
+        assert self.pointers is not None
         self._upload.keep(self.pointers)
         self._upload_chunks.keep(self.chunks(size))
+        self._is_captured = True
 
     def chunks(self, size: int) -> torch.Tensor:
         """The chunk table for chunks of ``size`` elements."""

@@ -152,7 +152,7 @@ def uncorrected_adagrad(w, u, total, h):
 
 
 @triton.jit
-def _update(table, columns, tensor, start, offsets, mask, h, scalars, counter, key,
+def _update(table, columns, tensor, start, offsets, mask, h, scalars, origin, counter, key,
             P: tl.constexpr, G: tl.constexpr, S: tl.constexpr, ACC: tl.constexpr,
             BASE: tl.constexpr, STATES: tl.constexpr, SCALE: tl.constexpr, MIX: tl.constexpr,
             SKIP: tl.constexpr, ASCENT_STATES: tl.constexpr, HAS_MASTER: tl.constexpr,
@@ -168,7 +168,7 @@ def _update(table, columns, tensor, start, offsets, mask, h, scalars, counter, k
         stored = tl.load(param, mask=unperturbed)
         w = tl.where(unperturbed, newest(w, stored, P), w)
     else:
-        backup = stream(table, BACKUP, columns, tensor, start, P, ALIGNED) + offsets
+        backup = stream(table, BACKUP, columns, tensor, start, P, ALIGNED, origin) + offsets
         w = tl.load(backup, mask=mask).to(ACC)
     u = tl.load(grad, mask=mask).to(ACC)
     if SCALE:
@@ -236,8 +236,8 @@ def _update(table, columns, tensor, start, offsets, mask, h, scalars, counter, k
         tl.store(state2, narrow(new2, S), mask=mask)
 
 
-@triton.jit(do_not_specialize=["columns"])
-def update_kernel(table, chunks, columns, hyper, scalars, arrivals, P: tl.constexpr,
+@triton.jit(do_not_specialize=["columns", "origin"])
+def update_kernel(table, chunks, columns, hyper, scalars, arrivals, origin, P: tl.constexpr,
                   G: tl.constexpr, S: tl.constexpr, ACC: tl.constexpr,
                   BASE: tl.constexpr, STATES: tl.constexpr, SCALE: tl.constexpr,
                   MIX: tl.constexpr, SKIP: tl.constexpr, ASCENT_STATES: tl.constexpr,
@@ -274,14 +274,14 @@ def update_kernel(table, chunks, columns, hyper, scalars, arrivals, P: tl.conste
         key = pass_key(table, columns, tensor, scalars, 1)
     if vector > 0:
         offsets = tl.arange(0, CHUNK)
-        _update(table, columns, tensor, start, offsets, offsets < vector, h, scalars, counter, key,
-                P, G, S, ACC, BASE, STATES, SCALE, MIX, SKIP, ASCENT_STATES, HAS_MASTER,
-                STOCHASTIC, True)  # fmt: skip
+        _update(table, columns, tensor, start, offsets, offsets < vector, h, scalars, origin,
+                counter, key, P, G, S, ACC, BASE, STATES, SCALE, MIX, SKIP, ASCENT_STATES,
+                HAS_MASTER, STOCHASTIC, True)  # fmt: skip
     for first in range(vector, length, LANES):
         offsets = first + tl.arange(0, LANES)
-        _update(table, columns, tensor, start, offsets, offsets < length, h, scalars, counter, key,
-                P, G, S, ACC, BASE, STATES, SCALE, MIX, SKIP, ASCENT_STATES, HAS_MASTER,
-                STOCHASTIC, False)  # fmt: skip
+        _update(table, columns, tensor, start, offsets, offsets < length, h, scalars, origin,
+                counter, key, P, G, S, ACC, BASE, STATES, SCALE, MIX, SKIP, ASCENT_STATES,
+                HAS_MASTER, STOCHASTIC, False)  # fmt: skip
     if COUNTS:
         # Every chunk of a tensor reads its step count, so only the last to finish may write it;
         # the barrier keeps this program's own reads ahead of its arrival.

@@ -17,8 +17,8 @@ import codegen
 
 @triton.jit
 def stream(table, row: tl.constexpr, columns, tensor, start, dtype: tl.constexpr,
-           ALIGNED: tl.constexpr):  # fmt: skip
-    return tl.load(table + row * columns + tensor).to(tl.pointer_type(dtype)) + start
+           ALIGNED: tl.constexpr, origin=0):  # fmt: skip
+    return (tl.load(table + row * columns + tensor) + origin).to(tl.pointer_type(dtype)) + start
 
 
 # at import, because the processes that compile import this module anew

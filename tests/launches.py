@@ -129,7 +129,8 @@ def _variant(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Vari
     given = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
     constants = {k: given[k] for k, t in kernel.fn.__annotations__.items() if t is constexpr}
     arguments = {
-        k: TYPES[given[k].dtype] if isinstance(given[k], torch.Tensor) else "i32"
+        k: TYPES[given[k].dtype] if isinstance(given[k], torch.Tensor)
+        else "i64" if given[k] >= 1 << 31 else "i32"
         for k in kernel.arg_names if k not in constants
     }  # fmt: skip
     options = {k: value for k, value in kwargs.items() if k not in kernel.arg_names}

@@ -48,29 +48,54 @@ def test_uploads_only_what_moved(monkeypatch):
     uploads = []
     upload = module.Upload.__call__
     monkeypatch.setattr(
-        module.Upload, "__call__", lambda self, host: uploads.append(1) or upload(self, host)
+        module.Upload, "__call__", lambda self, *args: uploads.append(1) or upload(self, *args)
     )
     table = Table(torch.device(DEVICE))
     rows = {Row.GRAD: [1024, 2048], Row.PARAM: [4096, 8192]}
     table.set(rows, [3000, 5], [0, 1])
-    chunks = table.chunks(1024)
+    chunks, pointers, revision = table.chunks(1024), table.pointers, table.revision
     assert len(chunks) == 4 and len(uploads) == 2
     table.set(rows, [3000, 5], [0, 1])
     assert len(uploads) == 2
     table.set(rows | {Row.GRAD: [1024, 2064]}, [3000, 5], [0, 1])  # moved, still aligned
     assert len(uploads) == 3 and table.chunks(1024) is chunks
+    assert pointers[Row.GRAD].tolist() == [1024, 2064] and table.revision is revision
     table.set(rows | {Row.GRAD: [1024, 2052]}, [3000, 5], [0, 1])  # now misaligned
     assert table.aligned.tolist() == [True, False]
     assert table.chunks(1024) is not chunks and len(uploads) == 5
+    assert table.revision is not revision
+    revision = table.revision
     table.set(rows, [3000, 6], [0, 1])  # another size
     assert table.aligned.all() and len(uploads) == 6
-    chunks = table.chunks(1024)
+    assert table.revision is not revision
+    chunks, revision = table.chunks(1024), table.revision
     table.move({Row.GRAD: np.array([4096, 4112])})  # one row alone
     assert len(uploads) == 8 and table.chunks(1024) is chunks
-    assert table.pointers[Row.GRAD].tolist() == [4096, 4112]
-    assert table.pointers[Row.PARAM].tolist() == [4096, 8192]
+    assert table.pointers is pointers and table.revision is revision
+    assert pointers[Row.GRAD].tolist() == [4096, 4112]
+    assert pointers[Row.PARAM].tolist() == [4096, 8192]
     table.move({Row.GRAD: [4096, 4108]})
     assert table.aligned.tolist() == [True, False] and table.chunks(1024) is not chunks
+    table.set(rows | {Row.GRAD: [1024, 2048]}, [3000, 5], [0, 1])
+    assert table.pointers is pointers and table.revision is not revision
+    table.set({row: column[:1] for row, column in rows.items()}, [3000], [0])  # one tensor less
+    assert table.pointers is not pointers
+
+
+def test_what_a_graph_reads_is_not_written_to():
+    kept = []
+    table = Table(torch.device(DEVICE), kept)
+    table.set({Row.GRAD: [1024, 2048]}, [3000, 5], [0, 1])
+    before, revision = table.pointers, table.revision
+    table.captured(1024)
+    assert any(x is before for x in kept)
+    table.move({Row.GRAD: [4096, 4112]})
+    assert table.pointers is not before and table.revision is not revision
+    assert before[Row.GRAD].tolist() == [1024, 2048]
+    assert table.pointers[Row.GRAD].tolist() == [4096, 4112]
+    before = table.pointers
+    table.move({Row.GRAD: [1024, 2048]})  # that one is the table's own again
+    assert table.pointers is before
 
 
 #: Whose lam is another one in every step.

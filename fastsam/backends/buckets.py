@@ -12,7 +12,7 @@ from torch import Tensor
 from fastsam.kernels.layout import Row
 from fastsam.kernels.table import Table
 
-from ..rules import Batch, Layout, Step, wide_dtype
+from ..rules import Batch, Step, wide_dtype
 from ..sharding import Sharding
 from .flat import FlatBackup, offsets
 from .scratch import is_dense
@@ -23,6 +23,10 @@ TYPES: dict[torch.dtype, Any] = {
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,
 }
+
+
+#: What the places of copies follow from where there are none.
+NOT_PERTURBED = object()
 
 
 def like_layout(x: Tensor, model: Tensor) -> Tensor:
@@ -58,12 +62,19 @@ class Bucket:
         self.arithmetic = wide_dtype(self.params[0])
         self._grad_addresses: list[int] = []
         self._offsets: tuple[list[int], int] | None = None
+        self.origin = self._home  # that the table's backups count from
         # where the copies of the weights are: which flat one, and the first byte, or -1
         self._places: tuple[np.ndarray, np.ndarray] | None = None
-        self._copied = False  # whether all of them have been
-        self._backup: tuple[Layout | None, list[int]] | None = None
+        self._places_of: object = None  # the first pass's layout
+        self._flat: int | None = None  # the one that all copies are in
+        self._flats: list[int] = []  # where they were
         self._masters: tuple[list[int], list[int]] | None = None
         self.seed: int | None = None  # of the keys in the table
+
+    @property
+    def _home(self) -> int:
+        """An aligned address at the parameters."""
+        return self.params[0].data_ptr() & ~15
 
     def keep(self, x: Tensor) -> Tensor:
         """Keep a tensor alive until the launches of this pass are made."""
@@ -97,7 +108,7 @@ class Bucket:
             grad_addresses = batch.layout.seen
             if len(grad_addresses) != len(self.members):
                 grad_addresses = [grad_addresses[k] for k in self.members]
-        if grad_addresses != self._grad_addresses:
+        if grad_addresses is not self._grad_addresses and grad_addresses != self._grad_addresses:
             rows[Row.GRAD] = self._grad_addresses = grad_addresses
         if self.has_master:
             self._locate_masters(batch, backup, rows)
@@ -128,28 +139,36 @@ class Bucket:
             rows[Row.MASTER], rows[Row.BACKUP] = masters, sources
 
     def _locate_copies(self, batch: Batch, backup: FlatBackup | None, rows: dict[Row, Any]) -> None:
-        layout = None if backup is None else backup.layout
         flats = [] if backup is None else list(map(Tensor.data_ptr, backup.flats))
-        if self._backup is None or self._backup[0] is not layout or layout is None:
+        layout = NOT_PERTURBED if backup is None else backup.layout
+        moved = layout is None or layout is not self._places_of
+        if moved:
             self._find(batch, backup)
-        if self._backup != (layout, flats):
-            rows[Row.BACKUP] = self._backup_row(flats)
-            self._backup = layout, flats
+            self._places_of = layout
+        if self._flat is not None:
+            self.origin = flats[self._flat]
+        elif moved or flats != self._flats:
+            self.origin = flats[0] if flats else self._home
+            self._flats = flats
+            moved = True
+        if moved:
+            rows[Row.BACKUP] = self._backup_row(flats) - self.origin
 
     def _find(self, batch: Batch, backup: FlatBackup | None) -> None:
         places = {} if backup is None else backup.places
         pairs = [places.get(batch.params[k], (0, -1)) for k in self.members]
         flat, start = np.array(pairs, np.int64).reshape(-1, 2).T
-        self._copied = bool((start >= 0).all())
+        in_one = bool((start >= 0).all() and (flat == flat[0]).all())
+        self._flat = int(flat[0]) if in_one else None
         size = self.params[0].element_size()
         self._places = flat, np.where(start < 0, -1, start * size)
 
-    def _backup_row(self, flats: list[int]) -> Any:
+    def _backup_row(self, flats: list[int]) -> np.ndarray:
         """Addresses of the unperturbed weights: of the copies, or the parameters' own."""
         assert self._places is not None
         flat, start = self._places
-        copies = np.array(flats or [0], np.int64)[flat] + start
-        if self._copied:
+        copies: np.ndarray = np.array(flats or [0], np.int64)[flat] + start
+        if self._flat is not None:
             return copies
         return np.where(start < 0, list(map(Tensor.data_ptr, self.params)), copies)
 

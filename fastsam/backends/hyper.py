@@ -1,5 +1,8 @@
 """Hyper-parameters as the kernels read them: a row of numbers per parameter group."""
 
+import functools
+from collections.abc import Callable
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -7,7 +10,7 @@ from torch import Tensor
 
 from fastsam.kernels.layout import Hyper
 
-from ..bases import signed_lr
+from ..bases import Group, signed_lr
 from ..ratio import SharpnessRatio
 from ..rules import Step
 
@@ -23,10 +26,21 @@ def hyper_values(step: Step) -> list[Any]:
     """Everything that :func:`hyper_rows` may look at."""
     values = [step.ascent, step.base, step.lam, step.max_grad_norm, step.mix]
     for group in step.groups:
-        for name, value in group.items():
-            if name not in NOT_READ:
-                values += value if isinstance(value, (tuple, list)) else (value,)
+        values += _reader(tuple(group))(group)
     return values
+
+
+@functools.cache
+def _reader(names: tuple[str, ...]) -> Callable[[Group], tuple[Any, ...]]:
+    """Gives those values of a group with these keys that a row may hold."""
+    return itemgetter(*(name for name in names if name not in NOT_READ))
+
+
+def is_fixed(value: Any) -> bool:
+    """Whether another number would be another object; tensors and lists are written to."""
+    if isinstance(value, tuple):
+        return all(map(is_fixed, value))
+    return not isinstance(value, (Tensor, list))
 
 
 def hyper_rows(

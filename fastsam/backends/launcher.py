@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,10 +13,36 @@ from fastsam.kernels.table import Table, Upload, is_capturing
 
 from ..rules import Step, identical
 from .buckets import Bucket
-from .hyper import hyper_rows, hyper_values
+from .hyper import hyper_rows, hyper_values, is_fixed
 
 LAUNCHES = Launches()
-Launched = Callable[[], Any]
+
+
+@dataclass
+class Launched:
+    """A launch that only has to be made."""
+
+    bucket: Bucket
+    run: Callable[[int], Any]
+
+    def __call__(self) -> None:
+        self.run(self.bucket.origin)
+
+
+@dataclass
+class HyperTable:
+    """The hyper-parameters of one optimizer on one device, a row per group.
+
+    Attributes:
+        step: The pass that they were last looked at for.
+        values: What they were made of, where nothing of it can change: no tensors, no lists.
+        rows: What the device holds; empty where that belongs to a graph.
+    """
+
+    tensor: Tensor
+    step: Step
+    values: list[Any]
+    rows: list[list[float]]
 
 
 class Launcher:
@@ -26,9 +53,7 @@ class Launcher:
         # by pass and dtypes, so that a steady training loop finds its tables as it left them
         self._tables: dict[Any, Table] = {}
         self._scratches: dict[Any, Tensor] = {}
-        self._hyper: dict[Any, tuple[list[list[float]], Tensor]] = {}
-        self._hyper_of: dict[Any, Step] = {}  # the pass that they were last made for
-        self._hyper_values: dict[Any, list[Any]] = {}  # what they were made of
+        self._hyper: dict[Any, HyperTable] = {}
         self._uploads: dict[Any, Upload] = {}
         self._captured: list[Tensor] = []  # what graphs use
         self._compiled: set[Any] = set()
@@ -37,29 +62,29 @@ class Launcher:
         self, kernel: Any, bucket: Bucket, step: Step, scalars: Tensor, launch: Launch,
         *more: Any, compiles: bool = False, **constants: Any,
     ) -> Launched:  # fmt: skip
-        """A launch that only has to be made: one program per chunk of the bucket.
+        """Prepare a launch of one program per chunk of the bucket.
 
-        Every kernel's first arguments are the tables. With ``compiles`` the kernel is compiled and
-        loaded here, if it has not been before.
+        Every kernel's first arguments are the tables, and its last is the backups' origin. With
+        ``compiles`` the kernel is compiled and loaded here, if it has not been before.
         """
-        chunks = bucket.table.chunks(launch.chunk)
+        chunks, table = bucket.table.chunks(launch.chunk), bucket.table.pointers
         if is_capturing(scalars.device):
             bucket.table.captured(launch.chunk)
             self._captured += [x for x in more if isinstance(x, Tensor)]
-        tables = (
-            bucket.table.pointers, chunks, bucket.table.columns, self._hyper_table(bucket, step)
-        )  # fmt: skip
+        hyper = self._hyper_table(bucket, step)
+        arguments = table, chunks, bucket.table.columns, hyper, scalars, *more
         constants |= _options(scalars.device, launch.lanes)
         if compiles:
             key = scalars.device, launch.chunk, *constants.values()
             if key not in self._compiled:
                 compiled = kernel.warmup(
-                    *tables, scalars, *more, grid=(1,), CHUNK=launch.chunk, **constants
+                    *arguments, bucket.origin, grid=(1,), CHUNK=launch.chunk, **constants
                 )
                 getattr(compiled, "run", None)  # loads it
                 self._compiled.add(key)
-        return functools.partial(
-            kernel[(chunks.size(0),)], *tables, scalars, *more, CHUNK=launch.chunk, **constants
+        grid = (chunks.size(0),)
+        return Launched(
+            bucket, functools.partial(kernel[grid], *arguments, CHUNK=launch.chunk, **constants)
         )
 
     def _scratch(self, name: str, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -71,32 +96,33 @@ class Launcher:
         return scratch
 
     def _hyper_table(self, bucket: Bucket, step: Step) -> Tensor:
-        """The hyper-parameters on the device, a row per group; uploaded when one changed."""
-        dtype = bucket.arithmetic
-        key = dtype, bucket.table.device
-        if self._hyper_of.get(key) is step:  # another launch of the same pass
-            return self._hyper[key][1]
+        """The hyper-parameters on the device; uploaded when one changed, to where they were.
+
+        A graph has a table of its own.
+        """
+        key = bucket.arithmetic, bucket.table.device
         cached = self._hyper.get(key)
-        capturing = is_capturing(bucket.table.device)  # a graph has a table of its own
+        if cached is not None and cached.step is step:  # another launch of the same pass
+            return cached.tensor
+        capturing = is_capturing(bucket.table.device)
         values = hyper_values(step)
-        if cached and not capturing and identical(values, self._hyper_values.get(key, [])):
-            self._hyper_of[key] = step
-            return cached[1]
+        if cached is not None and not capturing and identical(values, cached.values):
+            cached.step = step
+            return cached.tensor
         rows, on_device = hyper_rows(step, bucket.table.device)
-        # numbers cannot change, tensors can
-        numbers = not any(isinstance(value, Tensor) for value in values)
-        self._hyper_values[key] = values if numbers and not capturing else []
-        if capturing or cached is None or cached[0] != rows:
+        upload = self._uploads.setdefault(key, Upload(bucket.table.device, self._captured))
+        if capturing or cached is None or cached.rows != rows:
             padded = [row + [0.0] * (WIDTH - len(row)) for row in rows]
-            upload = self._uploads.setdefault(key, Upload(bucket.table.device, self._captured))
-            uploaded = upload(torch.tensor(padded, dtype=dtype).numpy())
-            cached = self._hyper[key] = ([] if capturing else rows), uploaded
-        elif key in self._uploads:
-            self._uploads[key].set_aside(cached[1])
+            into = cached.tensor if cached is not None and cached.rows and not capturing else None
+            uploaded: Tensor = upload(torch.tensor(padded, dtype=bucket.arithmetic).numpy(), into)
+        else:
+            uploaded = cached.tensor
+            upload.set_aside(uploaded)
         for i, j, x in on_device:
-            cached[1][i, j].copy_(x)
-        self._hyper_of[key] = step
-        return cached[1]
+            uploaded[i, j].copy_(x)
+        held = values if all(map(is_fixed, values)) and not capturing else []
+        self._hyper[key] = HyperTable(uploaded, step, held, [] if capturing else rows)
+        return uploaded
 
 
 @functools.cache

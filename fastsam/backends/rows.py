@@ -42,7 +42,7 @@ def key_rows(bucket: Bucket, batch: Batch, step: Step) -> dict[Row, list[int]]:
 
 def ascent_states(step: Step) -> int:
     """Number of the ascent rule's state tensors."""
-    return max((len(step.ascent.states(group)) for group in step.groups), default=0)
+    return len(step.ascent.states(step.groups[0]))
 
 
 def ascent_rows(bucket: Bucket, batch: Batch, step: Step) -> dict[Row, list[int]]:

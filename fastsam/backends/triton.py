@@ -1,6 +1,7 @@
 """The triton backend: one kernel launch per pass, bucket and device."""
 
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,19 +11,19 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from fastsam.kernels.layout import Launches, Row, Scalar, Task
+from fastsam.kernels.layout import Row, Scalar, Task
 from fastsam.kernels.perturb import perturb_kernel
 from fastsam.kernels.reduce import finish_kernel, reduce_kernel
 from fastsam.kernels.table import Table
 from fastsam.kernels.update import update_kernel
 
 from ..ratio import SharpnessRatio
-from ..rules import Batch, Step
+from ..rules import Batch, Step, identical
 from ..sharding import Sharding, add_up
 from .buckets import Bucket, make_buckets, release, write_back
 from .flat import FlatBackup
 from .interface import DeviceBackend
-from .launcher import LAUNCHES, Launched, Launcher
+from .launcher import Launched, Launcher
 from .lockstep import Pass
 from .measures import adapt, undone_if_it_fails
 from .reference import keep_rejected, leave_final_gradient
@@ -35,37 +36,54 @@ SUMS = slice(Scalar.SUM0, Scalar.SUM4 + 1)
 
 @dataclass
 class Reduction:
-    """The launches of a reduction. The last finishes it, unless others have to be added first."""
+    """The launches of a reduction, by how their sums are sharded.
+
+    The last finishes it, unless others have to be added first.
+    """
 
     scalars: Tensor
-    launches: list[Launched] = field(default_factory=list)
-    finish: Launched | None = None
-    sums: dict[Sharding, Tensor] = field(default_factory=dict)
-
-    def note(self, sharding: Sharding) -> None:
-        """Take over the sums that the last launches left, which are over this process's shards."""
-        self.sums[sharding] = self.scalars[SUMS].clone()
+    parts: dict[Sharding, list[Launched]] = field(default_factory=dict)
+    finish: Callable[[], Any] | None = None
 
     def run(self) -> Pass[None]:
-        with _on(self.scalars.device):
-            for launch in self.launches:
-                launch()
-        if self.finish is not None:
-            total = add_up(self.sums)
-            yield total
-            self.scalars[SUMS] = total
+        if self.finish is None:
             with _on(self.scalars.device):
-                self.finish()
+                for launches in self.parts.values():
+                    for launch in launches:
+                        launch()
+            return
+        sums = {}
+        with _on(self.scalars.device):
+            for sharding, launches in self.parts.items():
+                for launch in launches:
+                    launch()
+                sums[sharding] = self.scalars[SUMS].clone()
+        total = add_up(sums)
+        yield total
+        self.scalars[SUMS] = total
+        with _on(self.scalars.device):
+            self.finish()
+
+
+@dataclass
+class Plan:
+    """A kind of pass over one layout: its buckets, and its launches as they were last prepared.
+
+    They are made again as long as ``depends`` holds the same objects. Addresses are none of them,
+    nor are hyper-parameters: those are on the device, in tables that stay where they are.
+    """
+
+    prepared: object
+    buckets: list[Bucket]
+    depends: list[Any] = field(default_factory=list)
+    reduction: Reduction | None = None
+    launches: list[Launched] = field(default_factory=list)
 
 
 class TritonBackend(Launcher, DeviceBackend):
     """See the module's docstring."""
 
     takes_scaled = True
-
-    def __init__(self, launches: Launches = LAUNCHES) -> None:
-        super().__init__(launches)
-        self._reductions: dict[Any, tuple[dict[str, Any], int, bool]] = {}
 
     # --- the interface ---
 
@@ -98,43 +116,47 @@ class TritonBackend(Launcher, DeviceBackend):
 
     def _ascend(self, batch: Batch, step: Step, scalars: Tensor) -> Pass[FlatBackup]:
         backup = FlatBackup(batch.layout)
-        buckets = self._buckets("ascent", batch, step)
+        plan = self._plan("ascent", batch, step)
         states = ascent_states(step)
-        for bucket in buckets:
+        for bucket in plan.buckets:
             bucket.reserve(batch, backup)
-        for bucket in buckets:
+        for bucket in plan.buckets:
             rows = key_rows(bucket, batch, step)
             if states:
                 rows |= ascent_rows(bucket, batch, step)
             bucket.locate(batch, backup, rows)
-        if step.needs_ascent_norm:
-            with _on(scalars.device):
-                reduction = self._reduce("ascent", buckets, batch, step, scalars)
-            yield from reduction.run()
+        with _on(scalars.device):
+            if self._is_outdated(plan, batch, step, scalars):
+                plan.reduction = None
+                if step.needs_ascent_norm:
+                    plan.reduction = self._reduce("ascent", plan.buckets, batch, step, scalars)
+                plan.launches = [self._prepare(
+                    perturb_kernel, bucket, step, scalars, self.launches.perturb,
+                    RULE=step.ascent.name, STATES=states, ADAPTIVE=step.adaptive,
+                    HAS_MASTER=bucket.has_master, STOCHASTIC=_is_stochastic(bucket, step),
+                    **_only(bucket.types, "P", "G", "ACC"),
+                ) for bucket in plan.buckets]  # fmt: skip
+        if plan.reduction is not None:
+            yield from plan.reduction.run()
         try:
             with _on(scalars.device):
-                for bucket in buckets:
-                    self._prepare(
-                        perturb_kernel, bucket, step, scalars, self.launches.perturb,
-                        RULE=step.ascent.name, STATES=states, ADAPTIVE=step.adaptive,
-                        HAS_MASTER=bucket.has_master, STOCHASTIC=_is_stochastic(bucket, step),
-                        **_only(bucket.types, "P", "G", "ACC"),
-                    )()  # fmt: skip
-                    bucket.note_perturbed(batch, backup)
-                    write_back(bucket, batch)
+                for perturb in plan.launches:
+                    perturb()
+                    perturb.bucket.note_perturbed(batch, backup)
+                    write_back(perturb.bucket, batch)
         except BaseException:
             backup.restore()
             raise
-        release(buckets)
+        release(plan.buckets)
         return backup
 
     def _descend(
         self, batch: Batch, backup: FlatBackup | None, step: Step, scalars: Tensor
     ) -> Pass[None]:
-        buckets = self._buckets("descent", batch, step)
+        plan = self._plan("descent", batch, step)
         # the update kernel looks at the ascent's state only where it may have to put it back
         states = ascent_states(step) if step.skip_nonfinite else 0
-        for bucket in buckets:
+        for bucket in plan.buckets:
             rows = key_rows(bucket, batch, step)
             if not bucket.described:
                 rows |= state_rows(bucket, batch, step, self.launches.update)
@@ -147,19 +169,21 @@ class TritonBackend(Launcher, DeviceBackend):
         rule = None if type(step.mix) is SharpnessRatio or not batch.leads else step.mix
         # Whatever needs memory or a compiler comes before the first launch: the reduction changes
         # scalars that are state, and no update can be undone.
-        reduction, updates = Reduction(scalars), []
         with _on(scalars.device):
-            if step.needs_descent_norm:
-                kind = "descent" if step.mix is None else "mix"
-                reduction = self._reduce(kind, buckets, batch, step, scalars)
-            if step.base is not None:
-                updates = self._updates(buckets, step, scalars, states)
+            if self._is_outdated(plan, batch, step, scalars):
+                plan.reduction, plan.launches = None, []
+                if step.needs_descent_norm:
+                    kind = "descent" if step.mix is None else "mix"
+                    plan.reduction = self._reduce(kind, plan.buckets, batch, step, scalars)
+                if step.base is not None:
+                    plan.launches = self._updates(plan.buckets, step, scalars, states)
         yield None
         if step.base is not None and backup is not None:
             backup.restore(backup.left_by(batch))
         undoing = step.base is None or rule is not None
         with undone_if_it_fails(scalars) if undoing else NOTHING:
-            yield from reduction.run()
+            if plan.reduction is not None:
+                yield from plan.reduction.run()
             if rule is not None:
                 adapt(rule, scalars)
             if step.base is None:
@@ -168,15 +192,15 @@ class TritonBackend(Launcher, DeviceBackend):
                 keep_rejected(batch, step, scalars)
                 leave_final_gradient(batch, step, scalars)
         with _on(scalars.device):
-            for bucket, update in zip(buckets, updates, strict=False):
+            for update in plan.launches:
                 update()
-                write_back(bucket, batch)
-        release(buckets)
+                write_back(update.bucket, batch)
+        release(plan.buckets)
 
     def _hypergradient(
         self, batch: Batch, backup: FlatBackup | None, hessian: str, step: Step, scalars: Tensor
     ) -> Pass[None]:
-        buckets = self._buckets("hypergradient", batch, step)
+        buckets = self._plan("hypergradient", batch, step).buckets
         others = {Row.FIRST_GRAD: batch.firsts, Row.VALIDATION: batch.validation,
                   Row.TRAINING: batch.training}  # fmt: skip
         for bucket in buckets:
@@ -208,26 +232,20 @@ class TritonBackend(Launcher, DeviceBackend):
     def _reduce(
         self, kind: str, buckets: list[Bucket], batch: Batch, step: Step, scalars: Tensor
     ) -> Reduction:
-        # the flags take longer than the launch: they are worked out once for every kind of step
-        needs_norm = step.base is not None and step.base.needs_norm
-        key = (kind, step.ascent.name, step.adaptive, step.renormalize, step.skip_nonfinite,
-               step.max_grad_norm is None, needs_norm, type(step.mix),
-               step.skip_first)  # fmt: skip
-        if key not in self._reductions:
-            self._reductions[key] = _reduction(kind, step)
-        constants, tasks, streams = self._reductions[key]
+        constants, tasks, streams = _reduction(kind, step)
         launch = self.launches.reduce_streams if streams else self.launches.reduce
-        parts: dict[Sharding, list[Bucket]] = defaultdict(list)
+        members: dict[Sharding, list[Bucket]] = defaultdict(list)
         for bucket in buckets:
-            parts[bucket.sharding].append(bucket)
+            members[bucket.sharding].append(bucket)
         # else the sums over everything are known only after all launches
-        is_whole = len(parts) == 1 and () in parts and batch.part is None
+        is_whole = len(members) == 1 and () in members and batch.part is None
         reduction = Reduction(scalars)
-        for sharding, same in parts.items():
+        for sharding, same in members.items():
+            reduction.parts[sharding] = []
             for i, bucket in enumerate(same):
                 partials = constants["SUMS"] * bucket.table.chunks(launch.chunk).size(0)
                 last = is_whole and i == len(same) - 1
-                reduction.launches.append(self._prepare(
+                reduction.parts[sharding].append(self._prepare(
                     reduce_kernel, bucket, step, scalars, launch,
                     self._scratch("partials", partials, bucket.arithmetic, scalars.device),
                     self._scratch("reduced", 1, torch.int32, scalars.device),
@@ -235,8 +253,6 @@ class TritonBackend(Launcher, DeviceBackend):
                     HAS_MASTER=bucket.has_master and constants["ADAPTIVE"],
                     **constants, **_only(bucket.types, "P", "G", "ACC"),
                 ))  # fmt: skip
-            if not is_whole:
-                reduction.launches.append(partial(reduction.note, sharding))
         if not is_whole:
             names = _only(constants, "KIND", "RULE", "SUMS")
             names |= {"num_warps": 1, "enable_fp_fusion": True}
@@ -249,21 +265,21 @@ class TritonBackend(Launcher, DeviceBackend):
         if batch.layout is not None:
             for name in ("ascent", "descent"):
                 batch.layout.cache.pop(name, None)
-        for tables in (self._tables, self._hyper, self._hyper_of, self._hyper_values):
-            tables.clear()
+        self._tables.clear()
+        self._hyper.clear()
 
     # --- tables ---
 
-    def _buckets(self, name: str, batch: Batch, step: Step) -> list[Bucket]:
+    def _plan(self, name: str, batch: Batch, step: Step) -> Plan:
         """Group a pass's tensors by what a kernel is specialised for.
 
         The buckets are kept with the batch's layout where they need no copies of the tensors: then
         the next pass like this one has only gradients' addresses to look at.
         """
         cache = {} if batch.layout is None else batch.layout.cache
-        found: tuple[Any, list[Bucket]] | None = cache.get(name)
-        if found is not None and found[0] is batch.prepared:
-            return found[1]
+        found: Plan | None = cache.get(name)
+        if found is not None and found.prepared is batch.prepared:
+            return found
         lasting = name == "ascent" or (name == "descent" and batch.prepared is not None)
         buckets = make_buckets(name, batch, step)
         device = batch.params[0].device
@@ -277,16 +293,29 @@ class TritonBackend(Launcher, DeviceBackend):
                 if table is None:
                     table = self._tables[name, device, bucket.key] = Table(device, self._captured)
                 bucket.table = table
+        plan = Plan(batch.prepared, buckets)
         if kept:
-            cache[name] = batch.prepared, buckets
-        return buckets
+            cache[name] = plan
+        return plan
+
+    def _is_outdated(self, plan: Plan, batch: Batch, step: Step, scalars: Tensor) -> bool:
+        """Whether launches have to be prepared, because what they depend on is not as it was.
+
+        A graph's always do: its hyper-parameters have a table of their own.
+        """
+        depends = [
+            scalars, self.launches, batch.part, step.ascent, step.base, step.mix, step.adaptive,
+            step.renormalize, step.skip_nonfinite, step.skip_first, step.is_scaled,
+            step.max_grad_norm is None, step.seed is None,
+        ]  # fmt: skip
+        for bucket in plan.buckets:
+            depends += bucket.table.revision, self._hyper_table(bucket, step)
+        before, plan.depends = plan.depends, depends
+        return not identical(depends, before)
 
 
 def _reduction(kind: str, step: Step) -> tuple[dict[str, Any], int, bool]:
-    """A reduction's constants and tasks, and whether it reads more than two streams.
-
-    The constants are equal wherever the kernel is the same.
-    """
+    """A reduction's constants and tasks, and whether it reads more than two streams."""
     rule, adaptive, tasks, streams = step.ascent.name, step.adaptive, Task(0), True
     states, sums = 0, 1
     if kind in ("mix", "diag"):  # what makes the perturbation once more
