@@ -55,7 +55,7 @@ class GatheringOptimizer(StatefulOptimizer):
     @property
     def _kept_scalars(self) -> dict[str, Scalar]:
         """Device scalars that are state, by their keys in the first group."""
-        kept = {}
+        kept: dict[str, Scalar] = {}
         if self._base is not None and self._base.needs_norm:
             kept["squared_norms"] = Scalar.SQUARED_NORMS
         if self.rounding == "stochastic":
@@ -183,9 +183,9 @@ class GatheringOptimizer(StatefulOptimizer):
 
     def _scalars_for(self, batch: Batch) -> Tensor:
         """The device scalars. Those that are state are views of them in the first group."""
-        devices = [] if batch.layout is None else list(batch.layout.members)
+        devices = {} if batch.layout is None else batch.layout.members
         if self._scalars is None or (devices and self._scalars.device not in devices):
-            self._scalars = backends.new_scalars(devices[0] if devices else torch.device("cpu"))
+            self._scalars = backends.new_scalars(next(iter(devices), torch.device("cpu")))
         group = self.param_groups[0]
         for key, scalar in self._kept_scalars.items():
             slot, held = self._scalars[scalar], group[key]

@@ -64,7 +64,7 @@ class GuardedOptimizer(GatheringOptimizer):
     def _warn_of_stale_gradients(self) -> None:
         """Look at the first and the last parameter's gradient, where the first pass left them."""
         seen, self._seen = self._seen, []
-        if self._inside_step or not seen:
+        if not seen:
             return
         present = [(param.grad, old(), version) for param, old, version in seen]
         if all(grad is not None and grad is old for grad, old, _ in present):

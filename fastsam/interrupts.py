@@ -16,7 +16,7 @@ class uninterrupted:  # noqa: N801 - used like a function
     def __enter__(self) -> None:
         self._received: list[tuple[int, FrameType | None]] = []
         self._handler: Any = _signal.getsignal(_signal.SIGINT)
-        on_main_thread = threading.current_thread() is threading.main_thread()
+        on_main_thread = threading.get_ident() == threading.main_thread().ident
         self._holds = on_main_thread and callable(self._handler)
         if self._holds:
             _signal.signal(_signal.SIGINT, lambda *received: self._received.append(received))

@@ -27,7 +27,7 @@ from .passes import TwoPassOptimizer
 from .precision import check_precision, warn_of_rounding
 from .replicas import replicas_of
 from .rules import UNIFIED, Ascent, wide_dtype
-from .stateful import uncompiled
+from .stateful import uncompiled, without_grad
 
 #: Gives a context manager, for one pass.
 Context = Callable[[], AbstractContextManager[Any]]
@@ -116,7 +116,7 @@ class SharpnessAwareOptimizer(TwoPassOptimizer):
     # --- steps by closure ---
 
     @uncompiled
-    @torch.no_grad()
+    @without_grad
     def step(
         self,
         closure: Callable[[], Any] | None = None,
@@ -171,7 +171,7 @@ class SharpnessAwareOptimizer(TwoPassOptimizer):
         return loss
 
     @uncompiled
-    @torch.no_grad()
+    @without_grad
     def step_micro_batches(self, closures: Iterable[Callable[[], Any]]) -> list[Any]:
         r"""Take one step in which every micro-batch has a perturbation of its own.
 

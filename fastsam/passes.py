@@ -20,7 +20,7 @@ from .replicas import agree, is_distributed, replicas_of
 from .rules import Batch, Step
 from .scaling import check_scaler, is_scaled, record, unscaled, write_scale
 from .sharding import local_state
-from .stateful import uncompiled
+from .stateful import uncompiled, without_grad
 
 
 class _restoring:  # noqa: N801 - used like a function
@@ -42,7 +42,7 @@ class TwoPassOptimizer(GuardedOptimizer):
     max_grad_norm: float | None
 
     @uncompiled
-    @torch.no_grad()
+    @without_grad
     def first_step(self, zero_grad: bool = False, *, grad_scaler: GradScaler | None = None) -> None:
         """Perturb the weights along the present gradients: ``w <- w + e``.
 
@@ -66,11 +66,7 @@ class TwoPassOptimizer(GuardedOptimizer):
         scalars = self._scalars_for(batch)
         batch = self._scale(batch, Scalar.FIRST_INVERSE_SCALE, scalars)
         firsts = self._take_over(batch, cleared=zero_grad) if self._keeps_first else {}
-        if self._has_ascent_state:
-            pending = self._ascent_state_of(batch)
-        else:
-            pending = {}
-            batch.ascent = batch.next = [{}] * len(batch.params)
+        pending = self._ascent_state_of(batch) if self._has_ascent_state else {}
         with _restoring(self):
             with uninterrupted():
                 if batch.params:
@@ -89,13 +85,13 @@ class TwoPassOptimizer(GuardedOptimizer):
                 agree(scalars, self._replicas)
             if zero_grad:
                 self.zero_grad()
-            else:
+            elif not self._inside_step and "stale gradients" not in self._warned:
                 ends = batch.owners[:1] + batch.owners[-1:]
                 self._seen = [(param, weakref.ref(param.grad), param.grad._version)
                               for param in ends if param.grad is not None]  # fmt: skip
 
     @uncompiled
-    @torch.no_grad()
+    @without_grad
     def second_step(
         self, zero_grad: bool = False, *, grad_scaler: GradScaler | None = None
     ) -> None:
@@ -131,7 +127,7 @@ class TwoPassOptimizer(GuardedOptimizer):
         self._after_step(zero_grad)
 
     @uncompiled
-    @torch.no_grad()
+    @without_grad
     def plain_step(self, zero_grad: bool = False, *, grad_scaler: GradScaler | None = None) -> None:
         """The base optimizer's step with the present gradients: one pass, nothing perturbed.
 
@@ -271,12 +267,8 @@ class TwoPassOptimizer(GuardedOptimizer):
             pairs = [self._pending.get(param, without_ascent) for param in batch.owners]
             batch.ascent = [local_state(old) for old, _ in pairs]
             batch.next = [local_state(new) for _, new in pairs]
-        else:
-            batch.ascent = batch.next = [{}] * len(batch.params)
         if self._firsts:
             batch.firsts = [self._firsts.get(param) for param in batch.owners]
-        else:
-            batch.firsts = [None] * len(batch.params)
         room = None
         if step.skip_nonfinite and (self._pending or self._scaler is not None):
             # for what is computed after the update, when nothing may fail any more

@@ -108,7 +108,7 @@ LIGHT_ADAGRAD = Ascent("adagrad", _no_columns, _adagrad_states, needs_norm=False
 LIGHT_ADAM = Ascent("adam", _adam_columns, _adam_states, needs_norm=False, scales=False)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Step:
     """One step, as the backends see it. It does not change.
 
@@ -143,6 +143,8 @@ class Step:
     has_masters: bool = False
     seed: int | None = None
     keeps_weights: bool = False
+    adaptive: bool = field(init=False)
+    rescales: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.adaptive = any([group["adaptive"] for group in self.groups])
@@ -180,12 +182,13 @@ class Layout:
         strides: Of the parameters, then of the gradients.
         contiguous: Whether all of them are.
         owners: The optimizer's parameters, of which ``params`` may be shards.
-        shardings: How each is sharded over processes (``sharding.py``).
+        shardings: How each is sharded over processes (``sharding.py``); empty where none is.
         has_empty: Whether one of them has no elements.
         members: Positions of the parameters by their devices, these in a fixed order.
         spreads: Whether the optimizer's parameters, also those not here, lie on several devices.
         seen: Where the gradients were in the last pass.
         cache: What a backend has worked out from this.
+        stateless, nothing: An empty dict and None for every parameter.
     """
 
     params: list[Tensor]
@@ -203,6 +206,10 @@ class Layout:
     seen: list[int] = field(default_factory=list)
     cache: dict[Any, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.stateless: list[dict[str, Tensor]] = [{}] * len(self.params)
+        self.nothing: list[Tensor | None] = [None] * len(self.params)
+
     def of_device(self, device: torch.device) -> "Layout":
         """The part that lies on one device."""
         positions = self.members[device]
@@ -217,7 +224,7 @@ class Layout:
         return replace(self, **picked, members=members, cache={})
 
 
-@dataclass
+@dataclass(slots=True)
 class Batch:
     """The parameters that take part in one pass, in the order of their groups."""
 

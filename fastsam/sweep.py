@@ -6,7 +6,7 @@ few sweeps over the parameters, in C wherever Python offers that.
 """
 
 from collections.abc import Collection, Iterable, Sequence
-from itertools import chain, repeat
+from itertools import chain, compress, repeat
 from operator import is_, itemgetter
 from typing import Any
 
@@ -26,8 +26,7 @@ class Sweep:
     """Collects the parameters that have a gradient in one of an optimizer's passes."""
 
     def __init__(self) -> None:
-        self._params: list[Tensor] = []
-        self._sizes: list[int] = []
+        self._lists: list[list[Tensor]] = []  # of parameters, by group
         self._unique: tuple[list[Tensor], list[int]] = ([], [])
         self._shards = False  # whether some parameters are sharded
         self._layouts: dict[bytes | None, Layout] = {}
@@ -39,22 +38,22 @@ class Sweep:
         Args:
             groups: The optimizer's parameter groups.
             name: The optimizer's.
-            again: Whether another sweep has looked at the parameters' shapes in this step.
+            again: Whether another sweep has looked at the same parameters in this step.
 
         Raises:
             RuntimeError: For tensors that ``name`` does not serve (``check_tensors``).
         """
-        sizes = [len(group["params"]) for group in groups]
-        if sizes != self._sizes or not (again or self._has(groups)):
-            params = list(chain.from_iterable(group["params"] for group in groups))
-            index = chain.from_iterable(map(repeat, range(len(sizes)), sizes))
+        lists = [group["params"] for group in groups]
+        if not self._has(lists, again):
+            params = list(chain.from_iterable(lists))
+            index = chain.from_iterable(map(repeat, range(len(lists)), map(len, lists)))
             group_of = dict(zip(reversed(params), reversed(list(index)), strict=True))
             unique = list(dict.fromkeys(params))
             check_partitioned(unique)  # they may have been since they were given
             self._layouts = {}
             self._unique = unique, [group_of[param] for param in unique]
             self._shards = any(map(is_sharded, unique))
-            self._params, self._sizes = params, sizes  # last: they say that the others are right
+            self._lists = list(map(list, lists))  # last: they say that the others are right
         owners, indices = self._unique
         grads: list[Any]
         if self._shards:
@@ -87,7 +86,7 @@ class Sweep:
                 strides=list(map(Tensor.stride, chain(params, grads))),
                 contiguous=all(map(Tensor.is_contiguous, chain(params, grads))),
                 owners=owners,
-                shardings=list(map(sharding_of, owners)) if self._shards else [()] * len(params),
+                shardings=list(map(sharding_of, owners)) if self._shards else [],
                 has_empty=not all(map(Tensor.numel, params)),
                 members=by_device(params),
                 spreads=len(by_device([p for p in self._unique[0] if p.requires_grad])) > 1,
@@ -96,13 +95,15 @@ class Sweep:
             layout.seen = addresses
         return Batch(
             params=layout.params, grads=grads, groups=layout.groups, owners=layout.owners,
-            shardings=layout.shardings, layout=layout,
+            shardings=layout.shardings, ascent=layout.stateless, next=layout.stateless,
+            firsts=layout.nothing, layout=layout,
         )  # fmt: skip
 
-    def _has(self, groups: Sequence[Group]) -> bool:
-        """Whether these are the parameters of the last pass, of which there are as many."""
-        params = chain.from_iterable(group["params"] for group in groups)
-        return all(map(is_, params, self._params))
+    def _has(self, lists: list[list[Tensor]], again: bool) -> bool:
+        """Whether these are the groups of the last pass; at a second look, whether of its sizes."""
+        if list(map(len, lists)) != list(map(len, self._lists)):
+            return False
+        return again or all(map(identical, lists, self._lists))
 
 
 def device_of(param: Tensor) -> torch.device:
@@ -154,32 +155,38 @@ class Prepared:
         self, batch: Batch, base: Base, groups: Sequence[Group], everything: Iterable[Any]
     ):
         self.states = batch.states
-        self._everything = list(everything)
         self._names = [list(base.states(group)) for group in groups]
-        carriers: dict[str, list[dict[str, Any]]] = {}
-        for state, i in zip(batch.states, batch.groups, strict=True):
-            for name in self._names[i] + ["step"] * base.counts_steps:
-                carriers.setdefault(name, []).append(state)
-        self.tensors = {
-            name: (states, [state[name] for state in states]) for name, states in carriers.items()
-        }
+        has = {id(state): self._names[i] + ["step"] * base.counts_steps
+               for state, i in zip(batch.states, batch.groups, strict=True)}  # fmt: skip
+        everything = list(everything)
+        self._count = len(everything)
+        # by name: which states have it and count, None for all of them, and the tensors
+        self._tensors: dict[str, tuple[list[bool] | None, list[Tensor]]] = {}
+        for name in dict.fromkeys(chain.from_iterable(has.values())):
+            counts = [name in has.get(id(state), ()) for state in everything]
+            tensors = [state[name] for state in compress(everything, counts)]
+            self._tensors[name] = None if all(counts) else counts, tensors
         # A tensor's memory is replaced, if ever, along with everyone's: two of each name are looked
         # at. What the tables point to stays alive in any case.
-        self._watched = [x for _, xs in self.tensors.values() for x in (xs[0], xs[-1])]
+        self._watched = [x for _, xs in self._tensors.values() for x in (xs[0], xs[-1])]
         self._addresses = list(map(Tensor.data_ptr, self._watched))
-        self._memory = [x.detach() for _, xs in self.tensors.values() for x in xs]
+        self._memory = [x.detach() for _, xs in self._tensors.values() for x in xs]
 
     def is_current(self, base: Base, groups: Sequence[Group], everything: Collection[Any]) -> bool:
         """Whether the optimizer holds the same tensors still, where they were."""
         try:
             return (
-                identical(everything, self._everything)
+                len(everything) == self._count
                 and self._names == [list(base.states(group)) for group in groups]
-                and all(
-                    all(map(is_, map(itemgetter(name), states), tensors))
-                    for name, (states, tensors) in self.tensors.items()
-                )
+                and all([
+                    all(map(is_, map(itemgetter(name), _those(everything, counts)), tensors))
+                    for name, (counts, tensors) in self._tensors.items()
+                ])
                 and list(map(Tensor.data_ptr, self._watched)) == self._addresses
-            )
+            )  # fmt: skip
         except KeyError:  # one was removed
             return False
+
+
+def _those(states: Iterable[Any], counts: list[bool] | None) -> Iterable[Any]:
+    return states if counts is None else compress(states, counts)

@@ -125,9 +125,9 @@ class TritonBackend(Launcher, DeviceBackend):
             if states:
                 rows |= ascent_rows(bucket, batch, step)
             bucket.locate(batch, backup, rows)
-        with _on(scalars.device):
-            if self._is_outdated(plan, batch, step, scalars):
-                plan.reduction = None
+        if self._is_outdated(plan, batch, step, scalars):
+            plan.reduction = None
+            with _on(scalars.device):
                 if step.needs_ascent_norm:
                     plan.reduction = self._reduce("ascent", plan.buckets, batch, step, scalars)
                 plan.launches = [self._prepare(
@@ -169,9 +169,9 @@ class TritonBackend(Launcher, DeviceBackend):
         rule = None if type(step.mix) is SharpnessRatio or not batch.leads else step.mix
         # Whatever needs memory or a compiler comes before the first launch: the reduction changes
         # scalars that are state, and no update can be undone.
-        with _on(scalars.device):
-            if self._is_outdated(plan, batch, step, scalars):
-                plan.reduction, plan.launches = None, []
+        if self._is_outdated(plan, batch, step, scalars):
+            plan.reduction, plan.launches = None, []
+            with _on(scalars.device):
                 if step.needs_descent_norm:
                     kind = "descent" if step.mix is None else "mix"
                     plan.reduction = self._reduce(kind, plan.buckets, batch, step, scalars)
