@@ -27,7 +27,7 @@ from .passes import TwoPassOptimizer
 from .precision import check_precision, warn_of_rounding
 from .replicas import replicas_of
 from .rules import UNIFIED, Ascent, wide_dtype
-from .stateful import uncompiled, without_grad
+from .stateful import uncompiled
 
 #: Gives a context manager, for one pass.
 Context = Callable[[], AbstractContextManager[Any]]
@@ -116,7 +116,7 @@ class SharpnessAwareOptimizer(TwoPassOptimizer):
     # --- steps by closure ---
 
     @uncompiled
-    @without_grad
+    @torch.no_grad()
     def step(
         self,
         closure: Callable[[], Any] | None = None,
@@ -171,7 +171,7 @@ class SharpnessAwareOptimizer(TwoPassOptimizer):
         return loss
 
     @uncompiled
-    @without_grad
+    @torch.no_grad()
     def step_micro_batches(self, closures: Iterable[Callable[[], Any]]) -> list[Any]:
         r"""Take one step in which every micro-batch has a perturbation of its own.
 

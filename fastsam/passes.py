@@ -20,7 +20,7 @@ from .replicas import agree, is_distributed, replicas_of
 from .rules import Batch, Step
 from .scaling import check_scaler, is_scaled, record, unscaled, write_scale
 from .sharding import local_state
-from .stateful import uncompiled, without_grad
+from .stateful import uncompiled
 
 
 class _restoring:  # noqa: N801 - used like a function
@@ -42,7 +42,7 @@ class TwoPassOptimizer(GuardedOptimizer):
     max_grad_norm: float | None
 
     @uncompiled
-    @without_grad
+    @torch.no_grad()
     def first_step(self, zero_grad: bool = False, *, grad_scaler: GradScaler | None = None) -> None:
         """Perturb the weights along the present gradients: ``w <- w + e``.
 
@@ -91,7 +91,7 @@ class TwoPassOptimizer(GuardedOptimizer):
                               for param in ends if param.grad is not None]  # fmt: skip
 
     @uncompiled
-    @without_grad
+    @torch.no_grad()
     def second_step(
         self, zero_grad: bool = False, *, grad_scaler: GradScaler | None = None
     ) -> None:
@@ -127,7 +127,7 @@ class TwoPassOptimizer(GuardedOptimizer):
         self._after_step(zero_grad)
 
     @uncompiled
-    @without_grad
+    @torch.no_grad()
     def plain_step(self, zero_grad: bool = False, *, grad_scaler: GradScaler | None = None) -> None:
         """The base optimizer's step with the present gradients: one pass, nothing perturbed.
 

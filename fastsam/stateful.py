@@ -1,6 +1,5 @@
 """What an optimizer holds: groups, checkpoints and copies, and the tensors of a pass."""
 
-import functools
 import os
 import sys
 import warnings
@@ -38,22 +37,6 @@ def uncompiled(function: Function) -> Function:
     """
     disable = getattr(torch, "_disable_dynamo", torch.compiler.disable)
     return cast(Function, disable(function))
-
-
-def without_grad(function: Function) -> Function:
-    """What ``torch.no_grad()`` does as a decorator, in a third of its time."""
-
-    @functools.wraps(function)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return function(*args, **kwargs)
-        torch.set_grad_enabled(False)
-        try:
-            return function(*args, **kwargs)
-        finally:
-            torch.set_grad_enabled(True)
-
-    return cast(Function, wrapped)
 
 
 def warn_user(message: str) -> None:
