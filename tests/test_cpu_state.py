@@ -41,7 +41,7 @@ BACKUP = scratch.ScratchBackup
 #: What may fail before the first write: pass, where, what, and with which method and base.
 FAULTS = [
     ("first", cpu, "split", "sam", "sgd-momentum"),
-    ("first", torch, "dot", "sam", "sgd-momentum"),
+    ("first", torch, "_foreach_norm", "sam", "sgd-momentum"),
     ("first", torch, "_foreach_norm", "sam", "adamw"),
     ("first", torch, "_foreach_copy_", "sam", "sgd-momentum"),
     ("first", torch, "add", "sam", "sgd-momentum"),
@@ -57,7 +57,7 @@ FAULTS = [
     ("first", BACKUP, "move", "vasso", "adamw"),
     ("first", scratch, "_count_as_changed", "lightsam-1", ""),
     ("second", cpu, "split", "unified-1/t", "adagrad"),
-    ("second", torch, "dot", "ssam", "sgd-momentum"),
+    ("second", torch, "_foreach_norm", "ssam", "sgd-momentum"),
     ("second", torch, "_foreach_norm", "sam-clip", "adam-amsgrad"),
     ("second", torch, "_foreach_mul_", "ssam-adaptive-clip", "sgd-momentum"),
     ("second", torch, "stack", "samar", "sgd-momentum"),
@@ -110,7 +110,7 @@ def test_a_failure_before_the_first_write(half, module, name, method, base, monk
 
 
 @pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("fault", [("first", torch, "dot"), ("second", cpu.Update, "__init__")])
+@pytest.mark.parametrize("fault", [("first", torch, "_foreach_norm"), ("second", cpu.Update, "__init__")])
 def test_a_failure_in_the_first_step_of_all(fault, base, monkeypatch):
     runs = []
     for fails in (True, False):

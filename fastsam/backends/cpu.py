@@ -26,7 +26,7 @@ from .equations import radius
 from .lockstep import Pass
 from .measures import MixtureMeasure
 from .norms import element_scales, norm, served, total
-from .pieces import LARGE, dots, pieces
+from .pieces import LARGE, dots, pieces, spans
 from .scratch import Memory, ScratchBackup
 from .weights import at_weights, follow_parameters
 
@@ -285,7 +285,8 @@ def measure_mixture(
             if len(by_radius) == 1 and backup is not None and len(backup.copies) == len(members):
                 own = scalars[Scalar.GRAD_NORM].square()  # the ascent saw the same gradients
             else:
-                own = total(chain.from_iterable(dots(g, g) for g in firsts), plain)
+                parts_of = list(chain.from_iterable(map(spans, firsts)))
+                own = total(torch._foreach_norm(parts_of), plain, squares=True)
             pairs = zip(firsts, [batch.grads[k] for k in sorted(members)], strict=True)
             cross = total(chain.from_iterable(dots(g, g_) for g, g_ in pairs), plain)
             squared, product = squared + own, product + cross

@@ -1,4 +1,4 @@
-"""Norms on a CPU, from dot products and foreach operators."""
+"""Norms on a CPU, from foreach operators."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -12,7 +12,7 @@ from ..rules import Batch, Step
 from ..sharding import Sharding, add_up
 from . import equations
 from .lockstep import Pass
-from .pieces import LARGE, dots, pieces
+from .pieces import SPAN, pieces, spans
 from .scratch import Memory, alike, is_dense
 
 #: Dtypes of parameters that the operators serve.
@@ -52,9 +52,10 @@ def norm(
             members[sharding].append(k)
     elif not adaptive and vectors is batch.grads and (found := _by_size(batch)) is not None:
         small, large = found
-        norms = torch._foreach_norm([vectors[k] for k in small]) if small else ()
-        squares = [part for k in large for part in dots(vectors[k], vectors[k])]
-        squared = total(squares, like, squared=norms)
+        xs = [vectors[k] for k in small]
+        for k in large:
+            xs += spans(vectors[k])
+        squared = total(torch._foreach_norm(xs) if xs else (), like, squares=True)
         yield squared
         return squared.sqrt()
     squared = add_up({
@@ -66,14 +67,14 @@ def norm(
 
 
 def _by_size(batch: Batch) -> tuple[list[int], list[int]] | None:
-    """Small and large gradients by position, if all of them lie in order, in dtypes served."""
+    """Gradients of one span and of several by position, if all lie in order, in dtypes served."""
     layout = batch.layout
     if layout is None or not layout.contiguous:
         return None
     if "by size" not in layout.cache:
         sizes = layout.sizes
-        found = ([k for k, size in enumerate(sizes) if size < LARGE],
-                 [k for k, size in enumerate(sizes) if size >= LARGE])  # fmt: skip
+        found = ([k for k, size in enumerate(sizes) if size <= SPAN],
+                 [k for k, size in enumerate(sizes) if size > SPAN])  # fmt: skip
         served = all(dtype in SERVED for dtype in layout.dtypes)
         layout.cache["by size"] = found if served else None
     by_size: tuple[list[int], list[int]] | None = layout.cache["by size"]
@@ -85,8 +86,7 @@ def _square(
     memory: Memory | None,
 ) -> Tensor:  # fmt: skip
     """The squared norm of some of the vectors."""
-    squares: list[tuple[int, Tensor]] = []  # by position
-    norms: list[tuple[int, Tensor]] = []
+    norms: list[tuple[bool, int, Tensor]] = []  # large ones last, by position
     plain: list[int] = []
     scaled: dict[int, list[int]] = defaultdict(list)  # by group
     adaptive = [memory is not None and group["adaptive"] for group in step.groups]
@@ -97,22 +97,18 @@ def _square(
         if not (serves and (x.is_contiguous() or is_dense(x))):
             x = equations.wide(x)
             x = equations.element_scale(batch.params[k], step.groups[i]) * x if adaptive[i] else x
-            norms.append((k, torch.linalg.vector_norm(x, dtype=like.dtype)))
+            norms.append((x.numel() > SPAN, k, torch.linalg.vector_norm(x, dtype=like.dtype)))
         elif adaptive[i]:
             scaled[i].append(k)
         else:
             plain.append(k)
 
     def measure(which: list[int], xs: list[Tensor]) -> None:
-        small, tensors = [], []
-        for k, x in zip(which, xs, strict=True):
-            if x.numel() < LARGE:
-                small.append(k)
-                tensors.append(x)
-            else:  # a dot product is faster than a norm, and more accurate
-                squares.extend((k, part) for part in dots(x, x))
-        if small:
-            norms.extend(zip(small, torch._foreach_norm(tensors), strict=True))
+        parts = [(k, span) for k, x in zip(which, xs, strict=True) for span in spans(x)]
+        if parts:
+            found = torch._foreach_norm([span for _, span in parts])
+            for (k, _), value in zip(parts, found, strict=True):
+                norms.append((vectors[k].numel() > SPAN, k, value))
 
     measure(plain, [vectors[k] for k in plain])
     for i, same in scaled.items():
@@ -122,20 +118,17 @@ def _square(
             t = element_scales(ws, step.groups[i], memory)
             torch._foreach_mul_(t, xs)
             measure([same[j] for j in positions], t)
-    squares.sort(key=itemgetter(0))
-    norms.sort(key=itemgetter(0))
-    large = [value for _, value in squares]
-    return total(large, like, squared=[value for _, value in norms])
+    norms.sort(key=itemgetter(0, 1))
+    return total([value for *_, value in norms], like, squares=True)
 
 
-def total(values: Iterable[Tensor], like: Tensor, squared: Iterable[Tensor] = ()) -> Tensor:
-    """The sum of 0-dim tensors, and of the squares of others, in the dtype of ``like``."""
-    by_dtype: dict[tuple[torch.dtype, bool], list[Tensor]] = defaultdict(list)
-    for squares, same in ((False, values), (True, squared)):
-        for value in same:
-            by_dtype[value.dtype, squares].append(value)
+def total(values: Iterable[Tensor], like: Tensor, squares: bool = False) -> Tensor:
+    """The sum of 0-dim tensors, or of their squares, in the dtype of ``like``."""
+    by_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+    for value in values:
+        by_dtype[value.dtype].append(value)
     sums = []
-    for (_, squares), group in by_dtype.items():
-        xs = torch.stack(group).to(like.dtype)
+    for same in by_dtype.values():
+        xs = torch.stack(same).to(like.dtype)
         sums.append((xs.square() if squares else xs).sum())
     return sum(sums[1:], sums[0]) if sums else torch.zeros_like(like)

@@ -11,8 +11,9 @@ PIECE = 1 << 20
 #: Elements from which a tensor is a piece of its own; smaller ones are gathered.
 LARGE = 1 << 16
 
-#: Elements per dot product, which adds up in the tensors' own precision: a millionth is lost then.
-SPAN = 1 << 19
+#: Elements per norm and per dot product, which add up in the tensors' own precision: a millionth of
+#: random numbers is lost then. The first run on one thread, the second on all and want more.
+SPAN, DOT_SPAN = 1 << 17, 1 << 19
 
 #: A piece: positions in the lists, and for every stream a list of tensors.
 Piece = tuple[list[int], list[list[Tensor]]]
@@ -23,9 +24,14 @@ def flat(x: Tensor) -> Tensor:
     return x.as_strided((x.numel(),), (1,))
 
 
+def spans(x: Tensor) -> Sequence[Tensor]:
+    """A dense tensor in parts whose norms are taken one by one."""
+    return torch.split(flat(x), SPAN) if x.numel() > SPAN else (x,)
+
+
 def dots(x: Tensor, y: Tensor) -> list[Tensor]:
     """The dot product of two dense tensors of one layout, in parts to be added up."""
-    parts = zip(torch.split(flat(x), SPAN), torch.split(flat(y), SPAN), strict=True)
+    parts = zip(torch.split(flat(x), DOT_SPAN), torch.split(flat(y), DOT_SPAN), strict=True)
     return [torch.dot(a, b) for a, b in parts]
 
 
