@@ -23,7 +23,7 @@ def _holders(tensors: dict[str, Tensor], name: str) -> int:
     return sys.getrefcount(tensors[name])
 
 
-ALONE = _holders({"": torch.empty(0)}, "")
+ALONE = _holders({"": torch.empty(0, device="cpu")}, "")
 
 
 def _of_one(tensors: list[Tensor], k: int) -> int:
@@ -31,8 +31,8 @@ def _of_one(tensors: list[Tensor], k: int) -> int:
 
 
 def _of_a_gradient() -> int:
-    param = torch.empty(0, requires_grad=True)
-    param.grad = torch.empty(0)
+    param = torch.empty(0, requires_grad=True, device="cpu")
+    param.grad = torch.empty_like(param)
     return _of_one([param.grad], 0)
 
 
@@ -64,8 +64,10 @@ class GatheringOptimizer(StatefulOptimizer):
 
     def _collect(self, which: str = "other") -> Batch:
         """The parameters that have a gradient in this pass, each once, checked."""
-        again = which == "descent" and self._between_passes
-        batch = self._sweeps[which].collect(self.param_groups, type(self).__name__, again)
+        before = None
+        if which == "descent" and self._between_passes:
+            before = self._sweeps["ascent"]
+        batch = self._sweeps[which].collect(self.param_groups, type(self).__name__, before)
         if which == "ascent" and self._sweeps[which].made != self._made:
             self._sweeps.pop("descent", None)  # which does not look at everything again
             self._made = self._sweeps[which].made

@@ -181,6 +181,7 @@ class Layout:
         dtypes: Of the parameters, then of the gradients.
         strides: Of the parameters, then of the gradients.
         contiguous: Whether all of them are.
+        ordered: The parameters of several dimensions.
         owners: The optimizer's parameters, of which ``params`` may be shards.
         shardings: How each is sharded over processes (``sharding.py``); empty where none is.
         has_empty: Whether one of them has no elements.
@@ -198,6 +199,7 @@ class Layout:
     dtypes: list[torch.dtype]
     strides: list[tuple[int, ...]]
     contiguous: bool
+    ordered: tuple[Tensor, ...]
     owners: list[Tensor]
     shardings: list[Sharding]
     has_empty: bool

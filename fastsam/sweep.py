@@ -26,25 +26,26 @@ class Sweep:
     """Collects the parameters that have a gradient in one of an optimizer's passes."""
 
     def __init__(self) -> None:
-        self._lists: list[list[Tensor]] = []  # of parameters, by group
+        self.lists: list[list[Tensor]] = []  # of parameters, by group
+        self._known: object = None  # lists of another sweep that are the same
         self._unique: tuple[list[Tensor], list[int]] = ([], [])
         self._shards = False  # whether some parameters are sharded
         self._layouts: dict[bytes | None, Layout] = {}
         self.made = 0  # how many layouts so far
 
-    def collect(self, groups: Sequence[Group], name: str, again: bool = False) -> Batch:
+    def collect(self, groups: Sequence[Group], name: str, before: "Sweep | None" = None) -> Batch:
         """The parameters that have a gradient, each once, in the order of their groups, checked.
 
         Args:
             groups: The optimizer's parameter groups.
             name: The optimizer's.
-            again: Whether another sweep has looked at the same parameters in this step.
+            before: The sweep that looked at the parameters earlier in this step.
 
         Raises:
             RuntimeError: For tensors that ``name`` does not serve (``check_tensors``).
         """
         lists = [group["params"] for group in groups]
-        if not self._has(lists, again):
+        if not self._has(lists, before):
             params = list(chain.from_iterable(lists))
             index = chain.from_iterable(map(repeat, range(len(lists)), map(len, lists)))
             group_of = dict(zip(reversed(params), reversed(list(index)), strict=True))
@@ -53,7 +54,7 @@ class Sweep:
             self._layouts = {}
             self._unique = unique, [group_of[param] for param in unique]
             self._shards = any(map(is_sharded, unique))
-            self._lists = list(map(list, lists))  # last: they say that the others are right
+            self.lists = list(map(list, lists))  # last: they say that the others are right
         owners, indices = self._unique
         grads: list[Any]
         if self._shards:
@@ -71,6 +72,7 @@ class Sweep:
         layout = self._layouts.get(pattern)
         if self._shards and layout is not None and not identical(params, layout.params):
             layout = None
+        again = before is not None
         if layout is None or addresses is None or not _fits(layout, grads, addresses, again):
             for k, (param, grad) in enumerate(zip(params, grads, strict=True)):
                 check_tensors(param, grad, params[:1] if k else [], name)
@@ -85,6 +87,7 @@ class Sweep:
                 dtypes=[x.dtype for x in chain(params, grads)],
                 strides=list(map(Tensor.stride, chain(params, grads))),
                 contiguous=all(map(Tensor.is_contiguous, chain(params, grads))),
+                ordered=tuple(param for param in params if param.ndim > 1),
                 owners=owners,
                 shardings=list(map(sharding_of, owners)) if self._shards else [],
                 has_empty=not all(map(Tensor.numel, params)),
@@ -99,11 +102,19 @@ class Sweep:
             firsts=layout.nothing, layout=layout,
         )  # fmt: skip
 
-    def _has(self, lists: list[list[Tensor]], again: bool) -> bool:
-        """Whether these are the groups of the last pass; at a second look, whether of its sizes."""
-        if list(map(len, lists)) != list(map(len, self._lists)):
+    def _has(self, lists: list[list[Tensor]], before: "Sweep | None") -> bool:
+        """Whether these are the parameters of this sweep's last pass, in the same groups.
+
+        Between two passes of a step nothing but their number is looked at.
+        """
+        known = None if before is None else before.lists
+        if known is not None and known is self._known:
+            return list(map(len, lists)) == list(map(len, self.lists))
+        self._known = None
+        if len(lists) != len(self.lists) or not all(map(identical, lists, self.lists)):
             return False
-        return again or all(map(identical, lists, self._lists))
+        self._known = known
+        return True
 
 
 def device_of(param: Tensor) -> torch.device:
@@ -127,10 +138,9 @@ def _addresses(grads: list[Any]) -> list[int] | None:
 
 
 def _fits(layout: Layout, grads: list[Tensor], addresses: list[int], again: bool) -> bool:
-    """Whether gradients still have the layout, and parameters are where they were.
+    """Whether gradients still have the layout, and parameters, which may have been moved.
 
-    There they still have it, too: autograd would give a parameter that was transposed in place a
-    gradient with its strides.
+    Those are looked at once a step; one of a single dimension, where it was, has no other order.
     """
     if list(map(Tensor.data_ptr, layout.params)) != layout.addresses:
         return False
@@ -144,8 +154,9 @@ def _fits(layout: Layout, grads: list[Tensor], addresses: list[int], again: bool
         if [grad.dtype for grad in grads] != layout.dtypes[len(grads) :]:
             return False
     if layout.contiguous:
-        return all(map(Tensor.is_contiguous, grads))
-    return list(map(Tensor.stride, grads)) == layout.strides[len(grads) :]
+        return all(map(Tensor.is_contiguous, grads if again else chain(layout.ordered, grads)))
+    strides = layout.strides[len(grads) :] if again else layout.strides
+    return list(map(Tensor.stride, grads if again else chain(layout.params, grads))) == strides
 
 
 class Prepared:
@@ -184,7 +195,7 @@ class Prepared:
                 ])
                 and list(map(Tensor.data_ptr, self._watched)) == self._addresses
             )  # fmt: skip
-        except KeyError:  # one was removed
+        except (KeyError, IndexError, TypeError):  # one was removed, or something else is there
             return False
 
 

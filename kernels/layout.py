@@ -68,8 +68,8 @@ class Row(IntEnum):
     KEY = 17  # not an address: what the tensor's random bits depend on
 
 
-#: Rows that hold addresses of element streams: these decide whether a tensor is aligned. An address
-#: of 0 stands for zeros in the last pass's optional streams (first, validation and training).
+#: Rows that say where element streams are: these decide whether a tensor is aligned. An address of
+#: 0 stands for zeros in the last pass's optional streams (first, validation and training).
 STREAMS = tuple(set(Row) - {Row.STEP, Row.FRESH, Row.CHUNKS, Row.KEY})
 
 

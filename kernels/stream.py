@@ -65,7 +65,10 @@ def hyper_row(hyper, group):
 @triton.jit
 def stream(table, row: tl.constexpr, columns, tensor, start, dtype: tl.constexpr,
            ALIGNED: tl.constexpr, origin=0):  # fmt: skip
-    """Pointer to element ``start`` of one stream of one tensor; its row counts from ``origin``."""
+    """Pointer to element ``start`` of one stream of one tensor.
+
+    Its row holds addresses, or what has to be added to ``origin``, a multiple of 16.
+    """
     pointer = (tl.load(table + row * columns + tensor) + origin).to(tl.pointer_type(dtype))
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)

@@ -65,7 +65,8 @@ class Upload:
             return
         self._aside = [x for x in self._aside if x.shape == like.shape]
         while len(self._aside) < 2:
-            self._aside.append(torch.empty(like.shape, dtype=like.dtype, pin_memory=True))
+            aside = torch.empty(like.shape, dtype=like.dtype, device="cpu", pin_memory=True)
+            self._aside.append(aside)
 
     def keep(self, tensor: torch.Tensor) -> torch.Tensor:
         """Keep for good what a graph reads."""
@@ -104,6 +105,8 @@ class Upload:
 
 class Table:
     """Device tables of one bucket for one pass, uploaded again only when an address moved.
+
+    The pointers go to where they were, unless a graph reads those.
 
     Attributes:
         pointers: The pointer table on the device.

@@ -110,7 +110,9 @@ def test_a_failure_before_the_first_write(half, module, name, method, base, monk
 
 
 @pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("fault", [("first", torch, "_foreach_norm"), ("second", cpu.Update, "__init__")])
+@pytest.mark.parametrize(
+    "fault", [("first", torch, "_foreach_norm"), ("second", cpu.Update, "__init__")]
+)
 def test_a_failure_in_the_first_step_of_all(fault, base, monkeypatch):
     runs = []
     for fails in (True, False):

@@ -5,7 +5,7 @@ import torch
 
 import fastsam
 
-from registry import BACKENDS, DEVICE
+from registry import BACKENDS, DEVICE, METHODS, create
 
 SGD = {"base_optimizer": torch.optim.SGD, "lr": 0.1}
 
@@ -15,14 +15,15 @@ def parameters(*shapes):
     return [torch.nn.Parameter(torch.randn(s, generator=generator).to(DEVICE)) for s in shapes]
 
 
-def step(optimizer, params):
+def step(optimizer, params, contiguous=False):
     for half in (optimizer.first_step, optimizer.second_step):
         for p in params:
-            p.grad = torch.sin(3 * p.detach())
+            grad = torch.sin(3 * p.detach())
+            p.grad = grad.contiguous() if contiguous else grad
         half()
 
 
-def compare(backend, make, change, shapes=((4, 4), (7,), (5, 5)), steps=2):
+def compare(backend, make, change, shapes=((4, 4), (7,), (5, 5)), steps=2, contiguous=False):
     """Steps, a change, and steps again, against the reference backend."""
     results = []
     for name in (backend, "reference"):
@@ -32,7 +33,7 @@ def compare(backend, make, change, shapes=((4, 4), (7,), (5, 5)), steps=2):
             step(optimizer, params)
         change(optimizer, params)
         for _ in range(steps):
-            step(optimizer, params)
+            step(optimizer, params, contiguous)
         results.append([p.detach().double() for p in params])
     for ours, exact in zip(*results, strict=True):  # some steps of float32 arithmetic
         torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-6)
@@ -188,3 +189,112 @@ def test_no_gradient_is_kept(backend):
                 held = [weakref.ref(p.grad) for p in params]
                 half(zero_grad=True)
         assert all(ref() is None for ref in held), cls
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "reference"])
+def test_a_parameter_transposed_where_its_gradient_is_not(backend):
+    def make(params, backend):
+        return fastsam.SAM(params, **SGD, rho=0.5, backend=backend)
+
+    compare(backend, make, transpose, contiguous=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_parameters_that_take_turns(backend):
+    """A step of the base alone sees others than the two passes before and after it."""
+    one, other = parameters((5,), (3,)), parameters((7,), (2,))
+    optimizer = fastsam.SAM(one, **SGD, rho=0.5, backend=backend)
+    for _ in range(3):
+        optimizer.param_groups[0]["params"] = one
+        before = [p.clone() for p in (*one, *other)]
+        step(optimizer, one)
+        assert all((p - b).abs().max() > 0.01 for p, b in zip(one, before[:2], strict=True))
+        optimizer.param_groups[0]["params"] = other
+        for p in other:
+            p.grad = torch.sin(3 * p.detach())
+        optimizer.plain_step()
+        expected = [b - 0.1 * torch.sin(3 * b) for b in before[2:]]
+        torch.testing.assert_close([p.detach() for p in other], expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_groups_that_exchange_their_parameters(backend):
+    """Not only between two passes' groups, but for a step of the base alone in between."""
+    a, d = (torch.nn.Parameter(torch.zeros(4, device=DEVICE)) for _ in range(2))
+    optimizer = fastsam.SAM([{"params": [a]}, {"params": [d], "lr": 1.0}], **SGD, backend=backend)
+
+    def set_grads():
+        for p in (a, d):
+            p.grad = torch.ones_like(p)
+
+    def exchange():
+        first, second = optimizer.param_groups
+        first["params"], second["params"] = second["params"], first["params"]
+
+    moved = []
+    for plain in (False, True, False, True):
+        before = a[0].item(), d[0].item()
+        if plain:
+            exchange()
+            set_grads()
+            optimizer.plain_step()
+            exchange()
+        else:
+            for half in (optimizer.first_step, optimizer.second_step):
+                set_grads()
+                half()
+        moved.append((before[0] - a[0].item(), before[1] - d[0].item()))
+    torch.testing.assert_close(moved, [(0.1, 1.0), (1.0, 0.1)] * 2, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("key", ["lr", "rho"])
+def test_a_number_in_the_place_of_a_tensor(key, backend):
+    """0 above all, which a table may hold where a tensor's value is filled in."""
+    param = torch.nn.Parameter(torch.ones(4, device=DEVICE))
+    values = {"lr": 0.1, "rho": 0.5} | {key: torch.tensor(0.3, device=DEVICE)}
+    optimizer = fastsam.SAM([param], torch.optim.SGD, **values, backend=backend)
+    step(optimizer, [param])
+    optimizer.param_groups[0][key] = 0.0
+    for value, moves in ((0.0, False), (torch.tensor(0.2, device=DEVICE), True), (0.0, False)):
+        optimizer.param_groups[0][key] = value
+        before = param.detach().clone()
+        param.grad = torch.sin(3 * before)
+        optimizer.first_step()
+        if key == "rho":
+            assert (not torch.equal(param, before)) == moves
+        param.grad = torch.sin(3 * param.detach())
+        optimizer.second_step()
+        if key == "lr":
+            assert (not torch.equal(param, before)) == moves
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_other_things_among_the_state(backend):
+    """Hooks may keep something there, in any order."""
+    params = parameters((5,), (3,))
+    optimizer = fastsam.SAM(params, **SGD, momentum=0.9, backend=backend)
+    optimizer.state["note"] = 3
+    step(optimizer, params)
+    step(optimizer, params)
+    held = optimizer.state.pop(params[0])
+    optimizer.state["note"] = optimizer.state.pop("note")
+    optimizer.state[params[0]] = held
+    before = [p.clone() for p in params]
+    step(optimizer, params)
+    assert not any(map(torch.equal, params, before)) and optimizer.state["note"] == 3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("method", ["sam", "asam", "samar", "lightsam-2", "lightsam-3"])
+def test_under_another_default_device(method, backend):
+    """What fastsam allocates goes where the parameters are, or where its numbers are made."""
+    results = []
+    for device in (DEVICE, "meta"):
+        params = parameters((70_000,) if backend == "torch" else (50,), (3,))
+        with torch.device(device):
+            optimizer = create(method, params, backend, METHODS[method].bases[0])
+            for _ in range(2):
+                step(optimizer, params)
+        results.append([p.detach() for p in params])
+    torch.testing.assert_close(*results, rtol=0, atol=0)

@@ -113,7 +113,7 @@ def test_hyper_parameters_are_looked_at_once(method, base, kwargs, monkeypatch):
     monkeypatch.setattr(launcher, "hyper_rows", lambda *args: made.append(1) or make(*args))
     dtype = torch.bfloat16 if kwargs else torch.float32
     param = torch.nn.Parameter(torch.ones(9, dtype=dtype, device=DEVICE))
-    optimizer = create(method, [param], "triton", base, **kwargs)
+    optimizer = create(method, [("weight", param)], "triton", base, **kwargs)
 
     def step():
         for half in (optimizer.first_step, optimizer.second_step):

@@ -73,8 +73,8 @@ class Bucket:
 
     @property
     def _home(self) -> int:
-        """An aligned address at the parameters."""
-        return self.params[0].data_ptr() & ~15
+        """An aligned address at the parameters; not 0, whose type would be another."""
+        return next((w.data_ptr() & ~15 for w in self.params if w.numel()), 0)
 
     def keep(self, x: Tensor) -> Tensor:
         """Keep a tensor alive until the launches of this pass are made."""

@@ -25,7 +25,7 @@ NEEDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "adagrad": (("lr", "lr_decay", "weight_decay", "eps"), ("maximize",)),
 }
 #: Step counts at which the operators correct no bias, and decay no learning rate.
-UNBIASED, UNDECAYED = torch.tensor(math.inf), torch.tensor(1.0)
+UNBIASED, UNDECAYED = torch.tensor([math.inf, 1.0], device="cpu").unbind()
 
 
 @dataclass

@@ -18,7 +18,8 @@ from ..rules import Step
 NO_RATIO = SharpnessRatio()
 #: Keys of groups that change in every step, and that no row holds.
 NOT_READ = frozenset((
-    "params", "t", "lam", "sharpness", "squared_norms", "ascent_squared_norms", "rounding_step",
+    "params", "param_names", "t", "lam", "sharpness", "squared_norms", "ascent_squared_norms",
+    "rounding_step",
 ))  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,12 +38,14 @@ class HyperTable:
         step: The pass that they were last looked at for.
         values: What they were made of, where nothing of it can change: no tensors, no lists.
         rows: What the device holds; empty where that belongs to a graph.
+        filled: Places in the rows that hold what was on the device already.
     """
 
     tensor: Tensor
     step: Step
     values: list[Any]
     rows: list[list[float]]
+    filled: list[tuple[int, int]]
 
 
 class Launcher:
@@ -111,17 +114,19 @@ class Launcher:
             return cached.tensor
         rows, on_device = hyper_rows(step, bucket.table.device)
         upload = self._uploads.setdefault(key, Upload(bucket.table.device, self._captured))
-        if capturing or cached is None or cached.rows != rows:
-            padded = [row + [0.0] * (WIDTH - len(row)) for row in rows]
+        filled = [(i, j) for i, j, _ in on_device]
+        if capturing or cached is None or (cached.rows, cached.filled) != (rows, filled):
+            padded = np.array([row + [0.0] * (WIDTH - len(row)) for row in rows])
+            host = padded.astype(np.float64 if bucket.arithmetic == torch.float64 else np.float32)
             into = cached.tensor if cached is not None and cached.rows and not capturing else None
-            uploaded: Tensor = upload(torch.tensor(padded, dtype=bucket.arithmetic).numpy(), into)
+            uploaded: Tensor = upload(host, into)
         else:
             uploaded = cached.tensor
             upload.set_aside(uploaded)
         for i, j, x in on_device:
             uploaded[i, j].copy_(x)
         held = values if all(map(is_fixed, values)) and not capturing else []
-        self._hyper[key] = HyperTable(uploaded, step, held, [] if capturing else rows)
+        self._hyper[key] = HyperTable(uploaded, step, held, [] if capturing else rows, filled)
         return uploaded
 
 

@@ -35,7 +35,7 @@ def references(x: Tensor) -> int:
     return 0 if _use_count is None else int(_use_count(x.untyped_storage()._cdata))
 
 
-ALONE = references(torch.empty(1)) or -1
+ALONE = references(torch.empty(1, device="cpu")) or -1
 
 
 def alike(x: Tensor, y: Tensor) -> bool:
@@ -85,7 +85,7 @@ class Memory:
         An allocation of that size would come from the operating system, page by page.
         """
         if like.dtype not in self._buffers:
-            self._buffers[like.dtype] = torch.empty(PIECE, dtype=like.dtype)
+            self._buffers[like.dtype] = torch.empty(PIECE, dtype=like.dtype, device="cpu")
         return self._buffers[like.dtype].as_strided(like.shape, like.stride())
 
 

@@ -125,7 +125,8 @@ class TritonBackend(Launcher, DeviceBackend):
             if states:
                 rows |= ascent_rows(bucket, batch, step)
             bucket.locate(batch, backup, rows)
-        if self._is_outdated(plan, batch, step, scalars):
+        depends = self._dependencies(plan, batch, step, scalars)
+        if not identical(depends, plan.depends):
             plan.reduction = None
             with _on(scalars.device):
                 if step.needs_ascent_norm:
@@ -136,6 +137,7 @@ class TritonBackend(Launcher, DeviceBackend):
                     HAS_MASTER=bucket.has_master, STOCHASTIC=_is_stochastic(bucket, step),
                     **_only(bucket.types, "P", "G", "ACC"),
                 ) for bucket in plan.buckets]  # fmt: skip
+            plan.depends = depends
         if plan.reduction is not None:
             yield from plan.reduction.run()
         try:
@@ -169,7 +171,8 @@ class TritonBackend(Launcher, DeviceBackend):
         rule = None if type(step.mix) is SharpnessRatio or not batch.leads else step.mix
         # Whatever needs memory or a compiler comes before the first launch: the reduction changes
         # scalars that are state, and no update can be undone.
-        if self._is_outdated(plan, batch, step, scalars):
+        depends = self._dependencies(plan, batch, step, scalars)
+        if not identical(depends, plan.depends):
             plan.reduction, plan.launches = None, []
             with _on(scalars.device):
                 if step.needs_descent_norm:
@@ -177,6 +180,7 @@ class TritonBackend(Launcher, DeviceBackend):
                     plan.reduction = self._reduce(kind, plan.buckets, batch, step, scalars)
                 if step.base is not None:
                     plan.launches = self._updates(plan.buckets, step, scalars, states)
+            plan.depends = depends
         yield None
         if step.base is not None and backup is not None:
             backup.restore(backup.left_by(batch))
@@ -273,8 +277,8 @@ class TritonBackend(Launcher, DeviceBackend):
     def _plan(self, name: str, batch: Batch, step: Step) -> Plan:
         """Group a pass's tensors by what a kernel is specialised for.
 
-        The buckets are kept with the batch's layout where they need no copies of the tensors: then
-        the next pass like this one has only gradients' addresses to look at.
+        The plan is kept with the batch's layout where it needs no copies of the tensors: then the
+        next pass like this one has only gradients' addresses to look at, and finds its launches.
         """
         cache = {} if batch.layout is None else batch.layout.cache
         found: Plan | None = cache.get(name)
@@ -298,10 +302,11 @@ class TritonBackend(Launcher, DeviceBackend):
             cache[name] = plan
         return plan
 
-    def _is_outdated(self, plan: Plan, batch: Batch, step: Step, scalars: Tensor) -> bool:
-        """Whether launches have to be prepared, because what they depend on is not as it was.
+    def _dependencies(self, plan: Plan, batch: Batch, step: Step, scalars: Tensor) -> list[Any]:
+        """What launches are made of, but for what stays where it is and is written to.
 
-        A graph's always do: its hyper-parameters have a table of their own.
+        They are not the same for any two graphs: those have tables of hyper-parameters of their
+        own. Nor are they with several devices, which get new copies of the scalars.
         """
         depends = [
             scalars, self.launches, batch.part, step.ascent, step.base, step.mix, step.adaptive,
@@ -310,8 +315,7 @@ class TritonBackend(Launcher, DeviceBackend):
         ]  # fmt: skip
         for bucket in plan.buckets:
             depends += bucket.table.revision, self._hyper_table(bucket, step)
-        before, plan.depends = plan.depends, depends
-        return not identical(depends, before)
+        return depends
 
 
 def _reduction(kind: str, step: Step) -> tuple[dict[str, Any], int, bool]:
