@@ -32,7 +32,8 @@ def element_scales(weights: list[Tensor], group: Group, memory: Memory) -> list[
         t = [torch.abs(weights[0], out=memory.buffer(weights[0]))]
     else:
         t = list(torch._foreach_abs(weights))
-    torch._foreach_add_(t, float(group["eta"]))
+    if (eta := float(group["eta"])) != 0:
+        torch._foreach_add_(t, eta)
     return t
 
 
