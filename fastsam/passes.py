@@ -23,19 +23,6 @@ from .sharding import local_state
 from .stateful import uncompiled
 
 
-class _restoring:  # noqa: N801 - used like a function
-    """Undo the optimizer's first pass if the block fails."""
-
-    def __init__(self, optimizer: "TwoPassOptimizer"):
-        self._optimizer = optimizer
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, error: object, *_: object) -> None:
-        if error is not None:
-            self._optimizer.restore()
-
-
 class TwoPassOptimizer(GuardedOptimizer):
     """``first_step`` and ``second_step``, or ``plain_step``; and what a failure in them leaves."""
 
@@ -67,7 +54,7 @@ class TwoPassOptimizer(GuardedOptimizer):
         batch = self._scale(batch, Scalar.FIRST_INVERSE_SCALE, scalars)
         firsts = self._take_over(batch, cleared=zero_grad) if self._keeps_first else {}
         pending = self._ascent_state_of(batch) if self._has_ascent_state else {}
-        with _restoring(self):
+        try:
             with uninterrupted():
                 if batch.params:
                     backend = self._backend_for(batch)
@@ -89,6 +76,9 @@ class TwoPassOptimizer(GuardedOptimizer):
                 ends = batch.owners[:1] + batch.owners[-1:]
                 self._seen = [(param, weakref.ref(param.grad), param.grad._version)
                               for param in ends if param.grad is not None]  # fmt: skip
+        except BaseException:
+            self.restore()
+            raise
 
     @uncompiled
     @torch.no_grad()
@@ -111,7 +101,7 @@ class TwoPassOptimizer(GuardedOptimizer):
                 then, and the step is over without an update.
         """
         self._expect("second_step")
-        with _restoring(self):
+        try:
             if check_scaler(grad_scaler, self, zero_grad) is not self._scaler and grad_scaler:
                 raise RuntimeError("grad_scaler has to be given to first_step as well")
             self._warn_of_stale_gradients()
@@ -124,6 +114,9 @@ class TwoPassOptimizer(GuardedOptimizer):
                 )
             self._check_reduced(batch)
             self._descend(batch)
+        except BaseException:
+            self.restore()
+            raise
         self._after_step(zero_grad)
 
     @uncompiled
@@ -148,8 +141,11 @@ class TwoPassOptimizer(GuardedOptimizer):
         self._check_groups()
         batch = self._collect("descent")
         self._begin_step(scaler, perturbs=False)
-        with _restoring(self):
+        try:
             self._descend(batch)
+        except BaseException:
+            self.restore()
+            raise
         self._after_step(zero_grad)
 
     @torch.no_grad()
@@ -203,7 +199,7 @@ class TwoPassOptimizer(GuardedOptimizer):
         """Decide on the host what the step will be."""
         if not self._inside_step:
             context = self.ascent_context
-            self._replicas = replicas_of(context)
+            self._replicas = None if context is None else replicas_of(context)
             if self._replicas is None and perturbs and context is not None and is_distributed():
                 self._replicas = replicas_of(entered(context))  # what it gives says more than it
         if perturbs and self._replicas is not None:
@@ -313,7 +309,7 @@ class TwoPassOptimizer(GuardedOptimizer):
                 next=[local_state(new) for _, new in rest],
             )
             backends.keep_rejected(kept, step, scalars, room and room[0])
-        self._was_captured |= is_captured(batch)
+            self._was_captured |= is_captured(batch)
         for param, (old, state) in self._pending.items():
             if self._was_captured:  # a replay looks for the state where it was at the capture
                 for name, x in state.items():
