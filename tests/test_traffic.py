@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from math import prod
 from typing import Any
 
@@ -108,6 +109,9 @@ def count_step(case: Case, groups: Sequence[dict[str, Any]], execute: bool = Tru
             for one_pass in (optimizer.first_step, optimizer.second_step):
                 give(params, next(grads))
                 one_pass(zero_grad=True)
+        if not execute_now:  # what was left out has not written to the state
+            for x in chain.from_iterable(state.values() for state in optimizer.state.values()):
+                x.fill_(1)
     return log
 
 
