@@ -1,8 +1,6 @@
 """The triton backend: one kernel launch per pass, bucket and device."""
 
 from collections import defaultdict
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -11,7 +9,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from fastsam.kernels.layout import Row, Scalar, Task
+from fastsam.kernels.layout import Row, Task
 from fastsam.kernels.perturb import perturb_kernel
 from fastsam.kernels.reduce import finish_kernel, reduce_kernel
 from fastsam.kernels.table import Table
@@ -19,50 +17,18 @@ from fastsam.kernels.update import update_kernel
 
 from ..ratio import SharpnessRatio
 from ..rules import Batch, Step, identical
-from ..sharding import Sharding, add_up
+from ..sharding import Sharding
 from .buckets import Bucket, make_buckets, release, write_back
 from .flat import FlatBackup
 from .interface import DeviceBackend
 from .launcher import Launched, Launcher
 from .lockstep import Pass
 from .measures import adapt, undone_if_it_fails
+from .reductions import NOTHING, Reduction, constants_of, on
 from .reference import keep_rejected, leave_final_gradient
 from .rows import ascent_rows, ascent_states, grad_rows, key_rows, state_rows
 
 FIRST, LAST = int(Task.FIRST), int(Task.LAST)
-NOTHING = nullcontext()
-SUMS = slice(Scalar.SUM0, Scalar.SUM4 + 1)
-
-
-@dataclass
-class Reduction:
-    """The launches of a reduction, by how their sums are sharded.
-
-    The last finishes it, unless others have to be added first.
-    """
-
-    scalars: Tensor
-    parts: dict[Sharding, list[Launched]] = field(default_factory=dict)
-    finish: Callable[[], Any] | None = None
-
-    def run(self) -> Pass[None]:
-        if self.finish is None:
-            with _on(self.scalars.device):
-                for launches in self.parts.values():
-                    for launch in launches:
-                        launch()
-            return
-        sums = {}
-        with _on(self.scalars.device):
-            for sharding, launches in self.parts.items():
-                for launch in launches:
-                    launch()
-                sums[sharding] = self.scalars[SUMS].clone()
-        total = add_up(sums)
-        yield total
-        self.scalars[SUMS] = total
-        with _on(self.scalars.device):
-            self.finish()
 
 
 @dataclass
@@ -128,7 +94,7 @@ class TritonBackend(Launcher, DeviceBackend):
         depends = self._dependencies(plan, batch, step, scalars)
         if not identical(depends, plan.depends):
             plan.reduction = None
-            with _on(scalars.device):
+            with on(scalars.device):
                 if step.needs_ascent_norm:
                     plan.reduction = self._reduce("ascent", plan.buckets, batch, step, scalars)
                 plan.launches = [self._prepare(
@@ -141,7 +107,7 @@ class TritonBackend(Launcher, DeviceBackend):
         if plan.reduction is not None:
             yield from plan.reduction.run()
         try:
-            with _on(scalars.device):
+            with on(scalars.device):
                 for perturb in plan.launches:
                     perturb()
                     perturb.bucket.note_perturbed(batch, backup)
@@ -174,7 +140,7 @@ class TritonBackend(Launcher, DeviceBackend):
         depends = self._dependencies(plan, batch, step, scalars)
         if not identical(depends, plan.depends):
             plan.reduction, plan.launches = None, []
-            with _on(scalars.device):
+            with on(scalars.device):
                 if step.needs_descent_norm:
                     kind = "descent" if step.mix is None else "mix"
                     plan.reduction = self._reduce(kind, plan.buckets, batch, step, scalars)
@@ -195,7 +161,7 @@ class TritonBackend(Launcher, DeviceBackend):
                     backup.restore()
                 keep_rejected(batch, step, scalars)
                 leave_final_gradient(batch, step, scalars)
-        with _on(scalars.device):
+        with on(scalars.device):
             for update in plan.launches:
                 update()
                 write_back(update.bucket, batch)
@@ -210,7 +176,7 @@ class TritonBackend(Launcher, DeviceBackend):
         for bucket in buckets:
             rows = ascent_rows(bucket, batch, step) | grad_rows(bucket, others)
             bucket.locate(batch, backup, rows)
-        with _on(scalars.device):
+        with on(scalars.device):
             reduction = self._reduce(hessian, buckets, batch, step, scalars)
         yield from reduction.run()
         release(buckets)
@@ -236,7 +202,7 @@ class TritonBackend(Launcher, DeviceBackend):
     def _reduce(
         self, kind: str, buckets: list[Bucket], batch: Batch, step: Step, scalars: Tensor
     ) -> Reduction:
-        constants, tasks, streams = _reduction(kind, step)
+        constants, tasks, streams = constants_of(kind, step)
         launch = self.launches.reduce_streams if streams else self.launches.reduce
         members: dict[Sharding, list[Bucket]] = defaultdict(list)
         for bucket in buckets:
@@ -318,50 +284,9 @@ class TritonBackend(Launcher, DeviceBackend):
         return depends
 
 
-def _reduction(kind: str, step: Step) -> tuple[dict[str, Any], int, bool]:
-    """A reduction's constants and tasks, and whether it reads more than two streams."""
-    rule, adaptive, tasks, streams = step.ascent.name, step.adaptive, Task(0), True
-    states, sums = 0, 1
-    if kind in ("mix", "diag"):  # what makes the perturbation once more
-        states = len(step.ascent.states(step.groups[0]))
-    if kind == "ascent":
-        if rule == "ema":
-            sums = 2
-        else:
-            streams = False
-            rule = rule if rule == "adagrad_norm" else "unified"
-    elif kind in ("descent", "mix"):
-        scaled = adaptive and step.renormalize  # whether the norm is that of T g~
-        tasks = (
-            Task.RENORMALIZE * step.renormalize
-            | Task.CLIP * (step.max_grad_norm is not None)
-            | Task.SKIP * step.skip_nonfinite
-            | Task.SKIP_FIRST * step.skip_first
-            | Task.ACCUMULATE * (step.base is not None and step.base.needs_norm)
-            | Task.COMMIT * (rule == "adagrad_norm")
-            | Task.ADAPT * (type(step.mix) is SharpnessRatio)
-        )
-        sums = 5
-        if kind == "descent":
-            rule, streams, adaptive = "unified", False, scaled
-            # the plain norm is a sum of its own only where T makes the other one different
-            needs_plain = Task.CLIP | Task.SKIP | Task.ACCUMULATE
-            sums = 2 if scaled and tasks & needs_plain else 1
-        elif scaled:
-            kind = "scaled mix"
-    elif kind == "difference":
-        rule, adaptive = "unified", False
-    constants = {"KIND": kind, "RULE": rule, "STATES": states, "ADAPTIVE": adaptive, "SUMS": sums}
-    return constants, int(tasks), streams
-
-
 def _is_stochastic(bucket: Bucket, step: Step) -> bool:
     return step.seed is not None and bucket.types["P"] == tl.bfloat16
 
 
 def _only(types: dict[str, Any], *names: str) -> dict[str, Any]:
     return {name: types[name] for name in names}
-
-
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    return torch.cuda.device(device) if device.type == "cuda" else NOTHING
