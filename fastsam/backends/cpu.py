@@ -25,8 +25,8 @@ from .cpu_update import Part, Update, extremes, fused_adagrad, fused_adam
 from .equations import radius
 from .lockstep import Pass
 from .measures import MixtureMeasure
-from .norms import element_scales, norm, served, total
-from .pieces import LARGE, dots, pieces, spans
+from .norms import element_scales, norm, served, span_norms, total
+from .pieces import LARGE, dots, pieces
 from .scratch import Memory, ScratchBackup
 from .weights import at_weights, follow_parameters
 
@@ -160,7 +160,7 @@ def perturb(
         streams = [part.column(batch.ascent, name) for name in names]
         streams += [part.column(batch.next, name) for name in names]
         for _, (w, g, x, *states) in pieces(weights, part.of(batch.grads), targets, *streams):
-            perturb_by_averages(w, g, x, states, group, step, scalars)
+            perturb_by_averages(w, g, x, states, group, step, scalars, memory)
         return
     if rule == "ema" and not scalars[Scalar.ASCENT_NORM].isfinite():
         torch._foreach_copy_(part.column(batch.next, "ema"), part.column(batch.ascent, "ema"))
@@ -168,8 +168,8 @@ def perturb(
         torch._foreach_copy_(targets, weights)
     elif group["adaptive"]:
         for _, (w, d, x) in pieces(weights, part.of(directions), targets):
-            t = element_scales(w, group, memory)
-            torch._foreach_mul_(t, t)
+            squares, t = element_scales(w, group, memory)
+            squares.square_()
             if w[0].numel() >= LARGE:  # alone, and always so: it rounds differently
                 torch.addcmul(w[0], t[0], d[0], value=scale, out=x[0])
             else:
@@ -179,42 +179,41 @@ def perturb(
         add_into(targets, weights, part.of(directions), scale)
 
 
-def usable(averages: list[Tensor]) -> bool:
+def usable(averages: list[Tensor], memory: Memory) -> bool:
     """Whether averages of squares are finite, and not so small that their root is not taken."""
-    low, high = extremes(averages)
+    x = averages[0]
+    if len(averages) > 1:
+        x, parts = memory.room(averages)
+        torch._foreach_copy_(parts, averages)
+    low, high = extremes(x)
     return low >= equations.SMALLEST and high < math.inf
 
 
 def perturb_by_averages(
-    weights: list[Tensor],
-    grads: list[Tensor],
-    targets: list[Tensor],
-    states: list[list[Tensor]],
-    group: Group,
-    step: Step,
-    scalars: Tensor,
-) -> None:
+    weights: list[Tensor], grads: list[Tensor], targets: list[Tensor], states: list[list[Tensor]],
+    group: Group, step: Step, scalars: Tensor, memory: Memory,
+) -> None:  # fmt: skip
     """One piece of LightSAM II's or III's perturbation, which is a step of Adagrad or Adam."""
     rule, names = step.ascent.name, list(step.ascent.states(group))
-    scale = radius(group, step, scalars)
     old, new = states[: len(names)], states[len(names) :]
     for before, after in zip(old, new, strict=True):
         torch._foreach_copy_(after, before)
     perturbed = [w.clone() if same_memory(x, w) else x.copy_(w)
                  for x, w in zip(targets, weights, strict=True)]  # fmt: skip
+    rho = float(group["rho"])
     if rule == "adam":
-        fused_adam(perturbed, grads, new, group["betas"], -float(scale))
+        fused_adam(perturbed, grads, new, group["betas"], -rho)
     else:
-        fused_adagrad(perturbed, grads, new[0], -float(scale))
-    if not usable(new[-1]):
+        fused_adagrad(perturbed, grads, new[0], -rho)
+    if not usable(new[-1], memory):
         for k, (w, g, x) in enumerate(zip(weights, grads, perturbed, strict=True)):
-            if usable(new[-1][k : k + 1]):
+            if usable(new[-1][k : k + 1], memory):
                 continue
             state = {name: column[k] for name, column in zip(names, old, strict=True)}
             advanced = equations.advance(rule, g, state, group)
             good = equations.usable(rule, advanced, scalars)
             d = equations.direction(rule, g, advanced)
-            e = equations.perturbation(w, d, group, scale)
+            e = equations.perturbation(w, d, group, radius(group, step, scalars))
             x.copy_(w + torch.where(good, e, 0.0))
             for name, column in zip(names, new, strict=True):
                 column[k].copy_(torch.where(good, advanced[name], state[name]))
@@ -285,8 +284,8 @@ def measure_mixture(
             if len(by_radius) == 1 and backup is not None and len(backup.copies) == len(members):
                 own = scalars[Scalar.GRAD_NORM].square()  # the ascent saw the same gradients
             else:
-                parts_of = list(chain.from_iterable(map(spans, firsts)))
-                own = total(torch._foreach_norm(parts_of), plain, squares=True)
+                ends, whole = span_norms(firsts)
+                own = total((*ends.values(), *whole.values()), plain, squares=True)
             pairs = zip(firsts, [batch.grads[k] for k in sorted(members)], strict=True)
             cross = total(chain.from_iterable(dots(g, g_) for g, g_ in pairs), plain)
             squared, product = squared + own, product + cross

@@ -70,12 +70,12 @@ class Update:
         else:
             self.pieces = list(pieces(*streams))
         # where u is computed, piece by piece, if it is not the gradient: all of it, and tensors
-        self.rooms: list[list[Tensor]] = [[] for _ in self.pieces]
+        self.rooms: list[tuple[Tensor, list[Tensor]] | None] = [None] * len(self.pieces)
         if self.coefficient != 1 or self.mixed:
             cache = {} if batch.layout is None else batch.layout.cache
             key = ("rooms", *part.members)
             if key not in cache:
-                cache[key] = [carve(memory, xs[1]) for _, xs in self.pieces]
+                cache[key] = [memory.room(xs[1]) for _, xs in self.pieces]
             self.rooms = cache[key]
         if step.base.name.startswith("uncorrected"):
             like = streams[0][0]
@@ -90,13 +90,12 @@ class Update:
         for room, (positions, (weights, grads, *streams)) in zip(
             self.rooms, self.pieces, strict=True
         ):
-            u = grads
-            if len(room) == 2:
-                u = [torch.mul(grads[0], self.coefficient, out=room[1])]
-            elif room:
-                flat_room, *u = room
+            whole, u = room or (None, grads)
+            if whole is not None and len(u) == 1:
+                torch.mul(grads[0], self.coefficient, out=whole)
+            elif whole is not None:
                 torch._foreach_copy_(u, grads)
-                flat_room.mul_(self.coefficient)
+                whole.mul_(self.coefficient)
             if self.mixed:
                 firsts = streams.pop(0)
                 if self.first != 0:
@@ -169,7 +168,11 @@ class Update:
             update([w], [g], [[x] for x in state], [])
 
     def _smallest(self, tensors: list[Tensor]) -> float:
-        return extremes(tensors, self.spare, self.ends)[0]
+        if len(tensors) > 1:
+            out = self.spare[: sum(map(Tensor.numel, tensors))]
+            torch.cat([flat(x) for x in tensors], out=out)
+            return extremes(out, self.ends)[0]
+        return extremes(tensors[0], self.ends)[0]
 
     def _move(self, weights: list[Tensor], x: Tensor, second: Tensor) -> None:
         """Weight decay and ``w - lr x / sqrt(second)``, as ``equations.over_root`` has the root."""
@@ -217,29 +220,11 @@ def fused_adagrad(weights: list[Tensor], u: list[Tensor], sums: list[Tensor], lr
     )  # fmt: skip
 
 
-def carve(memory: Memory, like: list[Tensor]) -> list[Tensor]:
-    """A piece of memory, and its parts in the layouts of dense tensors, one after another."""
-    buffer, start = memory.buffer(like[0]), 0
-    parts = []
-    for x in like:
-        parts.append(buffer.as_strided(x.shape, x.stride(), start))
-        start += x.numel()
-    return [buffer.as_strided((start,), (1,)), *parts]
-
-
-def extremes(
-    tensors: list[Tensor],
-    spare: Tensor | None = None,
-    ends: tuple[Tensor, Tensor] | None = None,
-) -> tuple[float, float]:
+def extremes(x: Tensor, ends: tuple[Tensor, Tensor] | None = None) -> tuple[float, float]:
     """The smallest and the largest element; NaN where one is NaN.
 
-    With memory for all elements, and for two, nothing is allocated.
+    With memory for the two nothing is allocated.
     """
-    x = tensors[0]
-    if len(tensors) > 1:
-        out = None if spare is None else spare[: sum(map(Tensor.numel, tensors))]
-        x = torch.cat([flat(x) for x in tensors], out=out)
     if not x.numel():
         return 1.0, 1.0
     low, high = torch.aminmax(x, out=ends)

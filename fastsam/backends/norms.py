@@ -12,7 +12,7 @@ from ..rules import Batch, Step
 from ..sharding import Sharding, add_up
 from . import equations
 from .lockstep import Pass
-from .pieces import SPAN, pieces, spans
+from .pieces import SPAN, flat, pieces
 from .scratch import Memory, alike, is_dense
 
 #: Dtypes of parameters that the operators serve.
@@ -26,15 +26,41 @@ def served(tensors: Sequence[Tensor]) -> bool:
     return same and first.dtype in SERVED and is_dense(first)
 
 
-def element_scales(weights: list[Tensor], group: Group, memory: Memory) -> list[Tensor]:
-    """ASAM's ``T = |w| + eta`` of one piece."""
-    if len(weights) == 1:
-        t = [torch.abs(weights[0], out=memory.buffer(weights[0]))]
+def element_scales(
+    weights: list[Tensor], group: Group, memory: Memory
+) -> tuple[Tensor, list[Tensor]]:
+    """ASAM's ``T = |w| + eta`` of one piece: the memory that holds it all, and by tensor."""
+    whole, t = memory.room(weights)
+    if len(t) == 1:
+        torch.abs(weights[0], out=whole)
     else:
-        t = list(torch._foreach_abs(weights))
+        torch._foreach_copy_(t, weights)
+        whole.abs_()
     if (eta := float(group["eta"])) != 0:
-        torch._foreach_add_(t, eta)
-    return t
+        whole.add_(eta)
+    return whole, t
+
+
+def span_norms(tensors: Sequence[Tensor]) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """The norms of dense tensors, of large ones ``SPAN`` elements at a time, by position.
+
+    Returns:
+        Of small tensors, and of what is left of others after the last whole span, a number; of the
+        spans a vector.
+    """
+    ends, spans = {}, {}
+    for k, x in enumerate(tensors):
+        size = x.numel()
+        if size < 2 * SPAN:
+            ends[k] = x
+            continue
+        count, rest = divmod(size, SPAN)  # rows: an operator shares these out among its threads
+        spans[k] = torch.linalg.vector_norm(x.as_strided((count, SPAN), (SPAN, 1)), dim=1)
+        if rest:
+            ends[k] = flat(x)[-rest:]
+    if ends:
+        ends = dict(zip(ends, torch._foreach_norm(list(ends.values())), strict=True))
+    return ends, spans
 
 
 def norm(
@@ -51,12 +77,9 @@ def norm(
         members = defaultdict(list)
         for k, sharding in enumerate(batch.shardings):
             members[sharding].append(k)
-    elif not adaptive and vectors is batch.grads and (found := _by_size(batch)) is not None:
-        small, large = found
-        xs = [vectors[k] for k in small]
-        for k in large:
-            xs += spans(vectors[k])
-        squared = total(torch._foreach_norm(xs) if xs else (), like, squares=True)
+    elif not adaptive and vectors is batch.grads and _in_order(batch):
+        ends, spans = span_norms(vectors)
+        squared = total((*ends.values(), *spans.values()), like, squares=True)
         yield squared
         return squared.sqrt()
     squared = add_up({
@@ -67,19 +90,14 @@ def norm(
     return squared.sqrt()
 
 
-def _by_size(batch: Batch) -> tuple[list[int], list[int]] | None:
-    """Gradients of one span and of several by position, if all lie in order, in dtypes served."""
+def _in_order(batch: Batch) -> bool:
+    """Whether it is known of all gradients that they lie in order, in dtypes served."""
     layout = batch.layout
     if layout is None or not layout.contiguous:
-        return None
-    if "by size" not in layout.cache:
-        sizes = layout.sizes
-        found = ([k for k, size in enumerate(sizes) if size <= SPAN],
-                 [k for k, size in enumerate(sizes) if size > SPAN])  # fmt: skip
-        served = all(dtype in SERVED for dtype in layout.dtypes)
-        layout.cache["by size"] = found if served else None
-    by_size: tuple[list[int], list[int]] | None = layout.cache["by size"]
-    return by_size
+        return False
+    if "in order" not in layout.cache:
+        layout.cache["in order"] = all(dtype in SERVED for dtype in layout.dtypes)
+    return bool(layout.cache["in order"])
 
 
 def _square(
@@ -87,7 +105,7 @@ def _square(
     memory: Memory | None,
 ) -> Tensor:  # fmt: skip
     """The squared norm of some of the vectors."""
-    norms: list[tuple[bool, int, Tensor]] = []  # large ones last, by position
+    found: tuple[list[tuple[int, Tensor]], ...] = ([], [])  # ends and spans, by position
     plain: list[int] = []
     scaled: dict[int, list[int]] = defaultdict(list)  # by group
     adaptive = [memory is not None and group["adaptive"] for group in step.groups]
@@ -98,38 +116,37 @@ def _square(
         if not (serves and (x.is_contiguous() or is_dense(x))):
             x = equations.wide(x)
             x = equations.element_scale(batch.params[k], step.groups[i]) * x if adaptive[i] else x
-            norms.append((x.numel() > SPAN, k, torch.linalg.vector_norm(x, dtype=like.dtype)))
+            found[0].append((k, torch.linalg.vector_norm(x, dtype=like.dtype)))
         elif adaptive[i]:
             scaled[i].append(k)
         else:
             plain.append(k)
 
     def measure(which: list[int], xs: list[Tensor]) -> None:
-        parts = [(k, span) for k, x in zip(which, xs, strict=True) for span in spans(x)]
-        if parts:
-            found = torch._foreach_norm([span for _, span in parts])
-            for (k, _), value in zip(parts, found, strict=True):
-                norms.append((vectors[k].numel() > SPAN, k, value))
+        for values, new in zip(found, span_norms(xs), strict=True):
+            values += [(which[j], value) for j, value in new.items()]
 
     measure(plain, [vectors[k] for k in plain])
     for i, same in scaled.items():
         assert memory is not None
         streams = [batch.params[k] for k in same], [vectors[k] for k in same]
         for positions, (ws, xs) in pieces(*streams):
-            t = element_scales(ws, step.groups[i], memory)
+            _, t = element_scales(ws, step.groups[i], memory)
             torch._foreach_mul_(t, xs)
             measure([same[j] for j in positions], t)
-    norms.sort(key=itemgetter(0, 1))
-    return total([value for *_, value in norms], like, squares=True)
+    for values in found:
+        values.sort(key=itemgetter(0))
+    return total((value for values in found for _, value in values), like, squares=True)
 
 
 def total(values: Iterable[Tensor], like: Tensor, squares: bool = False) -> Tensor:
-    """The sum of 0-dim tensors, or of their squares, in the dtype of ``like``."""
-    by_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+    """The sum of numbers and of vectors' elements, or of squares, in the dtype of ``like``."""
+    by_dtype: dict[torch.dtype, tuple[list[Tensor], ...]] = defaultdict(lambda: ([], []))
     for value in values:
-        by_dtype[value.dtype].append(value)
+        by_dtype[value.dtype][value.dim()].append(value)
     sums = []
-    for same in by_dtype.values():
-        xs = torch.stack(same).to(like.dtype)
+    for numbers, vectors in by_dtype.values():
+        stacked = [torch.stack(numbers)] if numbers else []
+        xs = torch.cat(stacked + vectors).to(like.dtype)
         sums.append((xs.square() if squares else xs).sum())
     return sum(sums[1:], sums[0]) if sums else torch.zeros_like(like)

@@ -12,8 +12,8 @@ PIECE = 1 << 20
 LARGE = 1 << 16
 
 #: Elements per norm and per dot product, which add up in the tensors' own precision: a millionth of
-#: random numbers is lost then. The first run on one thread, the second on all and want more.
-SPAN, DOT_SPAN = 1 << 17, 1 << 19
+#: random numbers is lost in the longer ones. These wait for all threads, and so want more.
+SPAN, DOT_SPAN = 1 << 15, 1 << 19
 
 #: A piece: positions in the lists, and for every stream a list of tensors.
 Piece = tuple[list[int], list[list[Tensor]]]
@@ -24,14 +24,12 @@ def flat(x: Tensor) -> Tensor:
     return x.as_strided((x.numel(),), (1,))
 
 
-def spans(x: Tensor) -> Sequence[Tensor]:
-    """A dense tensor in parts whose norms are taken one by one."""
-    return torch.split(flat(x), SPAN) if x.numel() > SPAN else (x,)
-
-
 def dots(x: Tensor, y: Tensor) -> list[Tensor]:
     """The dot product of two dense tensors of one layout, in parts to be added up."""
-    parts = zip(torch.split(flat(x), DOT_SPAN), torch.split(flat(y), DOT_SPAN), strict=True)
+    x, y = flat(x), flat(y)
+    if x.numel() <= DOT_SPAN:
+        return [torch.dot(x, y)]
+    parts = zip(torch.split(x, DOT_SPAN), torch.split(y, DOT_SPAN), strict=True)
     return [torch.dot(a, b) for a, b in parts]
 
 

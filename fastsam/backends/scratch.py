@@ -7,6 +7,7 @@ is copied and perturbed in place. The memory is kept for the next step: fresh pa
 much as the copies.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -42,9 +43,9 @@ def alike(x: Tensor, y: Tensor) -> bool:
     """Whether two tensors have one layout; a dimension of one element has any stride."""
     if x.dtype != y.dtype or x.shape != y.shape:
         return False
-    strides = x.stride(), y.stride()
-    return strides[0] == strides[1] or all(
-        a == b for a, b, size in zip(*strides, x.shape, strict=True) if size != 1
+    first, second = x.stride(), y.stride()
+    return first == second or all(
+        a == b for a, b, size in zip(first, second, x.shape, strict=True) if size != 1
     )
 
 
@@ -79,14 +80,23 @@ class Memory:
         self.copies: tuple[Layout | None, dict[int, tuple[list[Tensor], list[Tensor]]]] = None, {}
         self._buffers: dict[torch.dtype, Tensor] = {}
 
-    def buffer(self, like: Tensor) -> Tensor:
-        """Memory in the layout of ``like``, which is dense and has at most ``PIECE`` elements.
+    def room(self, like: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Memory for at most ``PIECE`` elements: all of it, and parts in the layouts of ``like``.
 
-        An allocation of that size would come from the operating system, page by page.
+        These are dense and of one dtype. An allocation of that size would come from the operating
+        system, page by page. It is taken from the middle of what there is: an operator with two
+        threads then has each of them where it was with any other size, in its own cache.
         """
-        if like.dtype not in self._buffers:
-            self._buffers[like.dtype] = torch.empty(PIECE, dtype=like.dtype, device="cpu")
-        return self._buffers[like.dtype].as_strided(like.shape, like.stride())
+        dtype = like[0].dtype
+        if dtype not in self._buffers:
+            self._buffers[dtype] = torch.empty(PIECE, dtype=dtype, device="cpu")
+        buffer, sizes = self._buffers[dtype], [x.numel() for x in like]
+        first = start = (PIECE - sum(sizes)) // 2 & -64
+        parts = []
+        for x, size in zip(like, sizes, strict=True):
+            parts.append(buffer.as_strided(x.shape, x.stride(), start))
+            start += size
+        return (buffer[first:start] if len(parts) > 1 else parts[0]), parts
 
 
 class ScratchBackup(ListBackup):
