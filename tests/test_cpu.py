@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fastsam
-from fastsam.backends import cpu, norms, pieces, reference, scratch
+from fastsam.backends import cpu, cpu_update, norms, pieces, reference, scratch
 
 import oracles
 import registry
@@ -110,7 +110,7 @@ def test_true_sizes(method):
     """Against the reference in float64; a radius at which an element's perturbation counts."""
     large, piece, worth = pieces.LARGE, pieces.PIECE, scratch.WORTHWHILE
     sizes = [worth - 1, worth, worth + 1, large - 1, large, large + 1, piece - 1, piece + 1]
-    sizes += [2 * pieces.SPAN - 1, 2 * pieces.SPAN, 3 * pieces.SPAN + 1, pieces.DOT_SPAN + 1]
+    sizes += [3 * norms.SPAN - 1, 3 * norms.SPAN + 1, pieces.DOT_SPAN + 1]
     sizes += [piece, 2 * piece + 3] * (method == "samar")
     seen, rho = [], 0.01 if method == "lightsam-3-all" else 20.0
     for backend, dtype in (("torch", torch.float32), ("reference", torch.float64)):
@@ -138,7 +138,7 @@ def test_norms_of_large_tensors_are_accurate():
 def test_norms_span_by_span(dtype):
     """Of a large tensor all whole spans in one operator, with the bits that each has alone, and the
     same with any number of threads."""
-    span = pieces.SPAN
+    span = norms.SPAN
     sizes = [0, 1, 2 * span - 1, 2 * span, 5 * span + 7]
     generator = torch.Generator().manual_seed(0)
     xs = [torch.randn(size, generator=generator, dtype=dtype) for size in sizes]
@@ -164,12 +164,57 @@ def test_room_for_intermediate_results_is_taken_from_the_middle():
     memory, middles = scratch.Memory(), set()
     for sizes in ([1 << 16], [1 << 18], [pieces.PIECE], [3000, 5000, 1 << 16]):
         whole, parts = memory.room([torch.empty(size) for size in sizes])
+        assert whole.numel() == sum(sizes)
         assert [part.numel() for part in parts] == sizes
         starts = [part.data_ptr() for part in parts]
         assert starts == [whole.data_ptr() + 4 * sum(sizes[:k]) for k in range(len(sizes))]
         assert whole.data_ptr() % 64 == 0
         middles.add((whole.data_ptr() + 2 * whole.numel()) // 256)
     assert max(middles) - min(middles) <= 1  # 64 elements
+
+
+def test_gradient_with_gaps_among_large_ones():
+    """Its neighbours in memory are not its own."""
+    size = 3 * norms.SPAN
+    params = [torch.nn.Parameter(torch.zeros(size)) for _ in range(2)]
+    optimizer = fastsam.SAM(params, torch.optim.SGD, lr=0.1, backend="torch")
+    x = torch.randn(size, generator=torch.Generator().manual_seed(0))
+    gapped = torch.stack([x, torch.full_like(x, 9.0)], 1)[:, 0]
+    own_step(optimizer, params, lambda k, p: gapped if k else x)
+    exact = 2**0.5 * float(x.double().norm())
+    assert optimizer.metrics["grad_norm"] == pytest.approx(exact, rel=2e-7)
+
+
+@pytest.mark.parametrize("dtypes", [("float32", "float64", "float64"), ("float64", "float32")])
+def test_adaptive_group_of_two_dtypes(dtypes):
+    """Each tensor is scaled in its own, and to the same bits as in a group of its own."""
+    seen = []
+    for together in (True, False):
+        generator = torch.Generator().manual_seed(0)
+        params = [
+            # squares of which, and sums of those, float32 does not hold
+            torch.nn.Parameter(torch.randn(50, generator=generator, dtype=torch.float64).mul(
+                1e25 if dtype == "float64" else 1).to(getattr(torch, dtype)))
+            for dtype in dtypes
+        ]  # fmt: skip
+        groups = params if together else [{"params": [param]} for param in params]
+        optimizer = fastsam.ASAM(groups, torch.optim.SGD, lr=0.1, backend="torch")
+        weights = own_step(optimizer, params, lambda k, p: torch.cos(p.detach()))
+        seen.append([optimizer.metrics["grad_norm"], *weights[0], *weights[1]])
+    assert seen[0][0].isfinite()
+    for one, other in zip(*seen, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_extremes_of_tensors_in_another_order_copy_nothing():
+    """An update must not need memory half-way."""
+    x = torch.randn(64, 32, 3, 3).to(memory_format=torch.channels_last)
+    ends = x.new_empty(()), x.new_empty(())
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        found = cpu_update.extremes(x, ends)
+    assert found == (float(x.min()), float(x.max()))
+    names = [event.key for event in profile.key_averages()]
+    assert "aten::aminmax" in names and "aten::clone" not in names
 
 
 def permuted(x, *order):

@@ -160,7 +160,7 @@ def perturb(
         streams = [part.column(batch.ascent, name) for name in names]
         streams += [part.column(batch.next, name) for name in names]
         for _, (w, g, x, *states) in pieces(weights, part.of(batch.grads), targets, *streams):
-            perturb_by_averages(w, g, x, states, group, step, scalars, memory)
+            perturb_by_averages(w, g, x, states, group, step, scalars, memory, scale)
         return
     if rule == "ema" and not scalars[Scalar.ASCENT_NORM].isfinite():
         torch._foreach_copy_(part.column(batch.next, "ema"), part.column(batch.ascent, "ema"))
@@ -168,30 +168,26 @@ def perturb(
         torch._foreach_copy_(targets, weights)
     elif group["adaptive"]:
         for _, (w, d, x) in pieces(weights, part.of(directions), targets):
-            squares, t = element_scales(w, group, memory)
-            squares.square_()
+            t = element_scales(w, group, memory)
+            squares = t.whole.square_()
             if w[0].numel() >= LARGE:  # alone, and always so: it rounds differently
-                torch.addcmul(w[0], t[0], d[0], value=scale, out=x[0])
+                torch.addcmul(w[0], squares, d[0], value=scale, out=x[0])
             else:
-                torch._foreach_mul_(t, d)
-                add_into(x, w, t, scale)
+                torch._foreach_mul_(t.parts, d)
+                add_into(x, w, t.parts, scale)
     else:
         add_into(targets, weights, part.of(directions), scale)
 
 
 def usable(averages: list[Tensor], memory: Memory) -> bool:
     """Whether averages of squares are finite, and not so small that their root is not taken."""
-    x = averages[0]
-    if len(averages) > 1:
-        x, parts = memory.room(averages)
-        torch._foreach_copy_(parts, averages)
-    low, high = extremes(x)
+    low, high = extremes(memory.room(averages).gather(averages))
     return low >= equations.SMALLEST and high < math.inf
 
 
 def perturb_by_averages(
     weights: list[Tensor], grads: list[Tensor], targets: list[Tensor], states: list[list[Tensor]],
-    group: Group, step: Step, scalars: Tensor, memory: Memory,
+    group: Group, step: Step, scalars: Tensor, memory: Memory, rho: float,
 ) -> None:  # fmt: skip
     """One piece of LightSAM II's or III's perturbation, which is a step of Adagrad or Adam."""
     rule, names = step.ascent.name, list(step.ascent.states(group))
@@ -200,7 +196,6 @@ def perturb_by_averages(
         torch._foreach_copy_(after, before)
     perturbed = [w.clone() if same_memory(x, w) else x.copy_(w)
                  for x, w in zip(targets, weights, strict=True)]  # fmt: skip
-    rho = float(group["rho"])
     if rule == "adam":
         fused_adam(perturbed, grads, new, group["betas"], -rho)
     else:
@@ -213,7 +208,7 @@ def perturb_by_averages(
             advanced = equations.advance(rule, g, state, group)
             good = equations.usable(rule, advanced, scalars)
             d = equations.direction(rule, g, advanced)
-            e = equations.perturbation(w, d, group, radius(group, step, scalars))
+            e = equations.perturbation(w, d, group, scalars.new_tensor(rho))
             x.copy_(w + torch.where(good, e, 0.0))
             for name, column in zip(names, new, strict=True):
                 column[k].copy_(torch.where(good, advanced[name], state[name]))

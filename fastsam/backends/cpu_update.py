@@ -14,7 +14,7 @@ from ..bases import Group
 from ..rules import Batch, Step
 from . import equations
 from .pieces import flat, pieces
-from .scratch import Memory
+from .scratch import Memory, Room
 
 #: Base updates for which torch has fused operators.
 FUSED = ("sgd", "adam", "adagrad")
@@ -70,7 +70,7 @@ class Update:
         else:
             self.pieces = list(pieces(*streams))
         # where u is computed, piece by piece, if it is not the gradient: all of it, and tensors
-        self.rooms: list[tuple[Tensor, list[Tensor]] | None] = [None] * len(self.pieces)
+        self.rooms: list[Room | None] = [None] * len(self.pieces)
         if self.coefficient != 1 or self.mixed:
             cache = {} if batch.layout is None else batch.layout.cache
             key = ("rooms", *part.members)
@@ -90,12 +90,10 @@ class Update:
         for room, (positions, (weights, grads, *streams)) in zip(
             self.rooms, self.pieces, strict=True
         ):
-            whole, u = room or (None, grads)
-            if whole is not None and len(u) == 1:
-                torch.mul(grads[0], self.coefficient, out=whole)
-            elif whole is not None:
-                torch._foreach_copy_(u, grads)
-                whole.mul_(self.coefficient)
+            u = grads
+            if room is not None:
+                torch.mul(room.gather(grads), self.coefficient, out=room.whole)
+                u = room.parts
             if self.mixed:
                 firsts = streams.pop(0)
                 if self.first != 0:
@@ -221,11 +219,11 @@ def fused_adagrad(weights: list[Tensor], u: list[Tensor], sums: list[Tensor], lr
 
 
 def extremes(x: Tensor, ends: tuple[Tensor, Tensor] | None = None) -> tuple[float, float]:
-    """The smallest and the largest element; NaN where one is NaN.
+    """The smallest and the largest element of a dense tensor; NaN where one is NaN.
 
     With memory for the two nothing is allocated.
     """
     if not x.numel():
         return 1.0, 1.0
-    low, high = torch.aminmax(x, out=ends)
+    low, high = torch.aminmax(flat(x), out=ends)  # which copies what is not in order
     return float(low), float(high)

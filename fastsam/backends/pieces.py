@@ -11,9 +11,9 @@ PIECE = 1 << 20
 #: Elements from which a tensor is a piece of its own; smaller ones are gathered.
 LARGE = 1 << 16
 
-#: Elements per norm and per dot product, which add up in the tensors' own precision: a millionth of
-#: random numbers is lost in the longer ones. These wait for all threads, and so want more.
-SPAN, DOT_SPAN = 1 << 15, 1 << 19
+#: Elements per dot product, which adds up in the tensors' own precision: a millionth of random
+#: numbers is lost then. Each waits for all threads, and so wants many.
+DOT_SPAN = 1 << 19
 
 #: A piece: positions in the lists, and for every stream a list of tensors.
 Piece = tuple[list[int], list[list[Tensor]]]

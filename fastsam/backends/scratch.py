@@ -8,7 +8,7 @@ much as the copies.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,6 +71,20 @@ def owns_memory(param: Tensor) -> bool:
     )
 
 
+class Room(NamedTuple):
+    """Memory for intermediate results: all of it, and by tensor."""
+
+    whole: Tensor
+    parts: list[Tensor]
+
+    def gather(self, tensors: list[Tensor]) -> Tensor:
+        """What an operator reads that writes to ``whole``: the one tensor, or copies of all."""
+        if len(tensors) == 1:
+            return tensors[0]
+        torch._foreach_copy_(self.parts, tensors)
+        return self.whole
+
+
 class Memory:
     """What is kept from step to step: scratch memory, and a buffer for intermediate results."""
 
@@ -80,12 +94,13 @@ class Memory:
         self.copies: tuple[Layout | None, dict[int, tuple[list[Tensor], list[Tensor]]]] = None, {}
         self._buffers: dict[torch.dtype, Tensor] = {}
 
-    def room(self, like: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Memory for at most ``PIECE`` elements: all of it, and parts in the layouts of ``like``.
+    def room(self, like: Sequence[Tensor]) -> Room:
+        """Room for tensors in the layouts of ``like``: dense, of one dtype, of ``PIECE`` elements
+        at most. The next call gives out the same memory.
 
-        These are dense and of one dtype. An allocation of that size would come from the operating
-        system, page by page. It is taken from the middle of what there is: an operator with two
-        threads then has each of them where it was with any other size, in its own cache.
+        An allocation of that size would come from the operating system, page by page. This comes
+        from the middle of what is kept: with two threads an operator on all of it has each where
+        it was with any other size, in its own cache.
         """
         dtype = like[0].dtype
         if dtype not in self._buffers:
@@ -96,7 +111,7 @@ class Memory:
         for x, size in zip(like, sizes, strict=True):
             parts.append(buffer.as_strided(x.shape, x.stride(), start))
             start += size
-        return (buffer[first:start] if len(parts) > 1 else parts[0]), parts
+        return Room(buffer[first:start] if len(parts) > 1 else parts[0], parts)
 
 
 class ScratchBackup(ListBackup):
@@ -111,7 +126,7 @@ class ScratchBackup(ListBackup):
         self.scratch = memory.scratch
         if memory.copies[0] is not layout or layout is None:
             memory.copies = layout, {}
-        self.room = memory.copies[1]
+        self._last = memory.copies[1]
         self.moved: list[tuple[Tensor, Tensor, Tensor]] = []  # parameter, scratch, home
         self.copied: list[tuple[list[Tensor], list[Tensor]]] = []
         self._copies: dict[Tensor, Tensor] = {}
@@ -147,12 +162,12 @@ class ScratchBackup(ListBackup):
                 targets.append(param)
                 copied.append(param)
         if copied:
-            held = self.room.get(len(self.copied))
+            held = self._last.get(len(self.copied))
             if held is not None and identical(held[0], copied):
                 copies = held[1]
             else:
                 copies = [torch.empty_like(param) for param in copied]
-                self.room[len(self.copied)] = copied, copies
+                self._last[len(self.copied)] = copied, copies
             torch._foreach_copy_(copies, copied)
             self.copied.append((copied, copies))
         return targets
