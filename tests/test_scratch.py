@@ -177,6 +177,23 @@ def test_aliases_see_perturbed_weights(alias):
         assert_close(params, twins)
 
 
+def test_memory_that_becomes_an_arrays():
+    """Where it was, and of a parameter that had moved before."""
+    params = parameters(BIG)
+    optimizer = fastsam.SAM(params, **SGD, backend="torch")
+    home = params[0].data_ptr()
+    gradients(params)
+    optimizer.first_step()
+    assert moved(params[0], home)
+    gradients(params)
+    optimizer.second_step()
+    array = params[0].detach().numpy()
+    params[0].data = torch.from_numpy(array)
+    for _ in halves(optimizer, params):
+        assert not moved(params[0], home)
+        assert torch.equal(params[0].detach(), torch.from_numpy(array))
+
+
 @pytest.mark.parametrize("method", ["sam", "vasso"])
 def test_parameters_that_are_the_same_memory(method):
     """Perturbed one after the other, and restored."""

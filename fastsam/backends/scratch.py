@@ -85,13 +85,27 @@ class Room(NamedTuple):
         return self.whole
 
 
+def still_owns_memory(param: Tensor) -> bool:
+    """The same of a parameter of which it was true, and whose layout is the same."""
+    return is_alone(param) and param.untyped_storage().resizable()
+
+
+class Taken:
+    """What the steps with one layout have taken: parameters and what they got, by part."""
+
+    def __init__(self, layout: Layout | None) -> None:
+        self.layout = layout
+        self.targets: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
+        self.copies: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
+
+
 class Memory:
     """What is kept from step to step: scratch memory, and a buffer for intermediate results."""
 
     def __init__(self) -> None:
         self.scratch: Any = WeakTensorKeyDictionary()
-        # for copies, as the last step left it, by part; of use to the next with the same layout
-        self.copies: tuple[Layout | None, dict[int, tuple[list[Tensor], list[Tensor]]]] = None, {}
+        # what the last step had, of use to the next with the same layout
+        self.last = Taken(None)
         self._buffers: dict[torch.dtype, Tensor] = {}
 
     def room(self, like: Sequence[Tensor]) -> Room:
@@ -124,9 +138,10 @@ class ScratchBackup(ListBackup):
 
     def __init__(self, memory: Memory, layout: Layout | None) -> None:
         self.scratch = memory.scratch
-        if memory.copies[0] is not layout or layout is None:
-            memory.copies = layout, {}
-        self._last = memory.copies[1]
+        if memory.last.layout is not layout or layout is None:
+            memory.last = Taken(layout)
+        self._last = memory.last
+        self._parts = 0  # taken so far
         self.moved: list[tuple[Tensor, Tensor, Tensor]] = []  # parameter, scratch, home
         self.copied: list[tuple[list[Tensor], list[Tensor]]] = []
         self._copies: dict[Tensor, Tensor] = {}
@@ -151,26 +166,34 @@ class ScratchBackup(ListBackup):
         Returns:
             Scratch memory, to which :meth:`move` will point a parameter; or the parameter itself.
         """
+        part, self._parts = self._parts, self._parts + 1
+        known, before = self._last.targets.get(part, ([], []))
+        if not identical(known, params):
+            before = params
         targets, copied = [], []
-        for param in params:
-            if not in_place and param.numel() >= WORTHWHILE and owns_memory(param):
-                target = self.scratch.get(param)
-                if target is None or not (alike(target, param) and is_alone(target)):
-                    target = self.scratch[param] = torch.empty_like(param, requires_grad=False)
-                targets.append(target)
-            else:
-                targets.append(param)
+        for param, target in zip(params, before, strict=True):
+            if in_place or param.numel() < WORTHWHILE:
+                target = param
+            elif target is param or not (still_owns_memory(param) and is_alone(target)):
+                target = self._scratch_of(param) if owns_memory(param) else param
+            targets.append(target)
+            if target is param:
                 copied.append(param)
+        self._last.targets[part] = params, targets
         if copied:
-            held = self._last.get(len(self.copied))
-            if held is not None and identical(held[0], copied):
-                copies = held[1]
-            else:
+            known, copies = self._last.copies.get(part, ([], []))
+            if not identical(known, copied):
                 copies = [torch.empty_like(param) for param in copied]
-                self._last[len(self.copied)] = copied, copies
+                self._last.copies[part] = copied, copies
             torch._foreach_copy_(copies, copied)
             self.copied.append((copied, copies))
         return targets
+
+    def _scratch_of(self, param: Tensor) -> Tensor:
+        target: Tensor | None = self.scratch.get(param)
+        if target is None or not (alike(target, param) and is_alone(target)):
+            target = self.scratch[param] = torch.empty_like(param, requires_grad=False)
+        return target
 
     def borrow(self, masters: dict[Tensor, Tensor]) -> None:
         """Restore these parameters from their master weights, which stay as they are."""
