@@ -210,7 +210,8 @@ def test_extremes_of_tensors_in_another_order_copy_nothing():
     """An update must not need memory half-way."""
     x = torch.randn(64, 32, 3, 3).to(memory_format=torch.channels_last)
     ends = x.new_empty(()), x.new_empty(())
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
         found = cpu_update.extremes(x, ends)
     assert found == (float(x.min()), float(x.max()))
     names = [event.key for event in profile.key_averages()]
