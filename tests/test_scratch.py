@@ -295,6 +295,81 @@ def test_parameters_that_are_pointed_elsewhere_between_the_passes(swaps):
     assert_close(runs[:12], runs[12:])
 
 
+@pytest.mark.parametrize("method", ["sam", "asam", "ssam"])
+@pytest.mark.parametrize(("shape", "other"), [
+    ((BIG // 64, 64), (64, BIG // 64)), ((BIG // 64, 64, 1, 1), (BIG // 64, 64)),
+    ((1025, 1024), (1024, 1025)), ((5, 8), (8, 5)), ((40,), (5, 8)),
+])  # fmt: skip
+@pytest.mark.filterwarnings("error")
+def test_other_shapes_of_the_same_memory_between_the_steps(shape, other, method):
+    runs = []
+    for backend in ("torch", "reference"):
+        params = parameters(shape, SMALL)
+        optimizer = create(method, params, backend, "sgd", rho=2.0, max_grad_norm=0.1)
+        step(optimizer, params)
+        params[0].grad = None
+        params[0].data = params[0].data.view(other)
+        for _ in range(2):
+            for _ in halves(optimizer, params):
+                assert params[0].shape == other
+                runs.append(copies(params))
+    for a, b in zip(runs[:4], runs[4:], strict=True):
+        assert_close(a, b)
+
+
+def test_what_stays_a_parameters_own():
+    (x,) = copies(parameters(BIG))
+    assert scratch.owns_memory(x) and scratch.still_owns_memory(x)
+    for other in (x.numpy(), x.clone().share_memory_(), x[:1].expand(BIG), x.view(-1)):
+        other = torch.as_tensor(other)
+        assert not scratch.owns_memory(other) and not scratch.still_owns_memory(other)
+
+
+def test_scratch_memory_that_somebody_sees_is_not_used_again():
+    memory, known, (param,) = scratch.Memory(), {}, parameters(BIG)
+
+    def take(known=known):
+        (target,) = scratch.ScratchBackup(memory, known).take([param], in_place=False)
+        return target
+
+    first = take()
+    assert first is not param and take() is first and take({}) is first
+    view = first.view(-1)
+    other = take()
+    assert other is not first and other is not param and take() is other
+    del view
+    param.data = first
+    assert take() is param
+
+
+def test_memory_is_alone_again_when_an_alias_of_between_the_passes_is_gone():
+    (param,) = params = parameters(BIG)
+    optimizer = fastsam.SAM(params, **SGD, backend="torch")
+    step(optimizer, params)
+    gradients(params)
+    optimizer.first_step()
+    alias = param.detach()
+    gradients(params)
+    optimizer.second_step()
+    assert alias.data_ptr() == param.data_ptr()
+    del alias
+    assert scratch.is_alone(param)
+
+
+def test_one_number_in_the_place_of_many():
+    """A parameter that has become one is refused as on the other backends."""
+    for backend in ("torch", "reference"):
+        (param,) = params = parameters(BIG)
+        optimizer = fastsam.SAM(params, torch.optim.SGD, lr=0.1, backend=backend)
+        step(optimizer, params)
+        param.data = param.data[:1].expand(BIG)
+        before = param.detach().clone()
+        param.grad = torch.ones(BIG)
+        with pytest.raises(RuntimeError, match="more than one element"):
+            optimizer.first_step()
+        assert torch.equal(param.detach(), before)
+
+
 @pytest.mark.parametrize("change", [
     lambda x: x.double(), lambda x: x[: BIG // 64].clone(), lambda x: x.t().contiguous().t(),
     lambda x: x.clone(), lambda x: x.bfloat16(),

@@ -27,15 +27,16 @@ from .lockstep import Pass
 from .measures import MixtureMeasure
 from .norms import element_scales, norm, served, span_norms, total
 from .pieces import LARGE, dots, pieces
-from .scratch import Memory, ScratchBackup
+from .scratch import Memory, ScratchBackup, known_of
 from .weights import at_weights, follow_parameters
 
 
-def split(batch: Batch, step: Step, descends: bool) -> tuple[list[Part], list[int]]:
+def split(
+    batch: Batch, step: Step, known: dict[Any, Any], descends: bool
+) -> tuple[list[Part], list[int]]:
     """The parts that the operators serve, and the other members."""
-    cache = {} if batch.layout is None else batch.layout.cache
     key = ("parts", descends, step.mix is None)
-    found = cache.get(key)
+    found = known.get(key)
     if found is None or found[0] is not batch.prepared:
         found = batch.prepared, *_divide(batch, step, descends)
         if descends:
@@ -43,7 +44,7 @@ def split(batch: Batch, step: Step, descends: bool) -> tuple[list[Part], list[in
         else:
             lasts = not any(step.ascent.states(group) for group in step.groups)
         if lasts:  # with state of the ascent, or first gradients, other tensors come every time
-            cache[key] = found
+            known[key] = found
     _, members, others = found
     parts = [Part(step.groups[i], ks, fresh, mixed) for (i, _, fresh, mixed), ks in members.items()]
     return parts, others
@@ -77,7 +78,8 @@ def _divide(batch: Batch, step: Step, descends: bool) -> tuple[dict[Any, list[in
 
 def ascend(batch: Batch, step: Step, scalars: Tensor, memory: Memory) -> Pass[ScratchBackup]:
     """See ``Backend.ascend``."""
-    parts, others = split(batch, step, descends=False)
+    known = known_of(batch)
+    parts, others = split(batch, step, known, descends=False)
     follow_parameters(batch, None)
     weights = at_weights(batch)
     slow = {k: reference.advance_one(batch, k, step) for k in others}
@@ -95,7 +97,7 @@ def ascend(batch: Batch, step: Step, scalars: Tensor, memory: Memory) -> Pass[Sc
                 average(batch, parts, starting=True)
                 m = yield from norm(directions, weights, step, scalars[0], memory)
         measures.finish_ascent(n, m, step, scalars)
-    backup = ScratchBackup(memory, batch.layout)
+    backup = ScratchBackup(memory, known)
     try:
         # all copies come first: two parameters may be views of the same memory
         in_place = step.base is None or step.keeps_weights
@@ -224,7 +226,8 @@ def descend(
     batch: Batch, backup: ScratchBackup | None, step: Step, scalars: Tensor, memory: Memory
 ) -> Pass[None]:
     """See ``Backend.descend``."""
-    parts, others = split(batch, step, descends=True)
+    known = known_of(batch)
+    parts, others = split(batch, step, known, descends=True)
     updates: list[Update] = []
     slow: reference.Values = []
     with measures.undone_if_it_fails(scalars):
@@ -242,7 +245,7 @@ def descend(
             reference.leave_final_gradient(batch, step, scalars)
         elif not step.skip_nonfinite or scalars[Scalar.ACCEPTED] != 0:
             # what may fail comes before the first update
-            updates = [Update(batch, part, step, scalars, memory) for part in parts]
+            updates = [Update(batch, part, step, scalars, memory, known) for part in parts]
             for k in others:
                 slow += reference.update_one(batch, k, None, step, scalars)
         yield None

@@ -47,7 +47,10 @@ class Part:
 class Update:
     """The base update of one part: made before anything changes, with all that could fail done."""
 
-    def __init__(self, batch: Batch, part: Part, step: Step, scalars: Tensor, memory: Memory):
+    def __init__(
+        self, batch: Batch, part: Part, step: Step, scalars: Tensor, memory: Memory,
+        known: dict[Any, Any],
+    ):  # fmt: skip
         assert step.base is not None
         self.base, self.group, self.fresh = step.base, part.group, part.fresh
         numbers, flags = NEEDS.get(step.base.name, (("lr",), ()))
@@ -72,11 +75,10 @@ class Update:
         # where u is computed, piece by piece, if it is not the gradient: all of it, and tensors
         self.rooms: list[Room | None] = [None] * len(self.pieces)
         if self.coefficient != 1 or self.mixed:
-            cache = {} if batch.layout is None else batch.layout.cache
             key = ("rooms", *part.members)
-            if key not in cache:
-                cache[key] = [memory.room(xs[1]) for _, xs in self.pieces]
-            self.rooms = cache[key]
+            if key not in known:
+                known[key] = [memory.room(xs[1]) for _, xs in self.pieces]
+            self.rooms = known[key]
         if step.base.name.startswith("uncorrected"):
             like = streams[0][0]
             size = max(sum(map(Tensor.numel, xs[0])) for _, xs in self.pieces)

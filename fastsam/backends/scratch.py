@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..rules import Layout, identical
+from ..rules import Batch, identical
 from .pieces import PIECE
 from .weights import ListBackup
 
@@ -71,6 +71,31 @@ def owns_memory(param: Tensor) -> bool:
     )
 
 
+def still_owns_memory(param: Tensor) -> bool:
+    """Whether a parameter that owned its memory does so, at the same address in the same shape."""
+    storage = param.untyped_storage()
+    return (
+        is_alone(param)
+        and storage.resizable()
+        and not storage.is_shared()
+        and param.is_contiguous()  # if it lies in another order, all is asked again
+    )
+
+
+def known_of(batch: Batch) -> dict[Any, Any]:
+    """What has been worked out for the batch's layout, while its parameters keep their shapes.
+
+    A layout does not know of shapes: nobody but operators on tensors minds them.
+    """
+    if batch.layout is None:
+        return {}
+    shapes = [param.shape for param in batch.params]
+    found: tuple[list[torch.Size], dict[Any, Any]] | None = batch.layout.cache.get("operators")
+    if found is None or found[0] != shapes:
+        found = batch.layout.cache["operators"] = shapes, {}
+    return found[1]
+
+
 class Room(NamedTuple):
     """Memory for intermediate results: all of it, and by tensor."""
 
@@ -85,16 +110,17 @@ class Room(NamedTuple):
         return self.whole
 
 
-def still_owns_memory(param: Tensor) -> bool:
-    """The same of a parameter of which it was true, and whose layout is the same."""
-    return is_alone(param) and param.untyped_storage().resizable()
-
-
 class Taken:
-    """What the steps with one layout have taken: parameters and what they got, by part."""
+    """What the last ascent took, by part of the parameters, for the next one like it.
 
-    def __init__(self, layout: Layout | None) -> None:
-        self.layout = layout
+    Attributes:
+        known: Of the batch, by identity: :func:`known_of`.
+        targets: Parameters, and the scratch memory of each, or itself where it was copied.
+        copies: Parameters that were copied, and the copies.
+    """
+
+    def __init__(self, known: dict[Any, Any]) -> None:
+        self.known = known
         self.targets: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
         self.copies: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
 
@@ -104,8 +130,7 @@ class Memory:
 
     def __init__(self) -> None:
         self.scratch: Any = WeakTensorKeyDictionary()
-        # what the last step had, of use to the next with the same layout
-        self.last = Taken(None)
+        self.last = Taken({})
         self._buffers: dict[torch.dtype, Tensor] = {}
 
     def room(self, like: Sequence[Tensor]) -> Room:
@@ -133,15 +158,15 @@ class ScratchBackup(ListBackup):
 
     Args:
         memory: What is kept from step to step.
-        layout: The step's.
+        known: Of the batch.
     """
 
-    def __init__(self, memory: Memory, layout: Layout | None) -> None:
+    def __init__(self, memory: Memory, known: dict[Any, Any]) -> None:
         self.scratch = memory.scratch
-        if memory.last.layout is not layout or layout is None:
-            memory.last = Taken(layout)
+        if memory.last.known is not known:
+            memory.last = Taken(known)
         self._last = memory.last
-        self._parts = 0  # taken so far
+        self._next_part = 0
         self.moved: list[tuple[Tensor, Tensor, Tensor]] = []  # parameter, scratch, home
         self.copied: list[tuple[list[Tensor], list[Tensor]]] = []
         self._copies: dict[Tensor, Tensor] = {}
@@ -166,10 +191,11 @@ class ScratchBackup(ListBackup):
         Returns:
             Scratch memory, to which :meth:`move` will point a parameter; or the parameter itself.
         """
-        part, self._parts = self._parts, self._parts + 1
-        known, before = self._last.targets.get(part, ([], []))
-        if not identical(known, params):
-            before = params
+        part = self._next_part
+        self._next_part += 1
+        last, before = self._last.targets.get(part, ([], []))
+        if not identical(last, params):
+            before = params  # as if all had been copied: nothing is taken for granted
         targets, copied = [], []
         for param, target in zip(params, before, strict=True):
             if in_place or param.numel() < WORTHWHILE:
@@ -181,8 +207,8 @@ class ScratchBackup(ListBackup):
                 copied.append(param)
         self._last.targets[part] = params, targets
         if copied:
-            known, copies = self._last.copies.get(part, ([], []))
-            if not identical(known, copied):
+            last, copies = self._last.copies.get(part, ([], []))
+            if not identical(last, copied):
                 copies = [torch.empty_like(param) for param in copied]
                 self._last.copies[part] = copied, copies
             torch._foreach_copy_(copies, copied)
@@ -223,6 +249,7 @@ class ScratchBackup(ListBackup):
             else:  # somebody has taken a view, which has to go on following the parameter
                 target.copy_(home)
                 self.scratch[param] = home
+                self._last.targets.clear()  # where the parameter's own memory would be held on to
         _count_as_changed([param for param, *_ in self.moved])
         # a fused update that fails later leaves all weights as far as it got
         self._spent = bool(self.moved)
