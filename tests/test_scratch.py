@@ -333,7 +333,7 @@ def test_scratch_memory_that_somebody_sees_is_not_used_again():
         return target
 
     first = take()
-    assert first is not param and take() is first and take({}) is first
+    assert first is not param and take({}) is first and take() is first
     view = first.view(-1)
     other = take()
     assert other is not first and other is not param and take() is other
