@@ -154,8 +154,7 @@ def _fits(layout: Layout, grads: list[Tensor], addresses: list[int], again: bool
         if [grad.dtype for grad in grads] != layout.dtypes[len(grads) :]:
             return False
     if layout.contiguous:
-        ordered = () if again else layout.ordered
-        return all(map(Tensor.is_contiguous, ordered)) and all(map(Tensor.is_contiguous, grads))
+        return all(map(Tensor.is_contiguous, grads if again else chain(layout.ordered, grads)))
     strides = layout.strides[len(grads) :] if again else layout.strides
     return list(map(Tensor.stride, grads if again else chain(layout.params, grads))) == strides
 

@@ -114,7 +114,7 @@ class Taken:
     """What the last ascent took, by part of the parameters, for the next one like it.
 
     Attributes:
-        known: Of the batch, by identity: :func:`known_of`.
+        known: What is known of its batch (:func:`known_of`); the next must have the same object.
         targets: Parameters, and the scratch memory of each, or itself where it was copied.
         copies: Parameters that were copied, and the copies.
     """
@@ -158,7 +158,7 @@ class ScratchBackup(ListBackup):
 
     Args:
         memory: What is kept from step to step.
-        known: Of the batch.
+        known: What is known of the batch.
     """
 
     def __init__(self, memory: Memory, known: dict[Any, Any]) -> None:
@@ -216,6 +216,7 @@ class ScratchBackup(ListBackup):
         return targets
 
     def _scratch_of(self, param: Tensor) -> Tensor:
+        """The parameter's scratch memory from earlier steps if nobody sees it, else new."""
         target: Tensor | None = self.scratch.get(param)
         if target is None or not (alike(target, param) and is_alone(target)):
             target = self.scratch[param] = torch.empty_like(param, requires_grad=False)
