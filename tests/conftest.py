@@ -13,6 +13,9 @@ if not torch.cuda.is_available():
 # A process that a shell started in the background ignores Ctrl-C, which some tests send.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# As in test files: what a failing assertion compared is shown.
+pytest.register_assert_rewrite("comparison", "graphs", "losses")
+
 torch.set_num_threads(1)  # the suite runs in parallel processes, on small tensors
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

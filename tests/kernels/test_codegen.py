@@ -1,0 +1,172 @@
+"""The machine code of every kernel variant, for GPUs that need not be there."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+
+import fastsam
+
+import codegen
+import launches
+from registry import COMBINATIONS, DTYPES, METHODS, create, parameters, torch_dtype
+
+ROOT = Path(__file__).resolve().parents[2]
+BROKEN = "tests/support/broken_kernels.py"
+needs_interpreter = pytest.mark.skipif(
+    not triton.knobs.runtime.interpret, reason="records launches in Triton's interpreter"
+)
+
+
+def run(script: str | Path, *args: str) -> subprocess.CompletedProcess:
+    """Run in a process that compiles: this one may interpret."""
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT / "bench"), *sys.path])
+    return subprocess.run(
+        [sys.executable, ROOT / script, *args], env=env, capture_output=True, text=True, check=False
+    )
+
+
+def check_clean(done: subprocess.CompletedProcess) -> None:
+    print(done.stdout)
+    failures = [line for line in done.stdout.splitlines() if "FAILED" in line]
+    assert done.returncode == bool(failures), done.stderr
+    if triton.__version__.startswith("3.6."):
+        # its ptxas would rather spill 20 bytes than use 116 registers; float64 is not for speed
+        known = re.compile(r"  FAILED update_kernel adagrad fp64/fp64/fp64 .*: 20 B spilled")
+        failures = [line for line in failures if not known.fullmatch(line)]
+    assert not failures
+
+
+def test_every_eighth_variant_on_hopper():
+    """Every one takes eight times as long: that is what ``bench/codegen.py`` is for."""
+    count = len(codegen.variants()) // 8
+    done = run("bench/codegen.py", "--target", "cuda:90", "--sample", str(count))
+    check_clean(done)
+    assert sum(f"  {variant}: " in done.stdout for variant in codegen.variants()) == count
+
+
+def test_sample_on_other_targets():
+    others = [target for target in codegen.TARGETS if target != "cuda:90"]
+    done = run("bench/codegen.py", "--summary", "--sample", "24", "--target", *others)
+    check_clean(done)
+    for target in others:
+        assert f"{target}: triton {triton.__version__}, 24 variants" in done.stdout
+
+
+@pytest.mark.parametrize("target", ["cuda:90", "hip:gfx942"])
+def test_a_lost_alignment_hint_is_reported(target):
+    done = run(BROKEN, "hint", "--sample", "12", "--target", target)
+    assert done.returncode == 1, done.stderr
+    streams = re.findall(r" (\w+ (?:load|store)) \d+", done.stdout)
+    assert {"param load", "grad load", "backup store", "state2 store"} <= set(streams)
+    failures = re.findall(r"FAILED (\w+) .*: (\w+ (?:load|store)) is \d+-bit", done.stdout)
+    assert [stream for _, stream in failures] == streams  # none escapes
+    assert {kernel for kernel, _ in failures} == set(codegen.KERNELS)
+
+
+FINISH = """
+import sys
+import triton
+from triton.compiler import ASTSource
+from codegen import TARGETS
+from fastsam.kernels.reduce import finish_kernel
+
+names = finish_kernel.arg_names
+types = {"hyper": "*fp32", "scalars": "*fp64", "tasks": "i32"}
+signature = {name: types.get(name, "constexpr") for name in names}
+for kind, rule, sums in [("ascent", "ema", 2), ("ascent", "adagrad_norm", 1), ("mix", "unified", 5),
+                         ("descent", "unified", 1), ("diag", "unified", 1)]:
+    constants = {(names.index(k),): v for k, v in zip(("KIND", "RULE", "SUMS"), (kind, rule, sums))}
+    for target in TARGETS.values():
+        source = ASTSource(finish_kernel, signature, constants, {})
+        triton.compile(source, target=target, options={"num_warps": 1, "enable_fp_fusion": True})
+"""
+
+
+def test_what_finishes_sums_over_processes_compiles(tmp_path):
+    script = tmp_path / "finish.py"  # Triton reads sources: it takes no command line
+    script.write_text(FINISH)
+    done = run(script)
+    assert done.returncode == 0, done.stderr
+
+
+def test_spilled_registers_are_reported():
+    done = run(BROKEN, "registers", "--sample", "12", "--target", "cuda:90")
+    assert done.returncode == 1, done.stderr
+    assert re.search(r"FAILED update_kernel adam .*: [1-9]\d* B spilled", done.stdout)
+
+
+def test_what_cannot_be_checked(capsys, monkeypatch):
+    assert codegen.main(["--target", "cuda:90", "cuda:1"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and "unknown target 'cuda:1'" in err
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
+    assert codegen.main(["--target", "cuda:90"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and "TRITON_INTERPRET" in err
+
+
+def take_steps(optimizer, params, grads) -> None:
+    for _ in range(2):
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad
+        optimizer.first_step()
+        optimizer.second_step()
+
+
+@needs_interpreter
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.filterwarnings("ignore:some parameters are float16 or bfloat16")
+def test_all_launches_are_known_variants(dtype):
+    dtypes = DTYPES[dtype]
+    known = set(codegen.variants())
+    for method, base in COMBINATIONS:
+        params = parameters([torch.ones(3).numpy()], dtypes)
+        grads = [torch.ones(3, dtype=torch_dtype(dtypes.grad))]
+        optimizer = create(method, params, "triton", base)
+        with launches.record(execute=False) as log:
+            take_steps(optimizer, params, grads)
+        assert log.variants <= known
+
+
+@needs_interpreter
+@pytest.mark.parametrize("hessian", ["diag", "difference"])
+def test_all_launches_of_lets_are_known_variants(hessian):
+    known = set(codegen.variants())
+    for method in METHODS:
+        params = parameters([torch.ones(3).numpy()], DTYPES["fp32"])
+        lets = fastsam.LETS(create(method, params, "triton"), hessian=hessian)
+
+        def closure(params=params):
+            params[0].grad = torch.ones(3)
+            return 0.0
+
+        with launches.record(execute=False) as log:
+            lets.step(closure, closure)
+        assert log.kernels[-1] == "reduce_kernel"
+        assert log.variants <= known
+
+
+@needs_interpreter
+def test_misaligned_tensors_launch_the_same_kernels():
+    """So a misaligned tensor cannot cost the others their vector path, nor a compilation."""
+    logs = []
+    for offset in (0, 1):
+        params = [torch.nn.Parameter(torch.ones(n + offset)[offset:]) for n in (2051, 64)]
+        grads = [torch.ones(n + offset)[offset:] for n in (2051, 64)]
+        assert all((x.data_ptr() % 16 == 0) == (offset == 0) for x in (*params, *grads))
+        optimizer = fastsam.ASAM(
+            params, torch.optim.SGD, lr=0.1, momentum=0.9, max_grad_norm=1.0, backend="triton"
+        )
+        with launches.record() as log:
+            take_steps(optimizer, params, grads)
+        logs.append(log)
+    aligned, misaligned = logs
+    assert [x.variant for x in aligned.launches] == [x.variant for x in misaligned.launches]
+    assert [x.grid for x in aligned.launches] == [x.grid for x in misaligned.launches]
