@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from contenders import Problem, both_passes, build, uniform
-from measure import Sample, Timing, alternate, wall_clock
+from speed.contenders import Problem, both_passes, build, uniform
+from speed.measure import Sample, Timing, alternate, wall_clock
 
 KERNELS = ("perturb_kernel", "reduce_kernel", "update_kernel")
 METHODS = ("sam-sgd", "sam-adamw")

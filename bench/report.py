@@ -21,13 +21,13 @@ from pathlib import Path
 
 import torch
 
-from contenders import PEERS, SETS, count, parameter_set, peer_names
-from measure import describe_hardware, versions
-from outputs import align
-from report_figures import draw_bars, draw_growth, title
-from report_readme import rewrite
-from report_sections import SECTIONS, measure
-from report_verdicts import Report, Row, judge, not_measured
+from common.outputs import align
+from speed.contenders import PEERS, SETS, count, parameter_set, peer_names
+from speed.measure import describe_hardware, versions
+from speed.report_figures import draw_bars, draw_growth, title
+from speed.report_readme import rewrite
+from speed.report_sections import SECTIONS, measure
+from speed.report_verdicts import Report, Row, judge, not_measured
 from train import OneLineParser, number
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -21,14 +21,16 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import study_lambda
-import study_radius
-import study_regularisation
-import study_robustness
-import study_stability
-from outputs import write_lines
-from study_core import Result, Run, Size, Study
-from study_training import execute_all
+from claims import (
+    study_lambda,
+    study_radius,
+    study_regularisation,
+    study_robustness,
+    study_stability,
+)
+from claims.study_core import Result, Run, Size, Study
+from claims.study_training import execute_all
+from common.outputs import write_lines
 from train import OneLineParser, number
 
 STUDIES: dict[str, Study] = {

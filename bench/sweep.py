@@ -24,9 +24,9 @@ import fastsam
 from fastsam.backends.triton import TritonBackend
 from fastsam.kernels.layout import Launch, Launches
 
-from contenders import uniform
-from measure import describe_hardware, versions
-from outputs import align
+from common.outputs import align
+from speed.contenders import uniform
+from speed.measure import describe_hardware, versions
 
 OUTPUT = Path(__file__).resolve().parent / "results" / "sweep"
 PARAMETERS = 100_000_000

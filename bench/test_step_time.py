@@ -14,7 +14,7 @@ import os
 import pytest
 import torch
 
-from contenders import (
+from speed.contenders import (
     COMPILED,
     METHODS,
     PEERS,

@@ -35,8 +35,8 @@ import fastsam
 from fastsam.flatness import sharpness
 from fastsam.landscape import Landscape, loss_landscape
 
-from data import Images, flip_labels, load_images, make_model
-from outputs import RADIUS, Row, make_table, write_csv, write_figure
+from common.data import Images, flip_labels, load_images, make_model
+from common.outputs import RADIUS, Row, make_table, write_csv, write_figure
 
 SGD = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
 ADAMW = {"lr": 3e-3, "weight_decay": 1e-2}

@@ -8,13 +8,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastsam
 
-import contenders
 import host_time
-import measure
 import test_step_time
 from conftest import DEVICE
-from contenders import METHODS, Problem
 from registry import BACKENDS
+from speed import contenders, measure
+from speed.contenders import METHODS, Problem
 
 SHAPES = [(4, 3, 3, 3), (4,), (5, 7)]
 interpreted = pytest.mark.skipif(

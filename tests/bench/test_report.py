@@ -11,12 +11,10 @@ import torch
 
 import host_time
 import report
-import report_readme
-import report_sections
-import report_verdicts
-from contenders import COMPILED, METHODS
-from measure import Times, Timing
-from report_verdicts import Report, Row
+from speed import report_readme, report_sections, report_verdicts
+from speed.contenders import COMPILED, METHODS
+from speed.measure import Times, Timing
+from speed.report_verdicts import Report, Row
 
 SIZES = {"resnet50": 25_557_032, "gpt2": 124_439_808, "small": 271_898}
 PEERS = {

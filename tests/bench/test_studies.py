@@ -14,16 +14,18 @@ import torch
 from tqdm import tqdm
 
 import studies
-import study_core
-import study_lambda
-import study_radius
-import study_regularisation
-import study_robustness
-import study_saddle
-import study_stability
-import study_training
-from study_core import Result, Run, Size
-from study_training import train_network
+from claims import (
+    study_core,
+    study_lambda,
+    study_radius,
+    study_regularisation,
+    study_robustness,
+    study_saddle,
+    study_stability,
+    study_training,
+)
+from claims.study_core import Result, Run, Size
+from claims.study_training import train_network
 
 TINY = {
     study_robustness: {"GRID": (1e-3, 1e-1)},

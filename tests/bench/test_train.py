@@ -24,13 +24,13 @@ def load(name: str) -> ModuleType:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCH)  # as when it runs as a script: train.py imports data.py
+        patch.syspath_prepend(BENCH)  # as when it runs as a script: it imports what lies there
         spec.loader.exec_module(module)
     return module
 
 
 train = load("train")
-data = sys.modules["data"]
+data = sys.modules["common.data"]
 
 
 @pytest.fixture(autouse=True)

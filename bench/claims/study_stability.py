@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-import study_saddle
-from outputs import align, mean_std
-from study_core import (
+from . import study_saddle
+from .study_core import (
     Result,
     Run,
     Size,
@@ -31,8 +30,9 @@ from study_core import (
     mean_and_std,
     plot_band,
 )
-from study_saddle import PAIRS, stays
-from study_training import train_network
+from .study_saddle import PAIRS, stays
+from .study_training import train_network
+from common.outputs import align, mean_std
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

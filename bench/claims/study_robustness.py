@@ -13,8 +13,7 @@ from __future__ import annotations
 import statistics
 from typing import TYPE_CHECKING
 
-from outputs import align, mean_std
-from study_core import (
+from .study_core import (
     CHANCE_LOSS,
     Result,
     Run,
@@ -27,7 +26,8 @@ from study_core import (
     loss,
     mean_and_std,
 )
-from study_training import train_network
+from .study_training import train_network
+from common.outputs import align, mean_std
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from outputs import align
-from study_core import (
+from .study_core import (
     Result,
     Run,
     Size,
@@ -26,7 +25,8 @@ from study_core import (
     mean_accuracy,
     mean_and_std,
 )
-from study_training import train_network
+from .study_training import train_network
+from common.outputs import align
 from train import SGD
 
 if TYPE_CHECKING:

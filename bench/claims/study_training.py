@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 import fastsam
 
-from data import Images, flip_labels, load_images, make_model
-from study_core import Result, Run
+from .study_core import Result, Run
+from common.data import Images, flip_labels, load_images, make_model
 from train import evaluate, train_epoch
 
 BATCH_SIZE = 64

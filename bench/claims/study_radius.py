@@ -25,8 +25,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from outputs import align, mean_std
-from study_core import (
+from .study_core import (
     Result,
     Run,
     Size,
@@ -40,7 +39,8 @@ from study_core import (
     mean_and_std,
     plot_band,
 )
-from study_training import train_network
+from .study_training import train_network
+from common.outputs import align, mean_std
 from train import SGD
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from contenders import (
+from .contenders import (
     METHODS,
     Contender,
     Problem,
@@ -18,8 +18,8 @@ from contenders import (
     parameter_set,
     peer_contenders,
 )
+from .measure import SHORTEST, Sample, Timing, alternate, device_clock, wall_clock
 from host_time import measure_in_child
-from measure import SHORTEST, Sample, Timing, alternate, device_clock, wall_clock
 
 SECTIONS = {
     "copy": "SAM against a plain copy of the bytes that it has to move",

@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from contenders import COMPILED, FUSED, METHODS, SET_LABELS
+from .contenders import COMPILED, FUSED, METHODS, SET_LABELS
+from .measure import Timing
+from .report_sections import COMPARED, GROWTH_TENSORS, HOST_TENSORS
 from host_time import FRESH, STEP, SWEEP
-from measure import Timing
-from report_sections import COMPARED, GROWTH_TENSORS, HOST_TENSORS
 
 # On a CPU and ResNet-50: fastsam's time over the copy's, and peers' over fastsam's.
 COPY_TARGETS = {"copy": 1.15, "methods": 1.3}

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 import fastsam
 
-from foreach_sam import ForeachSAM
+from .foreach_sam import ForeachSAM
 
 Shape = tuple[int, ...]
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from data import CLASSES
-from outputs import mean_std
+from common.data import CLASSES
+from common.outputs import mean_std
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -23,8 +23,8 @@ import time
 import torch
 import torch.nn.functional as F
 
-from study_core import Result, Run
-from study_training import METHODS
+from .study_core import Result, Run
+from .study_training import METHODS
 
 LR = 0.05
 RADII = (0.05, 0.1, 0.2, 0.4, 0.8)

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from contenders import COMPILED, FUSED, METHODS, PEERS
+from .contenders import COMPILED, FUSED, METHODS, PEERS
+from .measure import Timing
+from .report_verdicts import Medians, Report, label, millions
 from host_time import FRESH, STEP, SWEEP
-from measure import Timing
-from report_verdicts import Medians, Report, label, millions
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,12 +6,12 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from contenders import COMPILED, METHODS, PEERS, SET_LABELS
+from .contenders import COMPILED, METHODS, PEERS, SET_LABELS
+from .measure import Timing
+from .report_figures import title
+from .report_sections import COMPARED, HOST_TENSORS, LARGE, rounds_for
+from .report_verdicts import Medians, Report, label, millions
 from host_time import FRESH, STEP, SWEEP
-from measure import Timing
-from report_figures import title
-from report_sections import COMPARED, HOST_TENSORS, LARGE, rounds_for
-from report_verdicts import Medians, Report, label, millions
 
 BEGIN, END = "<!-- performance -->", "<!-- /performance -->"
 

@@ -1,0 +1,1 @@
+"""What several scripts of ``bench`` need: images and a network, tables and figures."""
