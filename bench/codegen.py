@@ -14,6 +14,7 @@ place must move exactly the bytes that a thread has of the chunk, so that nothin
 
 import argparse
 import contextlib
+import importlib
 import io
 import itertools
 import multiprocessing
@@ -34,10 +35,20 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
+from fastsam.backends.triton.plan import (
+    Sums,
+    ascent_sums,
+    descent_sums,
+    hypergradient_sums,
+    perturb_constants,
+    update_constants,
+)
 from fastsam.kernels.layout import CHUNK, LANES, REDUCE_CHUNK, REDUCE_LANES, STREAMS_CHUNK
 from fastsam.kernels.perturb import perturb_kernel
 from fastsam.kernels.reduce import reduce_kernel
 from fastsam.kernels.update import update_kernel
+from fastsam.step.spec import Ascent, Base, Descent, StepSpec, declared
+from fastsam.unified import UNIFIED
 
 TARGETS = {
     "cuda:80": GPUTarget("cuda", 80, 32),
@@ -53,17 +64,8 @@ TYPES = [
     ("bf16", "bf16", "fp32"), ("fp32", "bf16", "fp32"), ("fp32", "bf16", "bf16"),
     ("fp16", "fp16", "fp32"),
 ]  # fmt: skip
-#: Base updates and their numbers of state tensors.
-BASES = [("sgd", 0), ("sgd", 1), ("adam", 2), ("adam", 3), ("adagrad", 1), ("adagrad_norm", 0)]
-#: LightSAM's and AdaSAM's, with the number of state tensors of their ascent.
-OWN_UPDATES = [
-    ("uncorrected_adagrad", 1, 1),
-    ("uncorrected_adam", 2, 2),
-    ("uncorrected_adam", 3, 0),
-]
-#: Ascent rules: number of state tensors, and whether groups may be adaptive.
-RULES = [("unified", 0, False), ("unified", 0, True), ("ema", 1, False), ("ema", 1, True),
-         ("adagrad_norm", 0, False), ("adagrad", 1, False), ("adam", 2, False)]  # fmt: skip
+#: Hyper-parameters with which every state that a rule may have is there, and with which none is.
+GROUPS = [defaultdict(int), defaultdict(lambda: 1)]
 #: Streams of which a step writes next to nothing, element by element.
 SPARSE = {("perturb_kernel", "master store")}
 AMD_BITS = {"byte": 8, "short": 16, "dword": 32}
@@ -78,7 +80,7 @@ class Variant:
 
     Attributes:
         kernel: Name of the kernel.
-        constants: Its ``constexpr`` arguments, dtypes by name.
+        constants: Its ``constexpr`` arguments, dtypes and functions by name.
         arguments: Types of its other arguments, in Triton's notation.
         options: Launch options.
     """
@@ -90,67 +92,117 @@ class Variant:
 
     @classmethod
     def create(cls, kernel: str, *parts: Mapping[str, Any]) -> "Variant":
-        """From mappings in any order: constants, which may hold dtypes, and so on."""
+        """From mappings in any order: constants, which may hold dtypes and functions, and so on."""
         constants, arguments, options = (tuple(sorted(part.items())) for part in parts)
-        names = tuple((k, v.name if isinstance(v, tl.dtype) else v) for k, v in constants)
-        return cls(kernel, names, arguments, options)
+        return cls(kernel, tuple((k, _name(v)) for k, v in constants), arguments, options)
 
     def __getitem__(self, constant: str) -> Any:
         return dict(self.constants)[constant]
 
     @property
     def family(self) -> str:
-        names = dict(self.constants)
-        return " ".join([self.kernel, *(names[k] for k in ("KIND", "RULE", "BASE") if k in names)])
+        """Kernel, what a reduction adds up, and the rules."""
+        constants, names = dict(self.constants), [self.kernel]
+        if "TERMS" in constants:
+            names.append(constants["TERMS"].partition(":")[2])
+        for role in ("COEFFICIENTS", "DIRECTION", "ACCUMULATES", "UPDATE"):
+            if constants.get(role) is not None:
+                names.append(constants[role].partition(":")[0].rpartition(".")[2])
+        return " ".join(dict.fromkeys(names))
 
     def __str__(self) -> str:
         constants = dict(self.constants)
         types = "/".join(constants.pop(name) for name in "PGS" if name in constants)
-        flags = (f"{k.lower()}={int(constants[k])}" for k in constants
-                 if k not in ("ACC", "BASE", "KIND", "RULE", "CHUNK", "LANES"))  # fmt: skip
+        flags = (f"{k.lower()}={int(x)}" for k, x in constants.items()
+                 if isinstance(x, int) and k not in ("CHUNK", "LANES"))  # fmt: skip
         return " ".join((self.family, types, *flags))
 
 
+def _name(constant: Any) -> Any:
+    """A constant's value, or what stands for a dtype or a function."""
+    if isinstance(constant, tl.dtype):
+        return constant.name
+    function = getattr(constant, "fn", None)  # of a Triton function, compiled or interpreted
+    return constant if function is None else f"{function.__module__}:{function.__name__}"
+
+
+def _value(name: Any) -> Any:
+    """The inverse of ``_name``."""
+    if name in set(itertools.chain(*TYPES)):
+        return tl.dtype(name)
+    if isinstance(name, str) and ":" in name:
+        module, _, function = name.partition(":")
+        return getattr(importlib.import_module(module), function)
+    return name
+
+
 def variants() -> list[Variant]:
-    """Every variant that the library launches on tensors of the dtypes in ``TYPES``."""
-    found = []
-    flags = (False, True)
+    """Every variant of the rules that the library declares, on tensors of dtypes in ``TYPES``."""
+    ascents = [rule for rule in declared() if isinstance(rule, Ascent)]
+    found: list[Variant] = []
     for types in dict.fromkeys((param, grad) for param, grad, _ in TYPES):
-        for rule, states, adaptive in RULES:
-            constants = {"RULE": rule, "STATES": states, "ADAPTIVE": adaptive}
-            for storage in _storages(types):
-                found.append(_variant("perturb_kernel", types, **storage, **constants))
-            lets = {"KIND": "diag", "SUMS": 1, "HAS_MASTER": False}
-            found.append(_variant("reduce_kernel", types, **lets, **constants))
-            if rule not in ("adagrad", "adam"):
-                constants |= {"KIND": "ascent", "STATES": 0, "SUMS": 2 if rule == "ema" else 1}
-                for master in _masters(types, adaptive):
-                    found.append(_variant("reduce_kernel", types, **master, **constants))
-        for kind, adaptive, sums in (
-            ("descent", False, 1), ("descent", True, 1), ("descent", True, 2),
-            ("mix", False, 5), ("mix", True, 5), ("scaled mix", True, 5), ("difference", False, 1),
-        ):  # fmt: skip
-            constants = {"KIND": kind, "RULE": "unified", "STATES": 0, "ADAPTIVE": adaptive}
-            for master in _masters(types, adaptive and kind != "difference"):
-                found.append(_variant("reduce_kernel", types, SUMS=sums, **master, **constants))
-    for (base, states), types in itertools.product(BASES, TYPES):
-        if states == 0 and types[2] != types[0]:
-            continue  # without state, its dtype counts as the parameter's
-        for scale, skip, storage in itertools.product(flags, flags, _storages(types)):
-            rule = {"BASE": base, "STATES": states, "SCALE": scale, "SKIP": skip, **storage}
-            found.append(_variant("update_kernel", types, MIX=False, ASCENT_STATES=0, **rule))
-            if skip:
-                found.append(_variant("update_kernel", types, MIX=False, ASCENT_STATES=1, **rule))
-            if scale:
-                found.append(_variant("update_kernel", types, MIX=True, ASCENT_STATES=0, **rule))
-    for (base, states, ascent), types in itertools.product(OWN_UPDATES, TYPES):
-        if types[2] != ("fp64" if types[0] == "fp64" else "fp32"):
-            continue  # their state has the dtype of the arithmetic
-        for scale, skip, storage in itertools.product(flags, flags, _storages(types)):
-            rule = {"BASE": base, "STATES": states, "SCALE": scale, "SKIP": skip, "MIX": False,
-                    "ASCENT_STATES": ascent if skip else 0, **storage}  # fmt: skip
-            found.append(_variant("update_kernel", types, **rule))
-    return found
+        for ascent, adaptive in itertools.product(ascents, (False, True)):
+            if not adaptive or ascent.scales:
+                found += _of_ascent(types, _spec(ascent, adaptive))
+        found += _of_descent(types)
+    for base, group in itertools.product(declared(), GROUPS):
+        if isinstance(base, Base):
+            for types in TYPES:
+                found += _of_base(types, base, group)
+    return list(dict.fromkeys(found))
+
+
+def _spec(ascent: Ascent, adaptive: bool, **more: Any) -> StepSpec:
+    return StepSpec([GROUPS[1] | {"adaptive": adaptive}], ascent, **({"base": None} | more))
+
+
+def _of_ascent(types: Sequence[str], spec: StepSpec) -> Iterator[Variant]:
+    for storage in _storages(types):
+        yield _variant("perturb_kernel", types, **storage, **perturb_constants(spec))
+    yield _reduction(types, hypergradient_sums(spec, "diag"), False)
+    if spec.ascent.norm is not None:
+        for master in _masters(types, spec.adaptive):
+            yield _reduction(types, ascent_sums(spec), **master)
+
+
+def _of_descent(types: Sequence[str]) -> Iterator[Variant]:
+    descents = [rule for rule in declared() if isinstance(rule, Descent)]
+    flags = (False, True)
+    for rule, adaptive, scaled, clips in itertools.product((None, *descents), flags, flags, flags):
+        spec = _spec(
+            UNIFIED, adaptive, descent=rule, renormalize=scaled,
+            max_grad_norm=1.0 if clips else None,
+        )  # fmt: skip
+        sums = descent_sums(spec)
+        for master in _masters(types, sums.constants["ADAPTIVE"]):
+            yield _reduction(types, sums, **master)
+    yield _reduction(types, hypergradient_sums(_spec(UNIFIED, False), "difference"), False)
+
+
+def _of_base(types: Sequence[str], base: Base, group: dict[str, Any]) -> Iterator[Variant]:
+    states = len(base.states(group))
+    wide = "fp64" if types[0] == "fp64" else "fp32"
+    if states == 0 and types[2] != types[0]:
+        return  # without state, its dtype counts as the parameter's
+    if base.wide and states and types[2] != wide:
+        return  # their state has the dtype of the arithmetic
+    starts = bool(base.starts_from_gradient) and states > 0
+    flags = (False, True)
+    for scale, skip, storage in itertools.product(flags, flags, _storages(types)):
+        spec = _spec(
+            UNIFIED, False, base=base, max_grad_norm=1.0 if scale else None, skip_nonfinite=skip
+        )
+        for of_ascent in range(1 + skip * (2 if base.wide else 1)):
+            rule = update_constants(spec, of_ascent, starts) | storage
+            yield _variant("update_kernel", types, STATES=states, **rule)
+            if scale and not base.wide and of_ascent == 0:
+                yield _variant("update_kernel", types, STATES=states, **(rule | {"MIX": True}))
+
+
+def _reduction(types: Sequence[str], sums: Sums, HAS_MASTER: bool) -> Variant:  # noqa: N803
+    return _variant(
+        "reduce_kernel", types, several=sums.several, HAS_MASTER=HAS_MASTER, **sums.constants
+    )
 
 
 def _masters(types: Sequence[str], matter: bool) -> list[dict[str, bool]]:
@@ -166,7 +218,7 @@ def _storages(types: Sequence[str]) -> list[dict[str, bool]]:
     return found
 
 
-def _variant(kernel: str, types: Sequence[str], **constants: Any) -> Variant:
+def _variant(kernel: str, types: Sequence[str], several: bool = False, **constants: Any) -> Variant:
     wide = "fp64" if types[0] == "fp64" else "fp32"
     arguments = {"table": "*i64", "chunks": "*i64", "columns": "i32", "hyper": f"*{wide}",
                  "scalars": "*fp64", "origin": "i64"}  # fmt: skip
@@ -175,7 +227,6 @@ def _variant(kernel: str, types: Sequence[str], **constants: Any) -> Variant:
     chunk, lanes = CHUNK, LANES
     if kernel == "reduce_kernel":
         arguments |= {"partials": f"*{wide}", "tasks": "i32"}
-        several = constants["KIND"] not in ("ascent", "descent") or constants["RULE"] == "ema"
         chunk, lanes = STREAMS_CHUNK if several else REDUCE_CHUNK, REDUCE_LANES
     constants |= dict(zip("PGS", types, strict=False), ACC=wide, CHUNK=chunk, LANES=lanes)
     options = {"num_warps": lanes // 32, "enable_fp_fusion": True}
@@ -245,10 +296,8 @@ def _compile(variant: Variant, target: GPUTarget) -> tuple[Any, str]:
     kernel = KERNELS[variant.kernel]
     arguments = dict(variant.arguments)
     types = {name: arguments.get(name, "constexpr") for name in kernel.arg_names}
-    dtypes = set(itertools.chain(*TYPES))
     constants = {
-        (kernel.arg_names.index(name),): tl.dtype(value) if value in dtypes else value
-        for name, value in variant.constants
+        (kernel.arg_names.index(name),): _value(value) for name, value in variant.constants
     }
     # what a launch finds out about the tables: 16-byte aligned, smaller than 2 GB
     known = make_backend(target).parse_attr("DS")
@@ -289,7 +338,7 @@ def _chunk_accesses(ttir: str, chunk: int) -> Iterator[tuple[Place, str, int]]:
         rf" tensor<{chunk}x!tt\.ptr<[a-z]+(\d+)>> loc\((#loc\d+)\)"
     )
     for verb, stream, bits, location in re.findall(access, ttir):
-        inner, outer = frames(location)
+        inner, outer = frames(location)[:2]
         yield (inner, outer.partition(":")[2]), f"{stream} {verb}", int(bits)
 
 

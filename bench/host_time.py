@@ -53,7 +53,7 @@ class NoLaunch:
 
 def stub_launches() -> None:
     """Put :class:`NoLaunch` in the place of the triton backend's kernels, for good."""
-    import fastsam.backends.triton as backend
+    import fastsam.backends.triton.backend as backend
 
     for name in KERNELS:
         if not hasattr(backend, name):

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 import fastsam
-from fastsam.backends.triton import TritonBackend
+from fastsam.backends.triton.backend import TritonBackend
 from fastsam.kernels.layout import Launch, Launches
 
 from common.outputs import align
@@ -74,7 +74,7 @@ class Trial:
             self.params.append(param)
         self.optimizer = STEPS[kind][1](self.params)
         backend = TritonBackend(launches)
-        self.optimizer._served["triton", self.params[0].device] = backend
+        self.optimizer._passes.backends.use("triton", self.params[0].device, backend)
 
     def step(self) -> None:
         self.optimizer.first_step()

@@ -32,8 +32,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
 import fastsam
-from fastsam.flatness import sharpness
-from fastsam.landscape import Landscape, loss_landscape
+from fastsam.analysis.flatness import sharpness
+from fastsam.analysis.landscape import Landscape, loss_landscape
 
 from common.data import Images, flip_labels, load_images, make_model
 from common.outputs import RADIUS, Row, make_table, write_csv, write_figure

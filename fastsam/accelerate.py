@@ -6,8 +6,8 @@ from typing import Any
 from accelerate import Accelerator, DistributedType
 from accelerate.optimizer import AcceleratedOptimizer
 
-from .checks import ZERO
 from .optimizer import SharpnessAwareOptimizer
+from .step.checks import ZERO
 
 
 class AcceleratedSAM(AcceleratedOptimizer):  # type: ignore[misc,unused-ignore]

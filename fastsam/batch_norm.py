@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from .interrupts import uninterrupted
+from .step.interrupts import uninterrupted
 
 #: The buffers of torch's own classes, and of most that were written after them.
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")

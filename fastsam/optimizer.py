@@ -1,9 +1,11 @@
-"""The class behind every method: constructor, steps by closure, and what a step measured."""
+"""The class behind every method: its parts, and the order of the passes of a step."""
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from itertools import chain
-from typing import Any
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -13,28 +15,57 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from fastsam.kernels.layout import Scalar
 
 from . import backends
-from .bases import BASES
-from .checks import (
+from .bases import find_base
+from .micro_batches import GradientMean, check_closures
+from .passes import Passes
+from .replicas import is_distributed, replicas_of
+from .step import hooks
+from .step.batch import Batch
+from .step.checkpoint import Loading, SharedState, parts_of, set_parts, write_kept
+from .step.checks import (
     check_base,
     check_closure,
     check_group,
     check_keys,
     check_max_grad_norm,
+    check_partitioned,
     check_schedule,
+    check_states,
     entered,
 )
-from .passes import TwoPassOptimizer
-from .precision import check_precision, warn_of_rounding
-from .replicas import replicas_of
-from .rules import UNIFIED, Ascent, wide_dtype
-from .stateful import uncompiled
+from .step.flight import InFlight
+from .step.guards import (
+    NO_GRADIENTS,
+    UNKNOWN_CONTEXT,
+    Warnings,
+    check_reduced,
+    check_replicas,
+    warn_of_stale_gradients,
+)
+from .step.interrupts import uninterrupted
+from .step.precision import MASTER, check_dtypes, check_precision, warn_of_rounding
+from .step.recording import Recording
+from .step.scalars import DeviceScalars
+from .step.scaling import check_scaler, find_scale
+from .step.spec import Ascent, Descent, StepSpec
+from .unified import UNIFIED
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 #: Gives a context manager, for one pass.
 Context = Callable[[], AbstractContextManager[Any]]
 
 
-class SharpnessAwareOptimizer(TwoPassOptimizer):
-    r"""Base class of fastsam's optimizers; use one of its subclasses.
+def uncompiled(function: Function) -> Function:
+    """Make the function a graph break inside ``torch.compile``; what it calls is not traced.
+
+    torch's own optimizers use the first of these, which imports the compiler when it is needed.
+    """
+    disable = getattr(torch, "_disable_dynamo", torch.compiler.disable)
+    return cast(Function, disable(function))
+
+
+class SharpnessAwareOptimizer(SharedState):
+    r"""Base class of fastsam's optimizers; use one of its subclasses, or write one.
 
     A step is two passes. The first gradient ``g`` decides the perturbation: ``w <- w + e``. The
     second, ``g~``, is taken there; then the weights are restored bit for bit and the base
@@ -51,9 +82,22 @@ class SharpnessAwareOptimizer(TwoPassOptimizer):
     one at :math:`w + e`, and :math:`\|\cdot\|` the norm over every element of every group. A step
     costs two forward and backward passes, one copy of the weights between them, and the bytes that
     a class gives for itself.
+
+    Attributes:
+        ascent: The rule of the perturbation; a subclass sets its own.
+        descent: The rule of ``u``; None is the second gradient. The same.
+        base_optimizer: An instance of the base. ``state`` and ``param_groups`` are its own: whoever
+            loads into it or assigns to them changes both.
+        kept: The optimizer's own numbers: ``t``, which counts steps from 1, and what norms and
+            rules accumulate. A state dict has them in every group, as ``fastsam_t`` and so on.
     """
 
-    _ascent: Ascent = UNIFIED
+    ascent: Ascent = UNIFIED
+    descent: Descent | None = None
+
+    #: What ``_start`` makes: it lives only as long as this process, and nothing of it is saved.
+    _TRANSIENT = ("_owner", "_passes", "_flight", "_last", "_warnings", "_loading", "_replicas",
+                  "_inside_step", "_inside_closure")  # fmt: skip
 
     def __init__(
         self,
@@ -82,9 +126,9 @@ class SharpnessAwareOptimizer(TwoPassOptimizer):
         check_base(base_optimizer, not_below=SharpnessAwareOptimizer)
         check_max_grad_norm(max_grad_norm)
         own = {"rho": rho, "adaptive": adaptive, "eta": eta, **(own or {})}
-        self._base = BASES.get(base_optimizer)
+        self._base = find_base(base_optimizer)
         check_precision(master_weights, rounding, seed, self._base is not None)
-        check_group(own | base_kwargs, self._base is not None, self._ascent.scales)
+        check_group(own | base_kwargs, self._base is not None, self.ascent.scales)
         self.renormalize = renormalize
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
@@ -93,25 +137,63 @@ class SharpnessAwareOptimizer(TwoPassOptimizer):
         self.rounding, self.seed = rounding, seed
         self.ascent_context, self.descent_context = ascent_context, descent_context
         self.backend = backend
+        self._owner = SimpleNamespace()  # until the base is there
         super().__init__(params, own)
         self._check_groups()
-        # The base validates its own arguments and completes the groups, which it then shares.
+        # The base validates its own arguments and completes the groups, which are its own then.
         # A fused base is never stepped; its mathematics runs in the update pass.
         self.base_optimizer = base_optimizer(self.param_groups, **base_kwargs)
-        check_keys(self.base_optimizer, (*own, "lam", "t", "rounding_step"))
+        check_keys(self.base_optimizer, tuple(own))
+        self._owner = self.base_optimizer
         self.defaults.update(self.base_optimizer.defaults)
-        self.param_groups = self.base_optimizer.param_groups
-        self.state = self.base_optimizer.state
         if self._base is not None:  # Adagrad's begins here; ours where it is needed, all at once
             self.state.clear()
+            check_states(self._base, self.ascent, (MASTER,), self.param_groups)
+        self.kept: dict[str, Any] = {"t": 1}
+        self._slots = self._find_slots()
+        write_kept(self.param_groups, self.kept)
         self._start()
         params_ = [p for group in self.param_groups for p in group["params"]]
         backends.resolve(backend, params_[0].device if params_ else torch.device("cpu"))
-        self.param_groups[0].setdefault("t", 1)
-        if rounding == "stochastic":
-            self.param_groups[0].setdefault("rounding_step", 0.0)
-        elif not master_weights:
+        if rounding == "nearest" and not master_weights:
             warn_of_rounding(params_)
+
+    def _find_slots(self) -> dict[str, Scalar]:
+        """Begin the optimizer's own numbers that live on the device; their slots, by name."""
+        slots: dict[str, Scalar] = {}
+        group = self.param_groups[0] if self.param_groups else {}
+        if self._base is not None and self._base.accumulator is not None:
+            slots["squared_norms"] = Scalar.SQUARED_NORMS
+            self.kept["squared_norms"] = self._base.accumulator(group)
+            self.kept |= getattr(self.base_optimizer, "kept", {})  # where it was told to start
+        if self.ascent.accumulator is not None:
+            slots["ascent_squared_norms"] = Scalar.ACCUMULATED
+            self.kept["ascent_squared_norms"] = self.ascent.accumulator(group)
+        if self.descent is not None:
+            names = zip(self.descent.scalars, (Scalar.DESCENT0, Scalar.DESCENT1), strict=False)
+            slots |= dict(names)
+            self.kept |= self.descent.scalars
+        if self.rounding == "stochastic":
+            slots["rounding_step"] = Scalar.ROUNDING_STEP
+            self.kept["rounding_step"] = 0.0
+        return slots
+
+    def _start(self) -> None:
+        """Make the parts that live only as long as this process."""
+        self._owner = self.base_optimizer
+        if isinstance(getattr(self._owner, "kept", None), dict):  # it keeps numbers of its own
+            self._owner.kept = self.kept
+        self._passes = Passes(type(self).__name__, DeviceScalars(self.kept, self._slots))
+        self._flight: InFlight | None = None  # None between two steps
+        self._last: StepSpec | None = None  # of the present step, or the last
+        self._warnings = Warnings()
+        self._inside_step = self._inside_closure = False
+        self._replicas: Any = None  # that ``step`` found for the pass that comes
+        this = weakref.ref(self)  # no cycle, so that an optimizer is gone when it is dropped
+        self._loading = Loading(
+            self.kept, lambda: _check_may_load(this()), self._passes.collector.forget
+        )
+        self._loading.stay(self.base_optimizer)
 
     # --- steps by closure ---
 
@@ -145,8 +227,8 @@ class SharpnessAwareOptimizer(TwoPassOptimizer):
                 leaves weights and state as they were before the step, and propagates.
             TypeError: If an argument is something else.
         """
-        if closure is None and self._is_bare:
-            self._create_state()
+        if closure is None and self.creates_state_only:
+            self.create_state()
             return None
         check_closure(type(self).__name__, closure)
         self._expect("first_step", "step")
@@ -156,7 +238,6 @@ class SharpnessAwareOptimizer(TwoPassOptimizer):
             perturbs = self._needs_two_passes
             # a gradient that the base takes as it is has to be synchronised, for one
             loss = self._call(closure, self.ascent_context if perturbs else None)
-            self._warn_of_no_gradients()
             if not perturbs:
                 self.plain_step(grad_scaler=grad_scaler)
                 return loss
@@ -191,52 +272,44 @@ class SharpnessAwareOptimizer(TwoPassOptimizer):
 
         Raises:
             RuntimeError: For methods whose steps are more than a perturbation and the base's
-                update: with ``renormalize``, SAMAR, and those with state in the ascent. An
-                exception in a closure leaves weights and state as they were before the step.
+                update: with ``renormalize``, a descent rule (SAMAR), and those with state in the
+                ascent. An exception in a closure leaves weights and state as they were before the
+                step.
             TypeError, ValueError: If ``closures`` are not callable, or there is none.
         """
         name = type(self).__name__
-        if self.renormalize or self._mix is not None or self._ascent is not UNIFIED:
+        if self.renormalize or self.descent is not None or not self._is_memoryless:
             raise RuntimeError(f"{name} does not serve perturbations by micro-batch")
-        if callable(closures):
-            raise TypeError("closures must be a sequence of functions, got a function")
-        closures = list(closures)
-        if not closures:
-            raise ValueError("closures must be at least one, got none")
-        for closure in closures:
-            check_closure(name, closure)
+        closures = check_closures(closures, lambda closure: check_closure(name, closure))
         self._expect("first_step", "step_micro_batches")
         self._check_groups()
-        self._run_hooks("pre")
+        hooks.run_own(self, "pre")
         perturbs = self._needs_two_passes
         self._inside_step = True
         losses: list[Any] = []
-        total: dict[Tensor, Tensor] = {}
-        dtypes: dict[Tensor, torch.dtype] = {}
+        mean = GradientMean(self.param_groups, len(closures))
         try:
             for closure in closures:
                 losses.append(self._call(closure, self.ascent_context if perturbs else None))
                 if perturbs:
                     self.first_step(zero_grad=True)
                     self._call(closure, self.descent_context)
-                    self._check_reduced(self._collect("descent"))
-                for param in chain.from_iterable(group["params"] for group in self.param_groups):
-                    if param.grad is not None:
-                        share = param.grad.to(wide_dtype(param.grad)) / len(closures)
-                        total[param] = total[param] + share if param in total else share
-                        dtypes[param] = param.grad.dtype
+                    assert self._flight is not None
+                    spec = self._spec(self._flight)
+                    check_reduced(self._passes.collect_second(spec, self.state), self._flight)
+                mean.add()
                 self.restore()
             self.zero_grad()
-            for param, grad in total.items():
-                param.grad = grad.to(dtypes[param])
-            self.plain_step()
-            self._perturbs = perturbs
+            mean.leave()
+            self._plain(None)
+            if perturbs:  # the gradients were those of perturbed weights
+                self._last = self._spec(InFlight(True))
         except BaseException:
             self.restore()
             raise
         finally:
             self._inside_step = False
-        self._run_hooks("post")
+        hooks.run_own(self, "post")
         return losses
 
     @property
@@ -244,59 +317,395 @@ class SharpnessAwareOptimizer(TwoPassOptimizer):
         """Whether ``perturb_every``, ``start`` and ``stop`` make the next step sharpness-aware."""
         if not self._has_schedule:
             return True
-        since = self.param_groups[0]["t"] - 1 - self.start
+        since = self.kept["t"] - 1 - self.start
         ended = self.stop is not None and since >= self.stop - self.start
         return since >= 0 and not ended and bool(since % self.perturb_every == 0)
+
+    @property
+    def between_passes(self) -> bool:
+        """Whether ``second_step`` is due: the model holds perturbed weights."""
+        return self._flight is not None
+
+    # --- explicit passes ---
+
+    @uncompiled
+    @torch.no_grad()
+    def first_step(self, zero_grad: bool = False, *, grad_scaler: GradScaler | None = None) -> None:
+        """Perturb the weights along the present gradients: ``w <- w + e``.
+
+        Args:
+            zero_grad: Zero the gradients afterwards.
+            grad_scaler: The scaler of the loss that they, and those of the second pass, are of.
+
+        Raises:
+            RuntimeError: If ``second_step`` is due; if a gradient is sparse or complex, or the
+                parameters lie on several types of device. Nothing has changed then.
+            ValueError: If a group's hyper-parameter has been set out of range.
+            TypeError: If ``grad_scaler`` is something else, or not given by its name.
+        """
+        self._expect("first_step")
+        scaler = check_scaler(grad_scaler, self, zero_grad)
+        if not self._inside_step:  # which has done both
+            hooks.run_own(self, "pre")
+            self._check_groups()
+        flight = self._begin(True, scaler)
+        spec = self._last = self._spec(flight)
+        try:
+            with uninterrupted():  # nothing may come between perturbing and remembering it
+                batch = self._passes.first(
+                    spec, flight, self.state, self.backend, cleared=zero_grad
+                )
+                self._flight = flight
+            if flight.replicas is not None:
+                self._passes.agree(spec, flight)
+            if not batch.params and self._inside_step:
+                self._warnings.once("no gradients", NO_GRADIENTS)
+            if zero_grad:
+                self.zero_grad()
+            elif not self._inside_step and "stale gradients" not in self._warnings.given:
+                flight.note_gradients(batch)
+        except BaseException:
+            self.restore()
+            raise
+
+    @uncompiled
+    @torch.no_grad()
+    def second_step(
+        self, zero_grad: bool = False, *, grad_scaler: GradScaler | None = None
+    ) -> None:
+        """Restore the weights and update them with the gradients taken at ``w + e``.
+
+        Warns once where there are no gradients, or they are still those of the first pass, or were
+        added to them.
+
+        Args:
+            zero_grad: Zero the gradients afterwards.
+            grad_scaler: The same, or None, as in :meth:`first_step`. ``grad_scaler.update()`` is to
+                be called after this. A gradient that is not finite in either pass skips the step.
+
+        Raises:
+            RuntimeError: If ``first_step`` is due; if a gradient is sparse or complex; if
+                ``grad_scaler`` is another than in the first pass. The weights have been restored
+                then, and the step is over without an update.
+        """
+        self._expect("second_step")
+        flight = self._flight
+        assert flight is not None
+        try:
+            given = None if flight.scale is None else flight.scale.scaler
+            if check_scaler(grad_scaler, self, zero_grad) is not given and grad_scaler:
+                raise RuntimeError("grad_scaler has to be given to first_step as well")
+            warn_of_stale_gradients(flight, self._warnings)
+            self._run_base_hooks("pre")
+            spec = self._last = self._spec(flight)
+            batch = self._passes.collect_second(spec, self.state)
+            if flight.backup is not None and not batch.params:
+                self._warnings.once(
+                    "no second gradients",
+                    "the second pass left no gradients: backward has to be called on the loss at "
+                    "the perturbed weights as well; the step changes nothing",
+                )
+            check_reduced(batch, flight)
+            self._finish(batch, spec, flight)
+        except BaseException:
+            self.restore()
+            raise
+        self._after_step(zero_grad)
+
+    @uncompiled
+    @torch.no_grad()
+    def plain_step(self, zero_grad: bool = False, *, grad_scaler: GradScaler | None = None) -> None:
+        """The base optimizer's step with the present gradients: one pass, nothing perturbed.
+
+        For loops that take turns between the two kinds of step; ``perturbs_next`` says which is
+        due by ``perturb_every``, ``start`` and ``stop``.
+
+        Args:
+            zero_grad: Zero the gradients afterwards.
+            grad_scaler: As in :meth:`second_step`.
+
+        Raises:
+            RuntimeError: If ``second_step`` is due; if a gradient is sparse or complex.
+            ValueError: If a group's hyper-parameter has been set out of range.
+        """
+        self._expect("first_step", "plain_step")
+        scaler = check_scaler(grad_scaler, self, zero_grad)
+        if not self._inside_step:  # which has done both
+            hooks.run_own(self, "pre")
+            self._check_groups()
+        self._plain(scaler)
+        self._after_step(zero_grad)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Undo ``first_step``: for a loop whose second pass failed. Does nothing otherwise."""
+        with uninterrupted():
+            flight, self._flight = self._flight, None
+            self._inside_closure = False
+            if flight is not None:
+                flight.undo()
+            else:
+                torch.clear_autocast_cache()
+
+    # --- parts of a step ---
+
+    def _begin(self, perturbs: bool, scaler: GradScaler | None) -> InFlight:
+        """Decide on the host what the step will be."""
+        replicas = self._find_replicas() if perturbs else None
+        if replicas is not None:
+            name = type(self).__name__
+            check_replicas(name, self.descent, self.renormalize, self.param_groups)
+        flight = InFlight(perturbs, self._next_lam(), find_scale(self, scaler), replicas)
+        if perturbs and replicas is None and self.ascent_context is not None:
+            # replicas would drift apart if this context is one that keeps gradients apart
+            matters = self.renormalize or self.descent is not None or flight.scale is not None
+            if matters and is_distributed():
+                self._warnings.once("unknown context", UNKNOWN_CONTEXT)
+        return flight
+
+    def _plain(self, scaler: GradScaler | None) -> None:
+        """A step of the base alone."""
+        self._run_base_hooks("pre")
+        flight = self._begin(False, scaler)
+        spec = self._last = self._spec(flight)
+        try:
+            batch = self._passes.collect_second(spec, self.state)
+            if not batch.params and self._inside_step:
+                self._warnings.once("no gradients", NO_GRADIENTS)
+            self._finish(batch, spec, flight)
+        except BaseException:
+            self.restore()
+            raise
+
+    def _finish(self, batch: Batch, spec: StepSpec, flight: InFlight) -> None:
+        """The second half of a step, or all of a plain one."""
+        with uninterrupted():
+            self._passes.second(batch, spec, flight, self.state, self.backend, self.base_optimizer)
+            self._flight = None
+            self._inside_closure = False
+            self.kept["t"] += 1
+        # what LR schedulers look at, to warn where no step came first
+        self._opt_called = self.base_optimizer._opt_called = True  # type: ignore[attr-defined]
+        self._run_base_hooks("post")
+
+    def _next_lam(self) -> float:
+        """Unified SAM's weight of normalisation in the step that begins; 1 is SAM."""
+        return 1.0
+
+    @property
+    def _is_static(self) -> bool:
+        """Whether the host decides nothing anew in every step."""
+        return not self._has_schedule
 
     @property
     def _has_schedule(self) -> bool:
         return (self.perturb_every, self.start, self.stop) != (1, 0, None)
 
     @property
-    def _is_static(self) -> bool:
-        return not self._has_schedule
+    def _is_memoryless(self) -> bool:
+        """Whether the ascent keeps nothing from step to step."""
+        states = any(self.ascent.states(group) for group in self.param_groups)
+        return not states and self.ascent.accumulate is None
 
     @property
     def _needs_two_passes(self) -> bool:
-        zero_radius = all(_is_zero(group["rho"]) for group in self.param_groups)
-        return self.perturbs_next and not (self._may_skip_ascent and zero_radius)
+        if self._has_schedule and not self.perturbs_next:
+            return False
+        for group in self.param_groups:
+            if isinstance(group["rho"], Tensor) or group["rho"] != 0:
+                return True
+        return not self._is_memoryless
 
-    @property
-    def _may_skip_ascent(self) -> bool:
-        """Whether a step with radius 0 needs no first pass."""
-        return self._ascent.name == "unified"
+    def _spec(self, flight: InFlight) -> StepSpec:
+        perturbs, is_scaled = flight.perturbs, flight.scale is not None
+        recording = self._passes.recording
+        return StepSpec(
+            groups=self.param_groups,
+            ascent=self.ascent,
+            base=self._base,
+            descent=self.descent if perturbs else None,
+            perturbs=perturbs,
+            lam=flight.lam,
+            renormalize=self.renormalize and perturbs,
+            max_grad_norm=self.max_grad_norm,
+            skip_nonfinite=self.skip_nonfinite or is_scaled,
+            skip_first=is_scaled and perturbs,
+            is_scaled=is_scaled,
+            has_masters=self.master_weights,
+            is_static=self._is_static,
+            seed=self.seed if self.rounding == "stochastic" else None,
+            keeps_weights=recording is not None and recording.hessian == "diag",
+        )
+
+    # --- closures and hooks ---
 
     def _call(self, closure: Any, context: Context | None) -> Any:
         """What the closure returns, called as one pass."""
         self.zero_grad()
         manager = nullcontext() if context is None else entered(context)
         if context is self.ascent_context:
-            self._replicas = replicas_of(manager)
-        with self._in_closure(), manager, torch.enable_grad():
-            return closure()
-
-    def _check_groups(self) -> None:
-        check_schedule(self.perturb_every, self.start, self.stop)
-        super()._check_groups()
-
-    @contextmanager
-    def _in_closure(self) -> Iterator[None]:
+            self._replicas = None if context is None else replicas_of(manager)
         try:
             self._inside_closure = True
-            yield
+            with manager, torch.enable_grad():
+                return closure()
         finally:
             self._inside_closure = False
 
-    def _warn_of_no_gradients(self) -> None:
-        params = chain.from_iterable(group["params"] for group in self.param_groups)
-        if all(param.grad is None for param in params):
-            self._warn_once(
-                "no gradients",
-                "the closure left no gradient in any parameter: it has to call backward() on the "
-                "loss of the model whose parameters are optimized",
+    def _find_replicas(self) -> Any:
+        """The process group of the replicas whose gradients ``ascent_context`` keeps apart."""
+        context = self.ascent_context
+        if self._inside_step:
+            return self._replicas
+        if context is None:
+            return None
+        found = replicas_of(context)
+        if found is None and is_distributed():
+            found = replicas_of(entered(context))  # what it gives says more than it
+        return found
+
+    def _expect(self, due: str, call: str = "") -> None:
+        """Calls come in order.
+
+        Raises:
+            RuntimeError: If ``due`` is not what comes next, or inside a closure.
+        """
+        call = call or due
+        if self._inside_closure:
+            raise RuntimeError(f"{call} cannot be called from inside a closure given to step")
+        if (due == "second_step") != (self._flight is not None):
+            due = "first_step" if self._flight is None else "second_step"
+            raise RuntimeError(
+                f"expected {due}, which has to come before another {call}: first_step and "
+                "second_step alternate"
             )
 
+    def _run_base_hooks(self, when: str) -> None:
+        """Run a fused base's around its part of the step; others run their own."""
+        if self._base is not None:
+            hooks.run_of_base(self.base_optimizer, when)
+
+    def _after_step(self, zero_grad: bool) -> None:
+        if zero_grad:
+            self.zero_grad()
+        if not self._inside_step:  # where torch runs them
+            hooks.run_own(self, "post")
+
+    # --- groups and checkpoints ---
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group, as in ``torch.optim``; its missing keys take the defaults.
+
+        Raises:
+            ValueError: If a hyper-parameter is out of range; nothing has been added then.
+            RuntimeError: If DeepSpeed has partitioned a parameter (ZeRO, stage 3); the same.
+        """
+        self._check_group(self.defaults | param_group)
+        super().add_param_group(param_group)
+        try:
+            check_partitioned(self.param_groups[-1]["params"])
+            check_dtypes(self.param_groups[-1]["params"], self.rounding)
+        except (RuntimeError, ValueError):
+            self.param_groups.pop()
+            raise
+        if hasattr(self, "kept"):
+            write_kept(self.param_groups[-1:], self.kept)
+
+    def _check_groups(self) -> None:
+        check_schedule(self.perturb_every, self.start, self.stop)
+        check_max_grad_norm(self.max_grad_norm)
+        for group in self.param_groups:
+            if "adaptive" not in group:  # given to the base alone, or assigned
+                for key, value in self.defaults.items():
+                    group.setdefault(key, value)
+            self._check_group(group)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        check_group(group, self._base is not None, self.ascent.scales)
+        for rule in (self.ascent, self.descent, self._base):
+            if rule is not None and rule.check is not None:
+                rule.check(group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in ``torch.optim``, with everything that a resumed run needs."""
+        write_kept(self.param_groups, self.kept)
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of this class, or of the ``torch.optim`` base on its own.
+
+        State tensors keep the dtype in which they were saved, so that a resumed run goes on
+        exactly; group keys that the saved groups lack keep their present values.
+        ``base_optimizer.load_state_dict`` does the same.
+
+        Raises:
+            RuntimeError: Between ``first_step`` and ``second_step``.
+            ValueError: If the groups do not match.
+        """
+        with self._loading.around(self):
+            super().load_state_dict(state_dict)
+
+    @property
+    def creates_state_only(self) -> bool:
+        """Whether a call of ``step`` without a closure asks for the state that a step creates.
+
+        ``torch.distributed.checkpoint`` does, before any step, with every learning rate 0.
+        """
+        rates = [group.get("lr") for group in self.param_groups]
+        return not self.state and all(lr is not None and float(lr) == 0 for lr in rates)
+
+    def create_state(self) -> None:
+        """Create what a first step would."""
+        spec = self._spec(InFlight(False))
+        self._passes.create_state(spec, self.state, self.base_optimizer)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._flight is not None:
+            raise RuntimeError(
+                "expected second_step: an optimizer cannot be copied or pickled between passes"
+            )
+        # hooks stay behind as in torch, and so does the wrapper that an LR scheduler puts on step
+        left = (*self._TRANSIENT, "step", "base_optimizer")
+        kept = {k: x for k, x in self.__dict__.items() if k not in left and k[-6:] != "_hooks"}
+        return kept | {"_base_parts": parts_of(self.base_optimizer)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        base, parts = state.pop("_base_parts", (None, {}))
+        parts = {**parts, **{k: state.pop(k) for k in ("state", "param_groups") if k in state}}
+        if base is not None:  # a copy, not load_state_dict
+            self.base_optimizer = self._owner = base.__new__(base)
+        super().__setstate__(state)
+        groups = (self.defaults | group for group in parts.get("param_groups", ()))
+        own = {MASTER}.union(*map(self.ascent.states, groups))
+        set_parts(self.base_optimizer, parts, own)
+        if base is not None:
+            self._start()
+
     # --- what a step measured ---
+
+    @contextmanager
+    def recording(self, hessian: str | None) -> Iterator[Recording | None]:
+        """For LETS: take in what the step inside the block sees, to measure more afterwards.
+
+        Args:
+            hessian: The approximation that it is for; None takes in nothing.
+        """
+        if hessian is None:
+            yield None
+            return
+        passes, spec = self._passes, self._spec(InFlight(True))
+        passes.recording = Recording(
+            hessian,
+            run=lambda closure: self._call(closure, self.descent_context),
+            collect=lambda: passes.collect_other(spec, self.state),
+            hypergradient=partial(passes.hypergradient, self.backend),
+            clear=self.zero_grad,
+        )
+        try:
+            yield passes.recording
+        finally:
+            passes.recording = None
 
     @property
     def metrics(self) -> Mapping[str, Tensor]:
@@ -311,27 +720,12 @@ class SharpnessAwareOptimizer(TwoPassOptimizer):
         measures nothing of a first pass. Reading a value synchronises with the device; making the
         mapping does not. Empty before the first step.
         """
-        if self._scalars is None:
+        scalars = self._passes.scalars
+        if scalars.vector is None:
             return {}
-        step = self._describe()
-        names = {}
-        if self._perturbs and step.needs_ascent_norm:
-            names["grad_norm"] = Scalar.GRAD_NORM
-        if step.needs_descent_norm:
-            names["perturbed_grad_norm"] = Scalar.PERTURBED_GRAD_NORM
-        if step.renormalize:
-            names["renormalization"] = Scalar.RENORMALIZATION
-        if step.skip_nonfinite:
-            names["skipped"] = Scalar.SKIPPED
-        values = {name: self._scalars[slot].clone() for name, slot in names.items()}
-        rho, like = self.param_groups[0]["rho"], self._scalars[0]
-        if isinstance(rho, Tensor) and rho.device == like.device:
-            values["rho"] = rho.to(like, copy=True)
-        else:
-            values["rho"] = torch.full_like(like, float(rho))
-        values["perturbed"] = torch.full_like(like, float(self._perturbs))
-        return values
+        return scalars.measured(self._last or self._spec(InFlight(True)))
 
 
-def _is_zero(rho: float | Tensor) -> bool:
-    return not isinstance(rho, Tensor) and rho == 0
+def _check_may_load(optimizer: SharpnessAwareOptimizer | None) -> None:
+    if optimizer is not None and optimizer.between_passes:
+        raise RuntimeError("expected second_step: load_state_dict cannot come between passes")

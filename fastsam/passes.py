@@ -1,338 +1,281 @@
-"""The two passes that every method shares, and the contract of a step."""
+"""The two passes of a step, from the tensors that have gradients to the state that is committed."""
 
-import weakref
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.amp.grad_scaler import GradScaler
+from torch.optim.optimizer import Optimizer
 
 from fastsam.kernels.layout import Scalar
 
 from . import backends
-from .backends.measures import undone_if_it_fails
-from .capture import is_captured
-from .checks import check_max_grad_norm, entered
-from .guards import GuardedOptimizer
-from .interrupts import uninterrupted
-from .replicas import agree, is_distributed, replicas_of
-from .rules import Batch, Step
-from .scaling import check_scaler, is_scaled, record, unscaled, write_scale
-from .sharding import local_state
-from .stateful import uncompiled
+from .replicas import agree
+from .step.batch import Batch
+from .step.capture import check_capture, is_captured
+from .step.collect import Collector
+from .step.flight import InFlight
+from .step.gradients import take_over
+from .step.precision import find_masters, find_places
+from .step.recording import Recording
+from .step.scalars import DeviceScalars
+from .step.scaling import unscaled
+from .step.spec import StepSpec
+from .step.state import (
+    States,
+    ascent_state,
+    find_ascent_state,
+    find_base_state,
+    forget_fresh,
+)
 
 
-class TwoPassOptimizer(GuardedOptimizer):
-    """``first_step`` and ``second_step``, or ``plain_step``; and what a failure in them leaves."""
+class Passes:
+    """Runs passes over an optimizer's groups and state.
 
-    max_grad_norm: float | None
+    Args:
+        name: The optimizer's, for messages.
+        scalars: Its numbers on the device.
 
-    @uncompiled
-    @torch.no_grad()
-    def first_step(self, zero_grad: bool = False, *, grad_scaler: GradScaler | None = None) -> None:
-        """Perturb the weights along the present gradients: ``w <- w + e``.
+    Attributes:
+        collector: Finds the tensors of a pass.
+        scalars: The same.
+        backends: Those that have been needed so far.
+        recording: What takes in the step that is complete, where somebody asked for it.
+    """
 
-        Args:
-            zero_grad: Zero the gradients afterwards.
-            grad_scaler: The scaler of the loss that they, and those of the second pass, are of.
+    def __init__(self, name: str, scalars: DeviceScalars) -> None:
+        self._name = name
+        self.collector = Collector()
+        self.scalars = scalars
+        self.backends = backends.Backends()
+        self.recording: Recording | None = None
+        self._was_captured = False  # in a CUDA graph
 
-        Raises:
-            RuntimeError: If ``second_step`` is due; if a gradient is sparse or complex, or the
-                parameters lie on several types of device. Nothing has changed then.
-            ValueError: If a group's hyper-parameter has been set out of range.
-            TypeError: If ``grad_scaler`` is something else, or not given by its name.
-        """
-        self._expect("first_step")
-        scaler = check_scaler(grad_scaler, self, zero_grad)
-        self._run_hooks("pre")
-        self._check_groups()
-        batch = self._collect("ascent")
-        self._check_capture(batch)
-        self._begin_step(scaler, perturbs=True)
-        scalars = self._scalars_for(batch)
-        batch = self._scale(batch, Scalar.FIRST_INVERSE_SCALE, scalars)
-        firsts = self._take_over(batch, cleared=zero_grad) if self._keeps_first else {}
-        pending = self._ascent_state_of(batch) if self._has_ascent_state else {}
-        try:
-            with uninterrupted():
-                if batch.params:
-                    backend = self._backend_for(batch)
-                    self._backup = backend.ascend(batch, self._describe(), scalars)
-                else:
-                    scalars[Scalar.GRAD_NORM].zero_()
-                    scalars[Scalar.NEXT_SQUARED_NORMS] = scalars[Scalar.ASCENT_SQUARED_NORMS]
-                self._firsts, self._pending = firsts, pending
-                self._saw_shards = any(batch.shardings)
-                self._between_passes = True
-                torch.clear_autocast_cache()  # of the weights as they were
-            if self._replicas is not None and (
-                self.renormalize or self._is_scaled or self._records
-            ):
-                agree(scalars, self._replicas)
-            if zero_grad:
-                self.zero_grad()
-            elif not self._inside_step and "stale gradients" not in self._warned:
-                ends = batch.owners[:1] + batch.owners[-1:]
-                self._seen = [(param, weakref.ref(param.grad), param.grad._version)
-                              for param in ends if param.grad is not None]  # fmt: skip
-        except BaseException:
-            self.restore()
-            raise
+    # --- the first pass ---
 
-    @uncompiled
-    @torch.no_grad()
-    def second_step(
-        self, zero_grad: bool = False, *, grad_scaler: GradScaler | None = None
-    ) -> None:
-        """Restore the weights and update them with the gradients taken at ``w + e``.
+    def first(
+        self, spec: StepSpec, flight: InFlight, states: States, backend: str, cleared: bool
+    ) -> Batch:
+        """Perturb the weights along the present gradients; ``flight`` holds what that leaves.
 
-        Warns once where there are no gradients, or they are still those of the first pass, or were
-        added to them.
+        If it fails the weights are as they were. The caller keeps interrupts out.
 
         Args:
-            zero_grad: Zero the gradients afterwards.
-            grad_scaler: The same, or None, as in :meth:`first_step`. ``grad_scaler.update()`` is to
-                be called after this. A gradient that is not finite in either pass skips the step.
-
-        Raises:
-            RuntimeError: If ``first_step`` is due; if a gradient is sparse or complex; if
-                ``grad_scaler`` is another than in the first pass. The weights have been restored
-                then, and the step is over without an update.
+            spec, flight: Of the step.
+            states: The optimizer's.
+            backend: That the user asked for.
+            cleared: Whether the gradients are about to be set to None.
         """
-        self._expect("second_step")
-        try:
-            if check_scaler(grad_scaler, self, zero_grad) is not self._scaler and grad_scaler:
-                raise RuntimeError("grad_scaler has to be given to first_step as well")
-            self._warn_of_stale_gradients()
-            batch = self._collect("descent")
-            if self._backup is not None and not batch.params:
-                self._warn_once(
-                    "no second gradients",
-                    "the second pass left no gradients: backward has to be called on the loss at "
-                    "the perturbed weights as well; the step changes nothing",
-                )
-            self._check_reduced(batch)
-            self._descend(batch)
-        except BaseException:
-            self.restore()
-            raise
-        self._after_step(zero_grad)
-
-    @uncompiled
-    @torch.no_grad()
-    def plain_step(self, zero_grad: bool = False, *, grad_scaler: GradScaler | None = None) -> None:
-        """The base optimizer's step with the present gradients: one pass, nothing perturbed.
-
-        For loops that take turns between the two kinds of step; ``perturbs_next`` says which is
-        due by ``perturb_every``, ``start`` and ``stop``.
-
-        Args:
-            zero_grad: Zero the gradients afterwards.
-            grad_scaler: As in :meth:`second_step`.
-
-        Raises:
-            RuntimeError: If ``second_step`` is due; if a gradient is sparse or complex.
-            ValueError: If a group's hyper-parameter has been set out of range.
-        """
-        self._expect("first_step", "plain_step")
-        scaler = check_scaler(grad_scaler, self, zero_grad)
-        self._run_hooks("pre")
-        self._check_groups()
-        batch = self._collect("descent")
-        self._begin_step(scaler, perturbs=False)
-        try:
-            self._descend(batch)
-        except BaseException:
-            self.restore()
-            raise
-        self._after_step(zero_grad)
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Undo ``first_step``: for a loop whose second pass failed. Does nothing otherwise."""
-        with uninterrupted():
-            if self._backup is not None:
-                self._backup.restore()
-            self._end_step()
-
-    # --- what subclasses may refine ---
-
-    def _next_lam(self) -> float:
-        """Unified SAM's weight of normalisation in the step that begins; 1 is SAM."""
-        return 1.0
-
-    @property
-    def _keeps_first(self) -> bool:
-        """Whether first gradients are needed after the first pass."""
-        return self._mix is not None or self._records is not None
-
-    # --- parts of the step ---
-
-    @property
-    def _has_ascent_state(self) -> bool:
-        return any(self._ascent.states(group) for group in self.param_groups)
-
-    def _check_groups(self) -> None:
-        check_max_grad_norm(self.max_grad_norm)
-        for group in self.param_groups:
-            self._check_group(group)
-
-    def _describe(self) -> Step:
-        return Step(
-            groups=self.param_groups,
-            ascent=self._ascent,
-            base=self._base,
-            lam=self._lam,
-            renormalize=self.renormalize and self._perturbs,
-            mix=self._mix if self._perturbs else None,
-            max_grad_norm=self.max_grad_norm,
-            skip_nonfinite=self.skip_nonfinite or self._is_scaled,
-            skip_first=self._is_scaled and self._perturbs,
-            is_scaled=self._is_scaled,
-            has_masters=self.master_weights,
-            seed=self.seed if self.rounding == "stochastic" else None,
-            keeps_weights=self._records == "diag",
-        )
-
-    def _begin_step(self, scaler: GradScaler | None, perturbs: bool) -> None:
-        """Decide on the host what the step will be."""
-        if not self._inside_step:
-            context = self.ascent_context
-            self._replicas = None if context is None else replicas_of(context)
-            if self._replicas is None and perturbs and context is not None and is_distributed():
-                self._replicas = replicas_of(entered(context))  # what it gives says more than it
-        if perturbs and self._replicas is not None:
-            self._check_replicas()
-        lam = self._next_lam()
-        self._scaler, self._is_scaled = scaler, is_scaled(self, scaler)
-        if perturbs and self._replicas is None and self.ascent_context is not None:
-            self._warn_of_unknown_context()
-        self._perturbs, self._lam = perturbs, lam
-
-    def _scale(self, batch: Batch, slot: Scalar, scalars: Tensor) -> Batch:
-        """The batch as the backend takes it, where its gradients carry a loss scale."""
-        if not self._is_scaled:
-            if self._was_scaled:
-                scalars[Scalar.FIRST_INVERSE_SCALE].fill_(1)
-                scalars[Scalar.INVERSE_SCALE].fill_(1)
-                scalars[Scalar.FOUND_INF].zero_()
-                self._was_scaled = False
-            return batch
-        if self._records:
-            raise RuntimeError("LETS does not serve gradients that carry a loss scale")
-        self._was_scaled = True
-        opens_step = slot == Scalar.FIRST_INVERSE_SCALE or not self._perturbs
-        write_scale(self, self._scaler, slot, scalars, opens_step)
-        if not batch.params:
-            return batch
-        if slot == Scalar.INVERSE_SCALE and self._base is None:  # a foreign base reads .grad itself
-            backends.write_grads(batch, unscaled(batch, scalars[slot]).grads)
-            scalars[slot].fill_(1)
-            return self._collect("descent")
-        if self._backend_for(batch).takes_scaled:
-            return batch
-        return unscaled(batch, scalars[slot])
-
-    def _descend(self, batch: Batch) -> None:
-        try:
-            self._update(batch)
-        except BaseException:
-            # not strict: not all may have been prepared, or all have begun
-            for param, fresh in zip(batch.owners, batch.fresh, strict=False):
-                if fresh:  # it is still to begin
-                    state = self.state.get(param, {})
-                    state.pop("momentum_buffer", None)
-                    if not state:
-                        self.state.pop(param, None)
-            raise
-
-    def _update(self, batch: Batch) -> None:
-        step = self._describe()
-        scalars = self._scalars_for(batch)
-        if not self._perturbs and self._ascent.name == "adagrad_norm":  # nothing is to be taken in
-            scalars[Scalar.NEXT_SQUARED_NORMS] = scalars[Scalar.ASCENT_SQUARED_NORMS]
+        batch = self.collector.first(spec.groups, self._name)
+        if spec.has_masters or spec.seed is not None:
+            self._add_precision(batch, spec, states)
+        if is_captured(batch):
+            self._check_capture(batch, spec, states)
+        scalars = self.scalars.on_device_of(batch)
+        ascent = None
+        if spec.ascent.advance is not None:
+            ascent = find_ascent_state(spec.ascent, batch, spec.groups, states)
+        if flight.scale is not None or self.scalars.carries_scale:
+            batch = self._scale(batch, Scalar.FIRST_INVERSE_SCALE, spec, flight, backend)
+        if spec.descent is not None or self.recording is not None:
+            flight.keep_firsts(batch, take_over(batch, cleared))
         if batch.params:
-            self._check_capture(batch)
-            if step.base is not None:
-                self._prepare(batch, step.base)
-        fresh = batch.fresh
-        batch = self._scale(batch, Scalar.INVERSE_SCALE, scalars)
-        if self._pending:
-            without_ascent: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
-            pairs = [self._pending.get(param, without_ascent) for param in batch.owners]
-            batch.ascent = [local_state(old) for old, _ in pairs]
-            batch.next = [local_state(new) for _, new in pairs]
-        if self._firsts:
-            batch.firsts = [self._firsts.get(param) for param in batch.owners]
-        room = None
-        if step.skip_nonfinite and (self._pending or self._scaler is not None):
-            # for what is computed after the update, when nothing may fail any more
-            room = scalars.new_empty((), dtype=torch.bool), scalars.new_empty((), dtype=torch.float)
-        if batch.params:
+            serving = self.backends.serving(backend, batch)
+            flight.backup = serving.ascend(batch, spec, scalars)
+        else:
+            scalars[Scalar.GRAD_NORM].zero_()
+            scalars[Scalar.NEXT_ACCUMULATED] = scalars[Scalar.ACCUMULATED]
+        flight.ascent = ascent
+        flight.saw_shards = batch.shardings is not None and any(batch.shardings)
+        torch.clear_autocast_cache()  # of the weights as they were
+        return batch
+
+    def agree(self, spec: StepSpec, flight: InFlight) -> None:
+        """Let replicas with first gradients of their own agree on what the update takes of them."""
+        matters = spec.renormalize or spec.is_scaled or self.recording is not None
+        if flight.replicas is not None and matters:
+            assert self.scalars.vector is not None
+            agree(self.scalars.vector, flight.replicas)
+
+    # --- the second, or the only one ---
+
+    def collect_second(self, spec: StepSpec, states: States) -> Batch:
+        """The parameters that have a gradient now."""
+        batch = self.collector.second(spec.groups, self._name, after_first=spec.perturbs)
+        if spec.has_masters or spec.seed is not None:
+            self._add_precision(batch, spec, states)
+        return batch
+
+    def second(
+        self, batch: Batch, spec: StepSpec, flight: InFlight, states: States, backend: str,
+        base: Optimizer,
+    ) -> None:  # fmt: skip
+        """Restore the weights, update them, and commit what both passes computed.
+
+        The caller keeps interrupts out.
+
+        Args:
+            batch: Of :meth:`collect_second`.
+            spec, flight, states, backend: As in :meth:`first`.
+            base: The base optimizer, which is stepped where it is not fused.
+        """
+        scalars = self.scalars.on_device_of(batch)
+        if not flight.perturbs and spec.ascent.accumulate is not None:  # nothing to take in
+            scalars[Scalar.NEXT_ACCUMULATED] = scalars[Scalar.ACCUMULATED]
+        prepared, has_begun = batch, False
+        try:
+            if is_captured(batch):
+                self._check_capture(batch, spec, states)
+            if batch.params and spec.base is not None:
+                find_base_state(batch, spec.base, spec.groups, states)
+            if flight.scale is not None or self.scalars.carries_scale:
+                batch = self._scale(batch, Scalar.INVERSE_SCALE, spec, flight, backend, states)
+            flight.give_to(batch)
+            room = None
+            if spec.skip_nonfinite and (flight.ascent is not None or flight.scale is not None):
+                # for what is computed after the update, when nothing may fail any more
+                flag = scalars.new_empty((), dtype=torch.bool)
+                room = flag, scalars.new_empty((), dtype=torch.float)
             seen = batch
-            if self._records and step.base is None:  # which may write to the gradients
+            if self.recording is not None and spec.base is None:  # which may write to gradients
                 seen = replace(batch, grads=[grad.clone() for grad in batch.grads])
-            with uninterrupted():
-                with undone_if_it_fails(scalars) if step.base is None else nullcontext():
-                    self._backend_for(batch).descend(batch, self._backup, step, scalars)
-                    if step.base is None:
-                        # it cannot skip on the device: the one branch on a device value
-                        if not step.skip_nonfinite or bool(scalars[Scalar.ACCEPTED]):
-                            self._step_foreign()
-                self._complete(seen, step, scalars, room)
-                fresh.clear()  # they have begun
-        else:  # nothing to update, nor to reject
-            with uninterrupted():
-                if self._backup is not None:
-                    self._backup.restore()
-                scalars[Scalar.ACCEPTED].fill_(1)
-                scalars[Scalar.PERTURBED_GRAD_NORM].zero_()
-                scalars[Scalar.SHARPNESS].zero_()
-                scalars[Scalar.RENORMALIZATION].fill_(1)
-                scalars[Scalar.USED_LAM] = scalars[Scalar.LAM]
-                scalars[Scalar.ASCENT_SQUARED_NORMS] = scalars[Scalar.NEXT_SQUARED_NORMS]
-                self._complete(batch, step, scalars, room)
+            if batch.params:
+                self._update(batch, spec, flight, states, backend, base, scalars)
+            else:  # nothing to update, nor to reject
+                flight.undo()
+                _measure_nothing(scalars)
+            has_begun = True
+            self._commit(seen, spec, flight, states, scalars, room)
+        finally:
+            if spec.base is not None and not has_begun:
+                forget_fresh(prepared, spec.base, states)
 
-    def _complete(
-        self, batch: Batch, step: Step, scalars: Tensor, room: tuple[Tensor, Tensor] | None
-    ) -> None:
+    def _update(
+        self, batch: Batch, spec: StepSpec, flight: InFlight, states: States, backend: str,
+        base: Optimizer, scalars: Tensor,
+    ) -> None:  # fmt: skip
+        undoing = spec.base is None
+        with backends.undone_if_it_fails(scalars) if undoing else nullcontext():
+            serving = self.backends.serving(backend, batch)
+            serving.descend(batch, flight.backup, spec, scalars)
+            if spec.base is None:
+                # it cannot skip on the device: the one branch on a device value
+                if not spec.skip_nonfinite or bool(scalars[Scalar.ACCEPTED]):
+                    _step_unfused(base, spec, states)
+
+    def _commit(
+        self, batch: Batch, spec: StepSpec, flight: InFlight, states: States, scalars: Tensor,
+        room: tuple[Tensor, Tensor] | None,
+    ) -> None:  # fmt: skip
         """What the ascent computed becomes the state. Nothing here may fail: weights have changed.
 
         ``room`` is memory for a bool and a number, where they are needed.
         """
-        if self._pending:
-            updated = set(batch.owners)
-            rest = [pair for param, pair in self._pending.items() if param not in updated]
-            kept = Batch(
-                ascent=[local_state(old) for old, _ in rest],
-                next=[local_state(new) for _, new in rest],
-            )
-            backends.keep_rejected(kept, step, scalars, room and room[0])
+        if flight.ascent is not None:
+            others = flight.ascent.others(batch)
+            backends.keep_rejected(others, spec, scalars, room and room[0])
             self._was_captured |= is_captured(batch)
-        for param, (old, state) in self._pending.items():
-            if self._was_captured:  # a replay looks for the state where it was at the capture
-                for name, x in state.items():
-                    old[name].copy_(x)
-                self.state[param].update(old)
-            elif state:
-                self.state[param].update(state)
-                if param.device.type == "cpu":
-                    self._spare[param] = old
-        if self._records and batch.params and self._backup is not None:
-            # of the ascent's state and the old weights only what the approximation reads
-            diag = self._records == "diag"
-            seen = replace(batch, ascent=[], next=batch.next if diag else [{}] * len(batch.params))
-            self._record = seen, self._backup if diag and step.adaptive else None, step
-        if step.seed is not None:
+        flight.commit(states, self._was_captured)
+        if self.recording is not None and batch.params and flight.backup is not None:
+            self.recording.take(batch, flight.backup, spec, flight.replicas)
+        if spec.seed is not None:
             scalars[Scalar.ROUNDING_STEP].add_(1)
-        if self._scaler is not None and room is not None:
-            record(self, self._scaler, scalars, room[1])
-        self._end_step()
-        self.param_groups[0]["t"] += 1
+        if flight.scale is not None and room is not None:
+            flight.scale.record(scalars, room[1])
 
-    def _after_step(self, zero_grad: bool) -> None:
-        self._opt_called = True  # what LR schedulers look at, to warn where no step came first
-        if zero_grad:
-            self.zero_grad()
-        self._run_hooks("post")
+    # --- at another time ---
+
+    def collect_other(self, spec: StepSpec, states: States) -> Batch:
+        """The parameters that have a gradient, outside of a step."""
+        batch = self.collector.other(spec.groups, self._name)
+        if spec.has_masters or spec.seed is not None:
+            self._add_precision(batch, spec, states)
+        return batch
+
+    def create_state(self, spec: StepSpec, states: States, base: Optimizer) -> None:
+        """Create what a first step would, of parameters that have a gradient."""
+        batch = self.collect_other(spec, states)
+        if spec.base is None:
+            base.step()
+        elif batch.params:
+            find_base_state(batch, spec.base, spec.groups, states)
+        for param, i in zip(batch.owners, batch.groups, strict=True):
+            held = states.get(param, {})
+            if state := ascent_state(spec.ascent, held, param, spec.groups[i]):
+                states[param].update(state)
+        self.scalars.on_device_of(batch)
+
+    def hypergradient(
+        self, backend: str, batch: Batch, backup: Any, hessian: str, spec: StepSpec
+    ) -> Tensor:
+        """The device scalars, with LETS's sum among them."""
+        scalars = self.scalars.on_device_of(batch)
+        if not spec.rescales:
+            scalars[Scalar.COEFFICIENT].fill_(1)  # an earlier step may have rescaled
+        serving = self.backends.serving(backend, batch)
+        serving.hypergradient(batch, backup, hessian, spec, scalars)
+        return scalars
+
+    # --- parts of them ---
+
+    def _add_precision(self, batch: Batch, spec: StepSpec, states: States) -> None:
+        """Give a batch what its precision needs."""
+        if spec.has_masters:
+            batch.masters = find_masters(self._name, batch, states)
+        else:
+            batch.places = find_places(batch, spec.groups)
+
+    def _scale(
+        self, batch: Batch, slot: Scalar, spec: StepSpec, flight: InFlight, backend: str,
+        states: States | None = None,
+    ) -> Batch:  # fmt: skip
+        """The batch as the backend takes it, where its gradients carry a loss scale."""
+        if flight.scale is None:
+            self.scalars.drop_loss_scale()
+            return batch
+        if self.recording is not None:
+            raise RuntimeError("LETS does not serve gradients that carry a loss scale")
+        scalars = self.scalars.on_device_of(batch)
+        self.scalars.carries_scale = True
+        opens_step = slot == Scalar.FIRST_INVERSE_SCALE or not flight.perturbs
+        flight.scale.write(slot, scalars, opens_step)
+        if not batch.params:
+            return batch
+        if slot == Scalar.INVERSE_SCALE and spec.base is None:  # which reads .grad itself
+            assert states is not None
+            backends.write_grads(batch, unscaled(batch, scalars[slot]).grads)
+            scalars[slot].fill_(1)
+            return self.collect_second(spec, states)
+        if self.backends.serving(backend, batch).takes_scaled:
+            return batch
+        return unscaled(batch, scalars[slot])
+
+    def _check_capture(self, batch: Batch, spec: StepSpec, states: States) -> None:
+        check_capture(self._name, batch, spec, states, self.scalars.vector is not None)
+
+
+def _step_unfused(base: Optimizer, spec: StepSpec, states: States) -> None:
+    """Step a base that is not fused; it takes a parameter with any state for initialised."""
+    names = spec.ascent.states(spec.groups[0])
+    own = {
+        param: {name: state.pop(name) for name in names if name in state}
+        for param, state in states.items()
+        if isinstance(param, Tensor)  # hooks may keep something under other keys
+    }
+    try:
+        base.step()
+    finally:
+        for param, state in own.items():
+            states[param].update(state)
+
+
+def _measure_nothing(scalars: Tensor) -> None:
+    """What the scalars say after a step in which no parameter had a second gradient."""
+    scalars[Scalar.ACCEPTED].fill_(1)
+    scalars[Scalar.PERTURBED_GRAD_NORM].zero_()
+    scalars[Scalar.SHARPNESS].zero_()
+    scalars[Scalar.RENORMALIZATION].fill_(1)
+    scalars[Scalar.USED_DESCENT0] = scalars[Scalar.DESCENT0]
+    scalars[Scalar.ACCUMULATED] = scalars[Scalar.NEXT_ACCUMULATED]

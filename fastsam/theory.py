@@ -152,7 +152,7 @@ def step_sizes(sampling: Sampling, pl: float, lam: float = 0.5, k: int | None = 
         pl: The PL constant :math:`\mu`, above 0 and at most the sampling's smoothness.
         lam: :math:`\lambda` in [0, 1], as given to the optimizer. Default 0.5, as there.
         k: Number of steps taken, at least 0, for the decreasing sizes; in a resumed run
-            ``optimizer.param_groups[0]["t"] - 1``. Default None: the constant sizes.
+            ``optimizer.kept["t"] - 1``. Default None: the constant sizes.
 
     Returns:
         ``(rho, lr)``, where ``lr`` is the paper's :math:`\gamma`.

@@ -1,17 +1,18 @@
-"""From finished sums to the scalars of a step: one thread's work, at the end of a reduction."""
+"""From finished sums to the scalars of a step: one thread's work, at the end of a reduction.
+
+A reduction is given one of ``finish_ascent``, ``finish_descent`` and ``finish_hypergradient``,
+which all take the same arguments.
+"""
 
 import triton
 import triton.language as tl
 
+from .arithmetic import EPS, is_finite
 from .layout import Hyper, Scalar, Task
-from .perturb import ASCENT_NORM, EPS, FIRST_INVERSE_SCALE, NEXT_SQUARED_NORMS
-from .stream import is_finite
+from .perturb import ASCENT_NORM, FIRST_INVERSE_SCALE, NEXT_ACCUMULATED
 
 MAX_GRAD_NORM = tl.constexpr(int(Hyper.MAX_GRAD_NORM))
-RATIO = tl.constexpr(int(Hyper.RATIO))
-LAM_MIN = tl.constexpr(int(Hyper.LAM_MIN))
-LAM_MAX = tl.constexpr(int(Hyper.LAM_MAX))
-SMOOTHING = tl.constexpr(int(Hyper.SMOOTHING))
+DESCENT = tl.constexpr(int(Hyper.DESCENT))
 GRAD_NORM = tl.constexpr(int(Scalar.GRAD_NORM))
 PERTURBED_GRAD_NORM = tl.constexpr(int(Scalar.PERTURBED_GRAD_NORM))
 RENORMALIZATION = tl.constexpr(int(Scalar.RENORMALIZATION))
@@ -20,11 +21,11 @@ FIRST_COEFFICIENT = tl.constexpr(int(Scalar.FIRST_COEFFICIENT))
 ACCEPTED = tl.constexpr(int(Scalar.ACCEPTED))
 SKIPPED = tl.constexpr(int(Scalar.SKIPPED))
 SQUARED_NORMS = tl.constexpr(int(Scalar.SQUARED_NORMS))
-ASCENT_SQUARED_NORMS = tl.constexpr(int(Scalar.ASCENT_SQUARED_NORMS))
-LAM = tl.constexpr(int(Scalar.LAM))
-USED_LAM = tl.constexpr(int(Scalar.USED_LAM))
+ACCUMULATED = tl.constexpr(int(Scalar.ACCUMULATED))
+DESCENT0 = tl.constexpr(int(Scalar.DESCENT0))
+USED_DESCENT0 = tl.constexpr(int(Scalar.USED_DESCENT0))
 SHARPNESS = tl.constexpr(int(Scalar.SHARPNESS))
-SMOOTHED_SHARPNESS = tl.constexpr(int(Scalar.SMOOTHED_SHARPNESS))
+DESCENT1 = tl.constexpr(int(Scalar.DESCENT1))
 HYPERGRADIENT = tl.constexpr(int(Scalar.HYPERGRADIENT))
 INVERSE_SCALE = tl.constexpr(int(Scalar.INVERSE_SCALE))
 FOUND_INF = tl.constexpr(int(Scalar.FOUND_INF))
@@ -38,20 +39,22 @@ SKIP_FIRST = tl.constexpr(int(Task.SKIP_FIRST))
 
 
 @triton.jit
-def finish_ascent(scalars, direction_squared, grad_squared, RULE: tl.constexpr):
-    """The norms that the perturbation needs."""
+def finish_ascent(hyper, scalars, direction_squared, grad_squared, sum2, sum3, sum4, tasks,
+                  ACCUMULATES: tl.constexpr, COEFFICIENTS: tl.constexpr,
+                  ADAPTED: tl.constexpr):  # fmt: skip
+    """The norms that the perturbation needs, and the rule's accumulator."""
     tl.store(scalars + ASCENT_NORM, tl.sqrt(direction_squared))
     tl.store(scalars + GRAD_NORM, tl.sqrt(grad_squared))
-    if RULE == "adagrad_norm":
-        a = tl.load(scalars + ASCENT_SQUARED_NORMS)
-        tl.store(scalars + NEXT_SQUARED_NORMS,
-                 tl.where(is_finite(grad_squared), a + grad_squared, a))  # fmt: skip
+    if ACCUMULATES is not None:
+        total = tl.load(scalars + ACCUMULATED)
+        tl.store(scalars + NEXT_ACCUMULATED, ACCUMULATES(total, grad_squared))
 
 
 @triton.jit
 def finish_descent(hyper, scalars, measured_squared, plain_squared, sharpness, product,
-                   first_squared, tasks, MIX: tl.constexpr):  # fmt: skip
-    """From the second gradient's norms, and SAMAR's products, to the coefficients of ``u``."""
+                   first_squared, tasks, ACCUMULATES: tl.constexpr, COEFFICIENTS: tl.constexpr,
+                   ADAPTED: tl.constexpr):  # fmt: skip
+    """From the second gradient's norms, and a rule's products, to the coefficients of ``u``."""
     measured = tl.sqrt(measured_squared)
     plain = tl.sqrt(plain_squared)
     n = tl.load(scalars + GRAD_NORM)
@@ -64,12 +67,15 @@ def finish_descent(hyper, scalars, measured_squared, plain_squared, sharpness, p
     first = tl.full([], 0.0, tl.float64)
     coefficient = gamma
     norm = gamma * plain  # of u
-    if MIX:
-        lam = tl.load(scalars + LAM)
-        tl.store(scalars + USED_LAM, lam)
+    if COEFFICIENTS is not None:
+        used = tl.load(scalars + DESCENT0)
+        tl.store(scalars + USED_DESCENT0, used)
+        c, c1 = COEFFICIENTS((used, tl.load(scalars + DESCENT1)), first_squared,
+                             gamma * gamma * plain_squared, gamma * product,
+                             hyper + DESCENT)  # fmt: skip
         # a first gradient that is not finite stays out of u, as it stayed out of the perturbation
-        first = tl.where(is_finite(n), 1 - lam, 0.0)
-        coefficient = tl.where(is_finite(n), lam * gamma, gamma)
+        first = tl.where(is_finite(n), c1, 0.0)
+        coefficient = tl.where(is_finite(n), c * gamma, gamma)
         cross = 2 * first * coefficient * product
         squared = coefficient * coefficient * plain_squared + cross
         squared += tl.where(first != 0, first * first * first_squared, 0.0)
@@ -95,37 +101,25 @@ def finish_descent(hyper, scalars, measured_squared, plain_squared, sharpness, p
         b2 = tl.load(scalars + SQUARED_NORMS)
         tl.store(scalars + SQUARED_NORMS, b2 + norm * norm)
     if (tasks & COMMIT) != 0:
-        a = tl.load(scalars + ASCENT_SQUARED_NORMS)
-        new = tl.load(scalars + NEXT_SQUARED_NORMS)
-        tl.store(scalars + ASCENT_SQUARED_NORMS, tl.where(accepted, new, a))
-    if MIX:
+        a = tl.load(scalars + ACCUMULATED)
+        new = tl.load(scalars + NEXT_ACCUMULATED)
+        tl.store(scalars + ACCUMULATED, tl.where(accepted, new, a))
+    if COEFFICIENTS is not None:
         sharpness = sharpness / 2
         tl.store(scalars + SHARPNESS, sharpness)
-        if (tasks & ADAPT) != 0:
-            # 0 says that nothing was perturbed
-            measured_any = accepted & is_finite(sharpness) & is_finite(n) & (sharpness != 0)
-            _adapt(hyper, scalars, sharpness, measured_any)
+        if ADAPTED is not None:
+            if (tasks & ADAPT) != 0:
+                # 0 says that nothing was perturbed
+                valid = accepted & is_finite(sharpness) & is_finite(n) & (sharpness != 0)
+                old = tl.load(scalars + DESCENT0), tl.load(scalars + DESCENT1)
+                new = ADAPTED(old, sharpness, hyper + DESCENT)
+                tl.store(scalars + DESCENT0, tl.where(valid, new[0], old[0]))
+                tl.store(scalars + DESCENT1, tl.where(valid, new[1], old[1]))
 
 
 @triton.jit
-def _adapt(hyper, scalars, sharpness, valid):
-    """SAMAR's lam: multiplied by the clipped ratio of successive sharpness values."""
-    ratio = tl.load(hyper + RATIO).to(tl.float64)
-    smoothing = tl.load(hyper + SMOOTHING).to(tl.float64)
-    lam = tl.load(scalars + LAM)
-    old = tl.load(scalars + SMOOTHED_SHARPNESS)
-    known = old == old  # NaN before the first measurement
-    new = tl.where(known, smoothing * old + (1 - smoothing) * sharpness, sharpness)
-    growth = tl.where(old > 0, new / old, tl.where(new > 0, ratio, 1.0))
-    growth = tl.minimum(tl.maximum(growth, 1 / ratio), ratio)
-    low = tl.load(hyper + LAM_MIN).to(tl.float64)
-    high = tl.load(hyper + LAM_MAX).to(tl.float64)
-    adapted = tl.minimum(tl.maximum(lam * growth, low), high)
-    tl.store(scalars + LAM, tl.where(valid & known, adapted, lam))
-    tl.store(scalars + SMOOTHED_SHARPNESS, tl.where(valid, new, old))
-
-
-@triton.jit
-def finish_hypergradient(scalars, total):
+def finish_hypergradient(hyper, scalars, total, sum1, sum2, sum3, sum4, tasks,
+                         ACCUMULATES: tl.constexpr, COEFFICIENTS: tl.constexpr,
+                         ADAPTED: tl.constexpr):  # fmt: skip
     """LETS: the sum is the answer, up to the loss gap that the host's tensors hold."""
     tl.store(scalars + HYPERGRADIENT, total)

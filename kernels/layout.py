@@ -41,6 +41,10 @@ class Launches:
 
 #: Columns of the hyper-parameter table: one width, so that no kernel depends on the base.
 WIDTH = 24
+#: State tensors per parameter that the tables have rows for, and scalars of a descent rule.
+BASE_STATES = 3
+ASCENT_STATES = 2
+DESCENT_SCALARS = 2
 
 
 class Row(IntEnum):
@@ -76,21 +80,17 @@ STREAMS = tuple(set(Row) - {Row.STEP, Row.FRESH, Row.CHUNKS, Row.KEY})
 class Hyper(IntEnum):
     """Columns of the hyper-parameter table (one row per parameter group).
 
-    The ascent rule's own columns start at ``ASCENT``, the base update's at ``BASE``, in the order
-    of their rules.
+    A rule's own columns, which its kernel file numbers from 0, start at its name here.
     """
 
     RHO = 0
     ADAPTIVE = 1
     ETA = 2
-    MAX_GRAD_NORM = 3  # the same in every row, and so are the next four
-    RATIO = 4  # SharpnessRatio's c
-    LAM_MIN = 5
-    LAM_MAX = 6
-    SMOOTHING = 7
+    MAX_GRAD_NORM = 3  # the same in every row
+    DESCENT = 4  # four columns, the same in every row
     ASCENT = 8  # three columns
     LR = 11  # for LETS; negative where the base maximizes
-    BASE = 12
+    BASE = 12  # twelve columns
 
 
 class Scalar(IntEnum):
@@ -104,13 +104,13 @@ class Scalar(IntEnum):
     FIRST_COEFFICIENT = 5
     ACCEPTED = 6  # 1, or 0 where a non-finite second gradient is skipped
     SKIPPED = 7  # steps skipped so far
-    SQUARED_NORMS = 8  # AdaGradNorm's b2
-    ASCENT_SQUARED_NORMS = 9  # LightSAM I's a: of completed steps, and with the present one
-    NEXT_SQUARED_NORMS = 10
-    LAM = 11  # SAMAR's lam: of the next descent, and of the last
-    USED_LAM = 12
-    SHARPNESS = 13  # s: measured in the last step, and smoothed
-    SMOOTHED_SHARPNESS = 14
+    SQUARED_NORMS = 8  # the base's accumulator: AdaGradNorm's b2
+    ACCUMULATED = 9  # the ascent's accumulator: of completed steps, and with the present one
+    NEXT_ACCUMULATED = 10
+    DESCENT0 = 11  # the descent rule's scalars: the first, and as the last descent used it
+    USED_DESCENT0 = 12
+    SHARPNESS = 13  # measured in the last step: <g + g~, e> / 2
+    DESCENT1 = 14  # the second of the descent rule's scalars
     HYPERGRADIENT = 15  # LETS: sum of lr * coefficient * <validation - training, H e>
     SUM0 = 16  # running sums over the buckets of one reduction
     SUM1 = 17
@@ -131,7 +131,7 @@ class Task(IntFlag):
     RENORMALIZE = 4
     CLIP = 8
     SKIP = 16  # reject the step if the second gradient is not finite
-    ACCUMULATE = 32  # add the squared norm of u to AdaGradNorm's b2
-    COMMIT = 64  # make LightSAM I's new accumulator the old
-    ADAPT = 128  # SAMAR's lam, by the ratio of sharpness values
+    ACCUMULATE = 32  # add the squared norm of u to the base's accumulator
+    COMMIT = 64  # make the ascent's new accumulator the old
+    ADAPT = 128  # let the descent rule's scalars follow the sharpness
     SKIP_FIRST = 256  # reject it as well if the first one is not

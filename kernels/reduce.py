@@ -9,17 +9,12 @@ is enough.
 import triton
 import triton.language as tl
 
-from .finish import (
-    COEFFICIENT,
-    INVERSE_SCALE,
-    finish_ascent,
-    finish_descent,
-    finish_hypergradient,
-)
+from .finish import COEFFICIENT, INVERSE_SCALE
 from .layout import Hyper, Scalar, Task
-from .perturb import FIRST_INVERSE_SCALE, advance, direction, element_scale, radius
+from .perturb import ASCENT, FIRST_INVERSE_SCALE, element_scale, length
 from .stream import (
     ASCENT0,
+    ASCENT1,
     BACKUP,
     FIRST_GRAD,
     GRAD,
@@ -46,79 +41,73 @@ WINDOW = tl.constexpr(1024)
 
 @triton.jit
 def _terms(table, columns, tensor, start, offsets, mask, row, scalars, origin,
-           P: tl.constexpr, G: tl.constexpr, ACC: tl.constexpr, KIND: tl.constexpr,
-           RULE: tl.constexpr, STATES: tl.constexpr, ADAPTIVE: tl.constexpr,
-           HAS_MASTER: tl.constexpr, ALIGNED: tl.constexpr):  # fmt: skip
-    """What is summed, element by element: up to five sums."""
+           P: tl.constexpr, G: tl.constexpr, ACC: tl.constexpr, TERMS: tl.constexpr,
+           ASCENDS: tl.constexpr, BOTH: tl.constexpr, LETS: tl.constexpr, ADVANCE: tl.constexpr,
+           DIRECTION: tl.constexpr, RADIUS: tl.constexpr, STATES: tl.constexpr,
+           ADAPTIVE: tl.constexpr, SCALED: tl.constexpr, HAS_MASTER: tl.constexpr,
+           ALIGNED: tl.constexpr):  # fmt: skip
+    """What is summed, element by element: the streams that ``TERMS`` combines."""
     grad = stream(table, GRAD, columns, tensor, start, G, ALIGNED) + offsets
-    SCALE: tl.constexpr = FIRST_INVERSE_SCALE if KIND == "ascent" else INVERSE_SCALE
+    SCALE: tl.constexpr = FIRST_INVERSE_SCALE if ASCENDS else INVERSE_SCALE
     present = tl.load(grad, mask=mask, other=0.0).to(ACC) * tl.load(scalars + SCALE).to(ACC)
-    here = 1.0  # T at the weights of this pass
-    if ADAPTIVE and KIND != "diag" and KIND != "mix":
+    here = 1.0
+    if SCALED:
         param = stream(table, PARAM, columns, tensor, start, P, ALIGNED) + offsets
         w = tl.load(param, mask=mask, other=0.0)
-        if HAS_MASTER and KIND == "ascent":
+        if HAS_MASTER and ASCENDS:
             master = stream(table, MASTER, columns, tensor, start, ACC, ALIGNED) + offsets
             w = newest(tl.load(master, mask=mask, other=0.0), w, P)
-        here = element_scale(w.to(ACC), row, ADAPTIVE)
-
-    if KIND == "ascent":
-        d = present
-        if RULE == "ema":
+        here = element_scale(w.to(ACC), row, SCALED)
+    d = present
+    if ASCENDS and DIRECTION is not None:
+        state = ()
+        if STATES > 0:
             ascent0 = stream(table, ASCENT0, columns, tensor, start, ACC, ALIGNED) + offsets
-            d, _ = advance(d, tl.load(ascent0, mask=mask, other=0.0), d, row, RULE)
-        a = (here * d) * (here * d)
-        b = (here * present) * (here * present)
-        return a, b, b, b, b
-
-    elif KIND == "descent":
-        a = (here * present) * (here * present)
-        b = present * present
-        return a, b, b, b, b
-
-    else:
-        # the first gradient, and the perturbation that was made of it, before it was rounded
+            state = state + (tl.load(ascent0, mask=mask, other=0.0),)
+        if STATES > 1:
+            ascent1 = stream(table, ASCENT1, columns, tensor, start, ACC, ALIGNED) + offsets
+            state = state + (tl.load(ascent1, mask=mask, other=0.0),)
+        if STATES > 0:
+            state = ADVANCE(present, state, row + ASCENT)
+        d = DIRECTION(present, state, row + ASCENT)
+    g = present
+    e = present
+    perturbed = mask
+    if BOTH:
         perturbed = where_present(table, FIRST_GRAD, columns, tensor, mask)
         first_grad = stream(table, FIRST_GRAD, columns, tensor, start, G, ALIGNED) + offsets
         g = tl.load(first_grad, mask=perturbed, other=0.0).to(ACC)
         g *= tl.load(scalars + FIRST_INVERSE_SCALE).to(ACC)
-        state0 = g
-        state1 = g
-        if STATES > 0:
-            next0 = stream(table, NEXT0, columns, tensor, start, ACC, ALIGNED) + offsets
-            state0 = tl.load(next0, mask=perturbed, other=0.0)
-        if STATES > 1:
-            next1 = stream(table, NEXT1, columns, tensor, start, ACC, ALIGNED) + offsets
-            state1 = tl.load(next1, mask=perturbed, other=0.0)
-        t = 1.0
-        if ADAPTIVE:
-            if HAS_MASTER:
-                backup = stream(table, MASTER, columns, tensor, start, ACC, ALIGNED) + offsets
-            else:
-                backup = stream(table, BACKUP, columns, tensor, start, P, ALIGNED, origin) + offsets
-            t = element_scale(tl.load(backup, mask=perturbed, other=0.0).to(ACC), row, ADAPTIVE)
-        scale = radius(row, scalars, RULE, ACC)
-        d = direction(g, state0, state1, RULE)
-        e = tl.where(scale != 0, scale * (t * (t * d)), 0.0)
-
-        if KIND == "mix" or KIND == "scaled mix":
-            a = (here * present) * (here * present)
-            return a, present * present, (g + present) * e, g * present, g * g
-
-        else:  # LETS: lr * coefficient * (validation - training) * H e
-            if KIND == "diag":
-                product = present * present * e
-            else:
-                product = tl.where(perturbed, present - g, 0.0)
-            validated = where_present(table, VALIDATION, columns, tensor, mask)
-            validation = stream(table, VALIDATION, columns, tensor, start, G, ALIGNED) + offsets
-            delta = tl.load(validation, mask=validated, other=0.0).to(ACC)
-            trained = where_present(table, TRAINING, columns, tensor, mask)
-            training = stream(table, TRAINING, columns, tensor, start, G, ALIGNED) + offsets
-            delta -= tl.load(training, mask=trained, other=0.0).to(ACC)
-            step = tl.load(row + LR) * tl.load(scalars + COEFFICIENT).to(ACC)
-            a = step * delta * product
-            return a, a, a, a, a
+        if RADIUS is not None:
+            later = ()
+            if STATES > 0:
+                next0 = stream(table, NEXT0, columns, tensor, start, ACC, ALIGNED) + offsets
+                later = later + (tl.load(next0, mask=perturbed, other=0.0),)
+            if STATES > 1:
+                next1 = stream(table, NEXT1, columns, tensor, start, ACC, ALIGNED) + offsets
+                later = later + (tl.load(next1, mask=perturbed, other=0.0),)
+            t = 1.0
+            if ADAPTIVE:
+                if HAS_MASTER:
+                    backup = stream(table, MASTER, columns, tensor, start, ACC, ALIGNED) + offsets
+                else:
+                    backup = stream(table, BACKUP, columns, tensor, start, P, ALIGNED,
+                                    origin) + offsets  # fmt: skip
+                before = tl.load(backup, mask=perturbed, other=0.0).to(ACC)
+                t = element_scale(before, row, ADAPTIVE)
+            scale = length(row, scalars, RADIUS, ACC)
+            e = DIRECTION(g, later, row + ASCENT)
+            e = tl.where(scale != 0, scale * (t * (t * e)), 0.0)
+    delta = present
+    if LETS:
+        validated = where_present(table, VALIDATION, columns, tensor, mask)
+        validation = stream(table, VALIDATION, columns, tensor, start, G, ALIGNED) + offsets
+        delta = tl.load(validation, mask=validated, other=0.0).to(ACC)
+        trained = where_present(table, TRAINING, columns, tensor, mask)
+        training = stream(table, TRAINING, columns, tensor, start, G, ALIGNED) + offsets
+        delta -= tl.load(training, mask=trained, other=0.0).to(ACC)
+        delta = tl.load(row + LR) * tl.load(scalars + COEFFICIENT).to(ACC) * delta
+    return TERMS(here, present, d, g, e, perturbed, delta)
 
 
 @triton.jit
@@ -141,34 +130,33 @@ def _total(sums, slot, tasks):
     return total
 
 
-@triton.jit
-def _finish(hyper, scalars, sum0, sum1, sum2, sum3, sum4, tasks, KIND: tl.constexpr,
-            RULE: tl.constexpr):  # fmt: skip
-    if KIND == "ascent":
-        finish_ascent(scalars, sum0, sum1, RULE)
-    elif KIND == "diag" or KIND == "difference":
-        finish_hypergradient(scalars, sum0)
-    else:
-        finish_descent(hyper, scalars, sum0, sum1, sum2, sum3, sum4, tasks, KIND != "descent")
-
-
 @triton.jit(do_not_specialize=["columns", "tasks", "origin"])
 def reduce_kernel(table, chunks, columns, hyper, scalars, partials, arrivals, tasks, origin,
-                  P: tl.constexpr, G: tl.constexpr, ACC: tl.constexpr, KIND: tl.constexpr,
-                  RULE: tl.constexpr, STATES: tl.constexpr, ADAPTIVE: tl.constexpr,
-                  HAS_MASTER: tl.constexpr, SUMS: tl.constexpr, CHUNK: tl.constexpr,
-                  LANES: tl.constexpr):  # fmt: skip
+                  P: tl.constexpr, G: tl.constexpr, ACC: tl.constexpr, TERMS: tl.constexpr,
+                  FINISH: tl.constexpr, ASCENDS: tl.constexpr, BOTH: tl.constexpr,
+                  LETS: tl.constexpr, ADVANCE: tl.constexpr, DIRECTION: tl.constexpr,
+                  RADIUS: tl.constexpr, ACCUMULATES: tl.constexpr, COEFFICIENTS: tl.constexpr,
+                  ADAPTED: tl.constexpr, STATES: tl.constexpr, ADAPTIVE: tl.constexpr,
+                  SCALED: tl.constexpr, HAS_MASTER: tl.constexpr, SUMS: tl.constexpr,
+                  CHUNK: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
     """Sums over one bucket.
 
     Args:
         partials: Scratch in ``ACC``, a row of one number per program for every sum.
         arrivals: One int32, zero before and after every launch.
         tasks: Bits of ``layout.Task``: how the sums are finished.
-        KIND: ``"ascent"`` or ``"descent"``, the norms of a pass's gradients; ``"mix"`` or
-            ``"scaled mix"``, those and SAMAR's products of both passes' gradients, the second with
-            ``T`` in the second one's norm; ``"diag"`` or ``"difference"``, LETS's hypergradient.
-        RULE, STATES: The ascent rule and its state, where the sums depend on it.
-        ADAPTIVE: Whether ``T`` matters to the sums.
+        TERMS: What is added up, a function of ``sums.py``.
+        FINISH: What follows from it, a function of ``finish.py``.
+        ASCENDS: Whether this is the first pass.
+        BOTH: Whether the first pass's gradient is read in the second, and with a ``RADIUS`` what
+            makes the perturbation once more.
+        LETS: Whether LETS's gradients are read.
+        ADVANCE, DIRECTION, RADIUS, ACCUMULATES: The ascent rule's functions (``ascent/``), where
+            the sums, or what follows from them, depend on it; else None.
+        COEFFICIENTS, ADAPTED: The descent rule's (``descent/``); the same.
+        STATES: Number of the ascent rule's state tensors, where the sums depend on them.
+        ADAPTIVE: Whether the perturbation that is made once more has ``T``.
+        SCALED: Whether the norm of this pass has ``T``.
         HAS_MASTER: Whether ``T`` is that of master weights.
         SUMS: How many are taken: 1, 2 or 5.
 
@@ -176,7 +164,7 @@ def reduce_kernel(table, chunks, columns, hyper, scalars, partials, arrivals, ta
     """
     program = tl.program_id(0)
     programs = tl.num_programs(0)
-    tensor, group, index, length, vector = read_chunk(chunks, program)
+    tensor, group, index, size, vector = read_chunk(chunks, program)
     start = index * CHUNK
     row = hyper_row(hyper, group)
     sum0 = tl.zeros([1], ACC)
@@ -187,7 +175,8 @@ def reduce_kernel(table, chunks, columns, hyper, scalars, partials, arrivals, ta
     if vector > 0:
         offsets = tl.arange(0, CHUNK)
         a, b, c, d, f = _terms(table, columns, tensor, start, offsets, offsets < vector, row,
-                               scalars, origin, P, G, ACC, KIND, RULE, STATES, ADAPTIVE, HAS_MASTER,
+                               scalars, origin, P, G, ACC, TERMS, ASCENDS, BOTH, LETS, ADVANCE,
+                               DIRECTION, RADIUS, STATES, ADAPTIVE, SCALED, HAS_MASTER,
                                True)  # fmt: skip
         sum0 += tl.sum(a)
         if SUMS > 1:
@@ -196,17 +185,18 @@ def reduce_kernel(table, chunks, columns, hyper, scalars, partials, arrivals, ta
             sum2 += tl.sum(c)
             sum3 += tl.sum(d)
             sum4 += tl.sum(f)
-    if vector < length:
+    if vector < size:
         lanes0 = tl.zeros([LANES], ACC)
         lanes1 = tl.zeros([LANES], ACC)
         lanes2 = tl.zeros([LANES], ACC)
         lanes3 = tl.zeros([LANES], ACC)
         lanes4 = tl.zeros([LANES], ACC)
-        for first in range(vector, length, LANES):
+        for first in range(vector, size, LANES):
             offsets = first + tl.arange(0, LANES)
-            a, b, c, d, f = _terms(table, columns, tensor, start, offsets, offsets < length, row,
-                                   scalars, origin, P, G, ACC, KIND, RULE, STATES, ADAPTIVE,
-                                   HAS_MASTER, False)  # fmt: skip
+            a, b, c, d, f = _terms(table, columns, tensor, start, offsets, offsets < size, row,
+                                   scalars, origin, P, G, ACC, TERMS, ASCENDS, BOTH, LETS, ADVANCE,
+                                   DIRECTION, RADIUS, STATES, ADAPTIVE, SCALED, HAS_MASTER,
+                                   False)  # fmt: skip
             lanes0 += a
             lanes1 += b
             lanes2 += c
@@ -256,11 +246,13 @@ def reduce_kernel(table, chunks, columns, hyper, scalars, partials, arrivals, ta
             total3 = _total(part3, slots + 3, tasks)
             total4 = _total(part4, slots + 4, tasks)
         if (tasks & LAST) != 0:
-            _finish(hyper, scalars, total0, total1, total2, total3, total4, tasks, KIND, RULE)
+            FINISH(hyper, scalars, total0, total1, total2, total3, total4, tasks, ACCUMULATES,
+                   COEFFICIENTS, ADAPTED)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["tasks"])
-def finish_kernel(hyper, scalars, tasks, KIND: tl.constexpr, RULE: tl.constexpr,
+def finish_kernel(hyper, scalars, tasks, FINISH: tl.constexpr, ACCUMULATES: tl.constexpr,
+                  COEFFICIENTS: tl.constexpr, ADAPTED: tl.constexpr,
                   SUMS: tl.constexpr):  # fmt: skip
     """The scalars that follow from sums which were added up over processes; one program."""
     slots = scalars + SUM0
@@ -269,4 +261,5 @@ def finish_kernel(hyper, scalars, tasks, KIND: tl.constexpr, RULE: tl.constexpr,
     total2 = tl.load(slots + 2)
     total3 = tl.load(slots + 3)
     total4 = tl.load(slots + 4)
-    _finish(hyper, scalars, total0, total1, total2, total3, total4, tasks, KIND, RULE)
+    FINISH(hyper, scalars, total0, total1, total2, total3, total4, tasks, ACCUMULATES, COEFFICIENTS,
+           ADAPTED)  # fmt: skip

@@ -11,8 +11,9 @@ element. So they are the same however tensors are grouped, and in every backend
 import triton
 import triton.language as tl
 
+from .arithmetic import is_finite
 from .layout import Scalar
-from .stream import KEY, is_finite, narrow
+from .stream import KEY, narrow
 
 ROUNDING_STEP = tl.constexpr(int(Scalar.ROUNDING_STEP))
 

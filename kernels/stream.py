@@ -104,8 +104,3 @@ def narrow(x, dtype: tl.constexpr):
 def newest(master, stored, P: tl.constexpr):
     """The master weight; what is stored where somebody has written to the parameter since."""
     return tl.where(narrow(master, P) == stored, master, stored.to(master.dtype))
-
-
-@triton.jit
-def is_finite(x):
-    return (x == x) & (tl.abs(x) < float("inf"))

@@ -161,7 +161,7 @@ class Table:
                 self.aligned = aligned
                 self._chunks, self.revision = {}, object()
         self._rows = host
-        capturing = is_capturing(self.device)
+        capturing = self.device.type == "cuda" and is_capturing(self.device)
         pointers = self._upload(host, None if self._is_captured or capturing else self.pointers)
         if pointers is not self.pointers:
             self.pointers, self.revision, self._is_captured = pointers, object(), capturing

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from fastsam.kernels.layout import Scalar
+from fastsam.step.batch import Batch, Layout
+from fastsam.step.flight import Backup
+from fastsam.step.scaling import unscaled
+from fastsam.step.spec import Group, StepSpec
 
-from ..bases import Group
-from ..rules import Batch, Layout, Step
-from ..scaling import unscaled
-from .interface import Backup, DeviceBackend, create, resolve
-from .lockstep import together
+from .base import DeviceBackend, together
 
 
 class SplitBackup:
@@ -36,18 +36,24 @@ class SeveralDevices:
 
     Args:
         name: The backend that was asked for.
+        resolve, create: As in ``backends/__init__.py``.
     """
 
     takes_scaled = True
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(
+        self,
+        name: str,
+        resolve: Callable[[str, torch.device], str],
+        create: Callable[[str], DeviceBackend],
+    ) -> None:
+        self._name, self._resolve, self._create = name, resolve, create
         self._backends: dict[tuple[str, torch.device], DeviceBackend] = {}
 
-    def ascend(self, batch: Batch, step: Step, scalars: Tensor) -> SplitBackup:
+    def ascend(self, batch: Batch, spec: StepSpec, scalars: Tensor) -> SplitBackup:
         """See ``Backend.ascend``."""
         found: list[Backup] = []
-        parts = self._split(batch, step, scalars, Scalar.FIRST_INVERSE_SCALE)
+        parts = self._split(batch, spec, scalars, Scalar.FIRST_INVERSE_SCALE)
         try:
             self._run(parts, scalars, found, lambda _, backend, *part: backend.ascent_pass(*part))
         except BaseException:
@@ -57,11 +63,11 @@ class SeveralDevices:
         return SplitBackup(dict(zip(parts, found, strict=True)))
 
     def descend(
-        self, batch: Batch, backup: SplitBackup | None, step: Step, scalars: Tensor
+        self, batch: Batch, backup: SplitBackup | None, spec: StepSpec, scalars: Tensor
     ) -> None:
         """See ``Backend.descend``."""
         perturbed = {} if backup is None else backup.parts
-        parts = self._split(batch, step, scalars, Scalar.INVERSE_SCALE)
+        parts = self._split(batch, spec, scalars, Scalar.INVERSE_SCALE)
         self._run(
             parts, scalars, [],
             lambda device, backend, part, *rest: backend.descent_pass(
@@ -72,11 +78,12 @@ class SeveralDevices:
             perturbed[device].restore()
 
     def hypergradient(
-        self, batch: Batch, backup: SplitBackup | None, hessian: str, step: Step, scalars: Tensor
-    ) -> None:
+        self, batch: Batch, backup: SplitBackup | None, hessian: str, spec: StepSpec,
+        scalars: Tensor,
+    ) -> None:  # fmt: skip
         """See ``Backend.hypergradient``."""
         perturbed = {} if backup is None else backup.parts
-        parts = self._split(batch, step, scalars, Scalar.INVERSE_SCALE)
+        parts = self._split(batch, spec, scalars, Scalar.INVERSE_SCALE)
         self._run(
             parts, scalars, [],
             lambda device, backend, part, *rest: backend.hypergradient_pass(
@@ -94,25 +101,25 @@ class SeveralDevices:
         scalars.copy_(first[-1], non_blocking=True)
 
     def _split(
-        self, batch: Batch, step: Step, scalars: Tensor, scale: Scalar
-    ) -> dict[torch.device, tuple[DeviceBackend, Batch, Step, Tensor]]:
+        self, batch: Batch, spec: StepSpec, scalars: Tensor, scale: Scalar
+    ) -> dict[torch.device, tuple[DeviceBackend, Batch, StepSpec, Tensor]]:
         """What each device works with, in the order of the devices."""
         layouts = layouts_of(batch)
-        names = {resolve(self._name, device) for device in layouts}
+        names = {self._resolve(self._name, device) for device in layouts}
         name = names.pop() if len(names) == 1 else "torch"  # passes of one kind stop alike
         parts = {}
         for number, (device, layout) in enumerate(layouts.items()):
             key = name, device
             if key not in self._backends:
-                self._backends[key] = create(name)
+                self._backends[key] = self._create(name)
             part = part_of(batch, device, layout, number)
             own = scalars.to(device, non_blocking=True, copy=True)
-            # what a foreign base will read has been unscaled where it is
-            carries = scale == Scalar.FIRST_INVERSE_SCALE or step.base is not None
-            if step.is_scaled and carries and not self._backends[key].takes_scaled:
+            # what a base that is not fused will read has been unscaled where it is
+            carries = scale == Scalar.FIRST_INVERSE_SCALE or spec.base is not None
+            if spec.is_scaled and carries and not self._backends[key].takes_scaled:
                 part = unscaled(part, own[scale])
-            groups = [on_device(group, device) for group in step.groups]
-            parts[device] = self._backends[key], part, replace(step, groups=groups), own
+            groups = [on_device(group, device) for group in spec.groups]
+            parts[device] = self._backends[key], part, replace(spec, groups=groups), own
         return parts
 
 
@@ -120,10 +127,9 @@ def layouts_of(batch: Batch) -> dict[torch.device, Layout]:
     """A layout of each device's tensors, kept with that of all."""
     whole = batch.layout
     assert whole is not None
-    if "devices" not in whole.cache:
-        whole.cache["devices"] = {device: whole.of_device(device) for device in whole.members}
-    layouts: dict[torch.device, Layout] = whole.cache["devices"]
-    return layouts
+    if not whole.parts:
+        whole.parts = {device: whole.of_device(device) for device in whole.members}
+    return whole.parts
 
 
 def part_of(batch: Batch, device: torch.device, layout: Layout, number: int) -> Batch:
@@ -140,7 +146,7 @@ def part_of(batch: Batch, device: torch.device, layout: Layout, number: int) -> 
         for name, xs in lists.items()
         if isinstance(xs, list) and xs
     }
-    return replace(batch, **picked, layout=layout, part=number)
+    return replace(batch, **picked, layout=layout, held=None, part=number)
 
 
 def on_device(group: Group, device: torch.device) -> Group:

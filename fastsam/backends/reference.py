@@ -1,7 +1,8 @@
 """The reference backend: every step in plain torch, one tensor at a time, to be read.
 
-Any floating dtype; norms in float64. The equations it applies are in ``equations.py``. The passes
-are generators, which give out their sums in case other devices have more to add (``lockstep.py``).
+Any floating dtype; norms in float64. The equations it applies are the rules' own, from where they
+are declared. The passes are generators, which give out their sums in case other devices have more
+to add (``base.py``).
 """
 
 from collections.abc import Iterable
@@ -9,55 +10,59 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from fastsam.arithmetic import wide
+from fastsam.bases.torch_optim import signed_lr
 from fastsam.kernels.layout import Scalar
+from fastsam.step.batch import Batch
+from fastsam.step.sharding import total
+from fastsam.step.spec import StepSpec
 
-from ..bases import signed_lr
-from ..rules import Batch, Step
-from ..sharding import total
-from .equations import (
-    advance,
-    base_update,
-    direction,
-    perturbation,
-    radius,
-    usable,
-    wide,
-)
-from .interface import DeviceBackend
-from .lockstep import Pass
-from .measures import (
+from .base import DeviceBackend, Pass
+from .equations import columns_of, perturbation, radius
+from .rounding import rounded
+from .sums import (
+    descent_sums,
     finish_ascent,
     finish_descent,
     first_passes,
     global_norm,
-    measure_mixture,
     mixture,
     scaled_norm,
     undone_if_it_fails,
 )
-from .rounding import rounded
 from .weights import ListBackup, at_weights, follow_parameters, weight
 
 
-def advance_one(batch: Batch, k: int, step: Step) -> Tensor:
+def advance_one(batch: Batch, k: int, spec: StepSpec) -> Tensor:
     """Write the next ascent state of parameter ``k``; the direction that follows from it."""
-    rule, g, new = step.ascent.name, batch.grads[k], batch.next[k]
-    for name, value in advance(rule, g, batch.ascent[k], step.groups[batch.groups[k]]).items():
-        new[name].copy_(value)
-    return direction(rule, g, new)
+    rule, g = spec.ascent, wide(batch.grads[k])
+    h = columns_of(spec, spec.groups[batch.groups[k]])
+    old, new = state_of(batch, k)
+    if rule.advance is not None and old:
+        for name, value in rule.advance(g, old, h).items():
+            new[name].copy_(value)
+    return rule.direction(g, new, h)
 
 
-def perturb_one(batch: Batch, k: int, d: Tensor, step: Step, scalars: Tensor) -> None:
+def state_of(batch: Batch, k: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The ascent state of parameter ``k``, old and new; empty where it has none."""
+    if batch.ascent is None or batch.next is None:
+        return {}, {}
+    return batch.ascent[k] or {}, batch.next[k] or {}
+
+
+def perturb_one(batch: Batch, k: int, d: Tensor, spec: StepSpec, scalars: Tensor) -> None:
     """Perturb parameter ``k`` along ``d``, and drop the next ascent state where it is unusable."""
-    w, group = weight(batch, k), step.groups[batch.groups[k]]
-    e = perturbation(w, d, group, radius(group, step, scalars))
-    if batch.next[k]:
-        good = usable(step.ascent.name, batch.next[k], scalars)
+    w, group = weight(batch, k), spec.groups[batch.groups[k]]
+    e = perturbation(w, d, group, radius(spec, group, scalars))
+    old, new = state_of(batch, k)
+    if spec.ascent.usable is not None and new:
+        good = spec.ascent.usable(new, scalars[Scalar.ASCENT_NORM])
         e = torch.where(good, e, 0.0)
-        for name, x in batch.next[k].items():
-            x.copy_(torch.where(good, x, batch.ascent[k][name]))
+        for name, x in new.items():
+            x.copy_(torch.where(good, x, old[name]))
     param = batch.params[k]
-    param.copy_(rounded(wide(w) + e, batch, k, step, scalars, descends=False))
+    param.copy_(rounded(wide(w) + e, batch, k, spec, scalars, descends=False))
 
 
 #: Tensors, each with the values that it is about to take.
@@ -65,22 +70,27 @@ Values = list[tuple[Tensor, Tensor]]
 
 
 def update_one(
-    batch: Batch, k: int, backup: ListBackup | None, step: Step, scalars: Tensor
+    batch: Batch, k: int, backup: ListBackup | None, spec: StepSpec, scalars: Tensor
 ) -> Values:
     """The base update of parameter ``k`` at its unperturbed weights: computed, not yet written."""
-    assert step.base is not None
-    param, group, stored = batch.params[k], step.groups[batch.groups[k]], batch.states[k]
+    assert spec.base is not None and batch.states is not None
+    base, stored = spec.base, batch.states[k]
+    param, group = batch.params[k], spec.groups[batch.groups[k]]
     before = weight(batch, k)
     if before is param and backup is not None:
         before = backup.copies.get(param, param)
     w = wide(before).clone()
-    u = final_gradient(batch, k, step, scalars).to(w.dtype)  # a parameter's may be another
-    names = step.base.states(group)
-    state = {name: wide(stored[name]).clone() for name in names}
-    if step.base.counts_steps:
-        state["step"] = stored["step"].clone()
-    base_update(step.base, w, u, state, group, batch.fresh[k], scalars[Scalar.SQUARED_NORMS])
-    if step.skip_nonfinite:
+    u = final_gradient(batch, k, spec, scalars).to(w.dtype)  # a parameter's may be another
+    state = {name: wide(stored[name]).clone() for name in base.states(group)}
+    step = None
+    if base.counts_steps:
+        state["step"] = stored["step"] + 1
+        # a number on a CPU, for torch's own rounding
+        on_cpu = stored["step"].device.type == "cpu"
+        step = state["step"].item() if on_cpu else state["step"].double()
+    fresh = batch.fresh is not None and batch.fresh[k]
+    base.update(w, u, state, group, step, fresh, scalars[Scalar.SQUARED_NORMS])
+    if spec.skip_nonfinite:
         accepted = scalars[Scalar.ACCEPTED] != 0
         w = torch.where(accepted, w, wide(before))
         for name, new in state.items():
@@ -88,7 +98,7 @@ def update_one(
     values = [(stored[name], new) for name, new in state.items()]
     if weight(batch, k) is not param:
         values.append((weight(batch, k), w))
-    return [(param, rounded(w, batch, k, step, scalars, descends=True)), *values]
+    return [(param, rounded(w, batch, k, spec, scalars, descends=True)), *values]
 
 
 def write(values: Values) -> None:
@@ -97,22 +107,22 @@ def write(values: Values) -> None:
         x.copy_(new)
 
 
-def final_gradient(batch: Batch, k: int, step: Step, scalars: Tensor) -> Tensor:
+def final_gradient(batch: Batch, k: int, spec: StepSpec, scalars: Tensor) -> Tensor:
     """``u`` of parameter ``k``, in the dtype of the arithmetic."""
     u = wide(batch.grads[k])
-    first = batch.firsts[k] if step.mix is not None else None
+    first = batch.firsts[k] if spec.descent is not None and batch.firsts is not None else None
     if first is not None:
         weights = scalars[Scalar.FIRST_COEFFICIENT], scalars[Scalar.COEFFICIENT]
         return mixture(wide(first), u, *weights)
-    return scalars[Scalar.COEFFICIENT].to(u.dtype) * u if step.rescales else u
+    return scalars[Scalar.COEFFICIENT].to(u.dtype) * u if spec.rescales else u
 
 
-def leave_final_gradient(batch: Batch, step: Step, scalars: Tensor) -> None:
-    """Leave ``u`` in ``.grad`` for a foreign base optimizer."""
-    if not step.rescales:
+def leave_final_gradient(batch: Batch, spec: StepSpec, scalars: Tensor) -> None:
+    """Leave ``u`` in ``.grad`` for a base optimizer that is not fused."""
+    if not spec.rescales:
         return
     everyone = range(len(batch.params))
-    write_grads(batch, (final_gradient(batch, k, step, scalars) for k in everyone))
+    write_grads(batch, (final_gradient(batch, k, spec, scalars) for k in everyone))
 
 
 def write_grads(batch: Batch, values: Iterable[Tensor]) -> None:
@@ -125,86 +135,93 @@ def write_grads(batch: Batch, values: Iterable[Tensor]) -> None:
 
 
 def keep_rejected(
-    batch: Batch, step: Step, scalars: Tensor, accepted: Tensor | None = None
+    batch: Batch, spec: StepSpec, scalars: Tensor, accepted: Tensor | None = None
 ) -> None:
     """Where the device rejects the step, the ascent state of before it stays.
 
     With memory for a bool nothing is allocated.
     """
-    if not (step.skip_nonfinite and any(batch.next)):
+    if not spec.skip_nonfinite or batch.ascent is None or batch.next is None:
         return
     accepted = torch.ne(scalars[Scalar.ACCEPTED], 0, out=accepted)
     for old, new in zip(batch.ascent, batch.next, strict=True):
-        for name in new:
+        for name in new or ():
+            assert old is not None and new is not None
             here = accepted.to(new[name].device, non_blocking=True)
             torch.where(here, new[name], old[name], out=new[name])
+
+
+def adapts_here(batch: Batch, spec: StepSpec) -> bool:
+    """Whether the descent rule's scalars follow here; a user's function is asked once a step."""
+    return batch.leads or spec.descent is None or not spec.descent.adapts_on_host
 
 
 class ReferenceBackend(DeviceBackend):
     """See the module's docstring."""
 
-    def ascent_pass(self, batch: Batch, step: Step, scalars: Tensor) -> Pass[ListBackup]:
+    def ascent_pass(self, batch: Batch, spec: StepSpec, scalars: Tensor) -> Pass[ListBackup]:
         everyone = range(len(batch.params))
         follow_parameters(batch, None)
         weights = at_weights(batch)
-        directions = [advance_one(batch, k, step) for k in everyone]
-        if step.needs_ascent_norm:
-            n = m = yield from scaled_norm(batch.grads, weights, step, like=scalars)
-            if step.ascent.name == "ema":
-                m = yield from scaled_norm(directions, weights, step, like=scalars)
-            finish_ascent(n, m, step, scalars)
+        directions = [advance_one(batch, k, spec) for k in everyone]
+        if spec.needs_ascent_norm:
+            n = m = yield from scaled_norm(batch.grads, weights, spec, like=scalars)
+            if spec.ascent.norm == "direction":
+                m = yield from scaled_norm(directions, weights, spec, like=scalars)
+            finish_ascent(n, m, spec, scalars)
         backup = ListBackup()
         try:
             # all copies come first: two parameters may be views of the same memory
             for param, w in zip(batch.params, weights.params, strict=True):
                 backup.copies[param] = w.detach().clone() if w is param else w
             for k in everyone:
-                perturb_one(batch, k, directions[k], step, scalars)
+                perturb_one(batch, k, directions[k], spec, scalars)
         except BaseException:
             backup.restore()
             raise
         return backup
 
     def descent_pass(
-        self, batch: Batch, backup: ListBackup | None, step: Step, scalars: Tensor
+        self, batch: Batch, backup: ListBackup | None, spec: StepSpec, scalars: Tensor
     ) -> Pass[None]:
         updates: Values = []
         with undone_if_it_fails(scalars):  # what may fail comes before the first write
-            if step.needs_descent_norm:
+            if spec.needs_descent_norm:
                 plain = measured = yield from global_norm(batch.grads, scalars, batch.shardings)
-                if step.adaptive and step.renormalize:
-                    measured = yield from scaled_norm(batch.grads, batch, step, like=scalars)
-                measure = measure_mixture(batch, backup, step, scalars)
-                yield from finish_descent(plain, measured, measure, step, scalars, batch.leads)
-            keep_rejected(batch, step, scalars)
+                if spec.adaptive and spec.renormalize:
+                    measured = yield from scaled_norm(batch.grads, batch, spec, like=scalars)
+                sums = yield from descent_sums(batch, backup, spec, scalars)
+                finish_descent(plain, measured, sums, spec, scalars, adapts_here(batch, spec))
+            keep_rejected(batch, spec, scalars)
             follow_parameters(batch, backup)
-            if step.base is None:
-                leave_final_gradient(batch, step, scalars)
+            if spec.base is None:
+                leave_final_gradient(batch, spec, scalars)
             else:
                 for k in range(len(batch.params)):
-                    updates += update_one(batch, k, backup, step, scalars)
+                    updates += update_one(batch, k, backup, spec, scalars)
             yield None
         if backup is not None:
-            updated = set(batch.params) if step.base is not None else set()
+            updated = set(batch.params) if spec.base is not None else set()
             write([(w, copy) for w, copy in backup.copies.items() if w not in updated])
         write(updates)
 
     def hypergradient_pass(
-        self, batch: Batch, backup: ListBackup | None, hessian: str, step: Step, scalars: Tensor
+        self, batch: Batch, backup: ListBackup | None, hessian: str, spec: StepSpec, scalars: Tensor
     ) -> Pass[None]:
         parts = []
-        perturbations = first_passes(batch, backup, step, scalars) if hessian == "diag" else None
-        for k, (first, grad) in enumerate(zip(batch.firsts, batch.grads, strict=True)):
+        perturbations = first_passes(batch, backup, spec, scalars) if hessian == "diag" else None
+        for k, grad in enumerate(batch.grads):
+            first = None if batch.firsts is None else batch.firsts[k]
             second = wide(grad)
             if perturbations is not None:
                 product = second * second * next(perturbations)[1]
             else:
                 product = torch.zeros_like(second) if first is None else second - wide(first)
             validation, training = (
-                torch.zeros_like(second) if x is None else wide(x)
-                for x in (batch.validation[k], batch.training[k])
+                torch.zeros_like(second) if xs is None or xs[k] is None else wide(xs[k])  # type: ignore[arg-type]
+                for xs in (batch.validation, batch.training)
             )
-            lr = signed_lr(step.groups[batch.groups[k]]) * torch.ones_like(scalars[0])
+            lr = signed_lr(spec.groups[batch.groups[k]]) * torch.ones_like(scalars[0])
             parts.append(lr * ((validation - training) * product).sum(dtype=scalars.dtype))
         slope = total(parts, batch.shardings)
         yield slope

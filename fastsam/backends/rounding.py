@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from fastsam.kernels.layout import Scalar
-
-from ..rules import Batch, Step
-from .pieces import PIECE, flat
+from fastsam.step.batch import Batch
+from fastsam.step.spec import StepSpec
 
 LOW = 0xFFFFFFFF
+#: Elements that are rounded at a time: the integers in between take ten times the memory.
+SLICE = 1 << 20
 Bits = TypeVar("Bits", int, Tensor)
 
 
@@ -41,7 +42,7 @@ def add_noise(x: Tensor, like: Tensor, key: Tensor) -> Tensor:
     """
     result = torch.empty_like(like, dtype=torch.float32, requires_grad=False).copy_(x)
     start = 0
-    for part in torch.split(flat(result), PIECE):  # what follows takes ten times the memory
+    for part in torch.split(result.as_strided((result.numel(),), (1,)), SLICE):
         index = torch.arange(start, start + part.numel(), device=like.device)
         noise = mix((index * 0x9E3779B1 + key) & LOW) & 0xFFFF
         bits = part.view(torch.int32).long() & LOW
@@ -52,11 +53,14 @@ def add_noise(x: Tensor, like: Tensor, key: Tensor) -> Tensor:
     return result
 
 
-def rounded(x: Tensor, batch: Batch, k: int, step: Step, scalars: Tensor, descends: bool) -> Tensor:
+def rounded(
+    x: Tensor, batch: Batch, k: int, spec: StepSpec, scalars: Tensor, descends: bool
+) -> Tensor:
     """``x``, such that parameter ``k`` takes it by ``copy_`` as the step rounds."""
     param = batch.params[k]
-    if step.seed is None or param.dtype != torch.bfloat16:
+    if spec.seed is None or param.dtype != torch.bfloat16:
         return x
     count = 2 * scalars[Scalar.ROUNDING_STEP].long() + descends
-    key = mix(tensor_key(step.seed, batch.places[k]) ^ mix(count & LOW))
+    assert batch.places is not None
+    key = mix(tensor_key(spec.seed, batch.places[k]) ^ mix(count & LOW))
     return add_noise(x, param, key)

@@ -5,8 +5,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..rules import Batch
-from .equations import wide
+from fastsam.arithmetic import wide
+from fastsam.step.batch import Batch
 
 
 class ListBackup:
@@ -22,20 +22,20 @@ class ListBackup:
 
 def weight(batch: Batch, k: int) -> Tensor:
     """Parameter ``k``, or the master weights behind it."""
-    master = batch.masters[k] if batch.masters else None
+    master = None if batch.masters is None else batch.masters[k]
     return batch.params[k] if master is None else master
 
 
 def at_weights(batch: Batch) -> Batch:
     """The batch with master weights in the place of their parameters."""
-    if not any(master is not None for master in batch.masters):
+    if batch.masters is None or all(master is None for master in batch.masters):
         return batch
     return replace(batch, params=[weight(batch, k) for k in range(len(batch.params))])
 
 
 def follow_parameters(batch: Batch, backup: ListBackup | None) -> None:
     """Let master weights take over what somebody has written to parameters since the last step."""
-    for param, master in zip(batch.params, batch.masters, strict=False):
+    for param, master in zip(batch.params, batch.masters or (), strict=False):
         if master is not None and (backup is None or param not in backup.copies):
             in_step = master.to(param.dtype) == param
             torch.where(in_step, master, wide(param), out=master)

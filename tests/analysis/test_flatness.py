@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import fastsam
-from fastsam.flatness import sharpness
+from fastsam.analysis.flatness import sharpness
 
 from conftest import DEVICE
 from losses import Quadratic, assert_untouched, meddle, snapshot, stateful

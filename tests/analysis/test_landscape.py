@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastsam.flatness import sharpness
-from fastsam.landscape import Landscape, loss_landscape
+from fastsam.analysis.flatness import sharpness
+from fastsam.analysis.landscape import Landscape, loss_landscape
 
 from conftest import DEVICE
 from losses import Quadratic, assert_untouched, meddle, snapshot, stateful

@@ -243,10 +243,10 @@ def test_sizes_fit_the_optimizer():
     assert optimizer.lam == 0.5  # the default of both
     assert optimizer.param_groups[0]["rho"] == 1 / 8
     assert optimizer.param_groups[0]["lr"] == 1 / 32
-    k = optimizer.param_groups[0]["t"] - 1  # as the docstring says
+    k = optimizer.kept["t"] - 1  # as the docstring says
     assert k == 0
     optimizer.step(lambda: w.square().sum().backward())
-    assert optimizer.param_groups[0]["t"] - 1 == 1
+    assert optimizer.kept["t"] - 1 == 1
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def test_the_backend_asked_for_runs(name, monkeypatch):
     param = torch.nn.Parameter(torch.ones(5, device=DEVICE))
     optimizer = fastsam.SAM([param], torch.optim.SGD, lr=0.1, backend=name)
     seen = []
-    create = backends.interface.create
+    create = backends.create
 
     def recording(created):
         backend = create(created)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import fastsam
-from fastsam.backends import cpu, norms, pieces, reference, scratch
+from fastsam.backends import reference, sums
+from fastsam.backends.eager import ascents, blocks, norms, scratch
 
 import oracles
 import registry
@@ -26,11 +27,11 @@ TOLERANCE = {"float32": 2e-6, "float64": 1e-14}
 
 
 @pytest.fixture
-def small_pieces(monkeypatch):
-    """The limits of pieces and of scratch memory, at sizes that cost nothing."""
+def small_blocks(monkeypatch):
+    """The limits of blocks and of scratch memory, at sizes that cost nothing."""
     for module, name, value in (
-        (pieces, "PIECE", 64), (scratch, "PIECE", 64), (pieces, "LARGE", 16), (cpu, "LARGE", 16),
-        (norms, "SPAN", 16), (pieces, "DOT_SPAN", 16),
+        (blocks, "BLOCK", 64), (scratch, "BLOCK", 64), (blocks, "LARGE", 16),
+        (ascents, "LARGE", 16), (norms, "SPAN", 16), (blocks, "DOT_SPAN", 16),
         (scratch, "WORTHWHILE", 8),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, value)
@@ -99,7 +100,7 @@ def own_step(optimizer, params, gradient=lambda k, p: torch.sin(3 * p.detach()))
     [(*pair, True) for pair in COMBINATIONS]
     + [(*pair, False) for pair in COMBINATIONS if pair[0].startswith("samar")],
 )
-def test_every_method_at_every_size(method, base, mixed, dtype, small_pieces):
+def test_every_method_at_every_size(method, base, mixed, dtype, small_blocks):
     run = both(method, base, groups_of(method, mixed), DTYPES[dtype])
     for _ in range(3):
         step(*run)
@@ -108,9 +109,9 @@ def test_every_method_at_every_size(method, base, mixed, dtype, small_pieces):
 @pytest.mark.parametrize("method", ["ssam-adaptive-clip", "samar", "lightsam-3-all"])
 def test_true_sizes(method):
     """Against the reference in float64; a radius at which an element's perturbation counts."""
-    large, piece, worth = pieces.LARGE, pieces.PIECE, scratch.WORTHWHILE
+    large, piece, worth = blocks.LARGE, blocks.BLOCK, scratch.WORTHWHILE
     sizes = [worth - 1, worth, worth + 1, large - 1, large, large + 1, piece - 1, piece + 1]
-    sizes += [3 * norms.SPAN - 1, 3 * norms.SPAN + 1, pieces.DOT_SPAN + 1]
+    sizes += [3 * norms.SPAN - 1, 3 * norms.SPAN + 1, blocks.DOT_SPAN + 1]
     sizes += [piece, 2 * piece + 3] * (method == "samar")
     seen, rho = [], 0.01 if method == "lightsam-3-all" else 20.0
     for backend, dtype in (("torch", torch.float32), ("reference", torch.float64)):
@@ -129,7 +130,7 @@ def permuted(x, *order):
 
 @pytest.mark.parametrize("method", [m for m in METHODS if not m.startswith("unified-1")])
 @pytest.mark.filterwarnings("ignore:some parameters are float16 or bfloat16")
-def test_layouts_and_tensors_that_the_operators_do_not_serve(method, small_pieces):
+def test_layouts_and_tensors_that_the_operators_do_not_serve(method, small_blocks):
     x = torch.tensor(np.random.default_rng(2).standard_normal((4, 3, 5, 2)))
     last, turned = permuted(x, 0, 2, 3, 1), permuted(x, 3, 2, 1, 0)
     results = []
@@ -176,7 +177,7 @@ def test_layouts_and_tensors_that_the_operators_do_not_serve(method, small_piece
         for m in METHODS if not m.startswith("unified-1") and "-all" not in m
     ] + [("sam", base) for base in registry.BASES if base != "sgd-dampening"],
 )  # fmt: skip
-def test_odd_gradients(method, base, first, second, where, small_pieces):
+def test_odd_gradients(method, base, first, second, where, small_blocks):
     """Steps of them among others: skipped, perturbed not at all or but for one element."""
     groups = groups_of(method, mixed=False)
     problem, params, optimizer, oracle = both(method, base, groups, skip_nonfinite=True)
@@ -189,7 +190,7 @@ def test_odd_gradients(method, base, first, second, where, small_pieces):
 
     def held():
         own = ("squared_norms", "ascent_squared_norms", "lam", "sharpness")
-        scalars = [torch.as_tensor(optimizer.param_groups[0].get(key, 0)) for key in own]
+        scalars = [torch.as_tensor(optimizer.kept.get(key, 0)) for key in own]
         tensors = [x for p in params for _, x in sorted(optimizer.state[p].items())]
         return [x.detach().clone().nan_to_num(123) for x in (*params, *tensors, *scalars)]
 
@@ -232,7 +233,7 @@ def silent_run(method, backend, groups, alias=False):
 
 
 @pytest.mark.parametrize("method", SILENT)
-def test_averages_below_the_smallest_normal_number(method, small_pieces):
+def test_averages_below_the_smallest_normal_number(method, small_blocks):
     groups = groups_of(method, mixed=False)
     ours, exact = (silent_run(method, backend, groups) for backend in ("torch", "reference"))
     for x, y in zip(ours, exact, strict=True):
@@ -243,7 +244,7 @@ def test_averages_below_the_smallest_normal_number(method, small_pieces):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_groups_and_aliases_do_not_change_a_bit(method, small_pieces):
+def test_groups_and_aliases_do_not_change_a_bit(method, small_blocks):
     """The same parameters in other groups, and perturbed in place because they are shared."""
     once = silent_run(method, "torch", [{"params": list(range(16))}])
     for ends, alias in (([0, 16], True), ([0, 1, 4, 9, 12, 16], False), (range(17), False)):
@@ -252,7 +253,7 @@ def test_groups_and_aliases_do_not_change_a_bit(method, small_pieces):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_ssam_is_sam_where_the_norms_agree(dtype, small_pieces):
+def test_ssam_is_sam_where_the_norms_agree(dtype, small_blocks):
     """Also where only one of the passes has tensors that the operators do not serve."""
     torch.manual_seed(0)
     start = [torch.randn(s, dtype=dtype) for s in [(12, 11), (40,), (5,)]]
@@ -271,14 +272,15 @@ def test_ssam_is_sam_where_the_norms_agree(dtype, small_pieces):
 
 
 @pytest.mark.parametrize(("method", "base"), COMBINATIONS)
-def test_the_fast_path_is_taken(method, base, small_pieces, monkeypatch):
+def test_the_fast_path_is_taken(method, base, small_blocks, monkeypatch):
     def refuse(*args):
         raise AssertionError("one tensor at a time")
 
     names = ["advance_one", "perturb_one", "update_one", "final_gradient", "scaled_norm"]
-    names += ["measure_mixture"] * (method in ("samar", "samar-callable"))  # not adaptive
     for name in names:
         monkeypatch.setattr(reference, name, refuse)
+    if method in ("samar", "samar-callable"):  # not adaptive
+        monkeypatch.setattr(sums, "descent_sums", refuse)
     shapes = [(4, 4, 5, 2), (8,), (3, 2, 2, 2), (), (1, 3)]
     params = [torch.nn.Parameter(torch.ones(shape)) for shape in shapes]
     params[0].data = params[0].data.to(memory_format=torch.channels_last)

@@ -4,14 +4,14 @@ import pytest
 import torch
 
 import fastsam
-from fastsam.backends import cpu_update, norms, pieces, scratch
+from fastsam.backends.eager import blocks, fused, norms, scratch
 
 from test_cpu import own_step
 
 
 def test_norms_of_large_tensors_are_accurate():
     """float32 cannot count to millions in one sum: 32,768 at a time lose a few ten-millionths."""
-    size = 2 * pieces.PIECE + 3
+    size = 2 * blocks.BLOCK + 3
     param = torch.nn.Parameter(torch.ones(size))
     optimizer = fastsam.SSAM([param], torch.optim.SGD, lr=0.1, backend="torch")
     grad = torch.randn(size, generator=torch.Generator().manual_seed(1))
@@ -49,7 +49,7 @@ def test_norms_span_by_span(dtype):
 def test_room_for_intermediate_results_is_taken_from_the_middle():
     """Whatever its size: a second thread finds its half where it left it, in its own cache."""
     memory, middles = scratch.Memory(), set()
-    for sizes in ([1 << 16], [1 << 18], [pieces.PIECE], [3000, 5000, 1 << 16]):
+    for sizes in ([1 << 16], [1 << 18], [blocks.BLOCK], [3000, 5000, 1 << 16]):
         whole, parts = memory.room([torch.empty(size) for size in sizes])
         assert whole.numel() == sum(sizes)
         assert [part.numel() for part in parts] == sizes
@@ -99,7 +99,7 @@ def test_extremes_of_tensors_in_another_order_copy_nothing():
     ends = x.new_empty(()), x.new_empty(())
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, acc_events=True) as profile:
-        found = cpu_update.extremes(x, ends)
+        found = fused.extremes(x, ends)
     assert found == (float(x.min()), float(x.max()))
     names = [event.key for event in profile.key_averages()]
     assert "aten::aminmax" in names and "aten::clone" not in names

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import fastsam
-from fastsam.backends import cpu, cpu_update, measures, pieces, scratch
+from fastsam.backends import sums
+from fastsam.backends.eager import blocks, cpu, fused, scratch
 
 from large import BIG, SGD, SMALL, copies, gradients, halves, parameters, same, step
 from registry import BASES, create
@@ -26,7 +27,7 @@ def equal(a, b):
 
 # --- failures -----------------------------------------------------------------------------------
 
-LARGE = pieces.LARGE
+LARGE = blocks.LARGE
 BACKUP = scratch.ScratchBackup
 #: What may fail before the first write: pass, where, what, and with which method and base.
 FAULTS = [
@@ -42,8 +43,8 @@ FAULTS = [
     ("first", torch, "_fused_adamw_", "lightsam-3", ""),
     ("first", torch, "aminmax", "lightsam-3", ""),
     ("first", torch, "_fused_adagrad_", "lightsam-2", ""),
-    ("first", measures, "finish_ascent", "unified-1/t", "adamw"),
-    ("first", measures, "finish_ascent", "lightsam-1", ""),
+    ("first", sums, "finish_ascent", "unified-1/t", "adamw"),
+    ("first", sums, "finish_ascent", "lightsam-1", ""),
     ("first", BACKUP, "move", "vasso", "adamw"),
     ("first", scratch, "_count_as_changed", "lightsam-1", ""),
     ("second", cpu, "split", "unified-1/t", "adagrad"),
@@ -51,17 +52,17 @@ FAULTS = [
     ("second", torch, "_foreach_norm", "sam-clip", "adam-amsgrad"),
     ("second", torch, "_foreach_mul_", "ssam-adaptive-clip", "sgd-momentum"),
     ("second", torch, "stack", "samar", "sgd-momentum"),
-    ("second", measures, "finish_descent", "samar", "sgd-momentum"),
-    ("second", measures, "finish_descent", "sam", "adagrad_norm"),
-    ("second", measures, "finish_descent", "lightsam-1", ""),
-    ("second", measures, "adapt", "samar", "adagrad_norm"),  # as where a user's rule fails
-    ("second", cpu.Update, "__init__", "sam", "sgd-momentum"),
-    ("second", cpu.Update, "__init__", "vasso-all", "adamw"),
-    ("second", cpu.Update, "__init__", "samar", "sgd-momentum"),
-    ("second", cpu.Update, "__init__", "sam", "adagrad_norm"),
-    ("second", cpu.Update, "__init__", "lightsam-1", ""),
-    ("second", cpu.Update, "__init__", "lightsam-3", ""),
-    ("second", cpu_update, "pieces", "ssam", "adagrad"),
+    ("second", sums, "finish_descent", "samar", "sgd-momentum"),
+    ("second", sums, "finish_descent", "sam", "adagrad_norm"),
+    ("second", sums, "finish_descent", "lightsam-1", ""),
+    ("second", sums, "adapt", "samar", "adagrad_norm"),  # as where a user's rule fails
+    ("second", fused.Update, "__init__", "sam", "sgd-momentum"),
+    ("second", fused.Update, "__init__", "vasso-all", "adamw"),
+    ("second", fused.Update, "__init__", "samar", "sgd-momentum"),
+    ("second", fused.Update, "__init__", "sam", "adagrad_norm"),
+    ("second", fused.Update, "__init__", "lightsam-1", ""),
+    ("second", fused.Update, "__init__", "lightsam-3", ""),
+    ("second", fused, "blocks", "ssam", "adagrad"),
 ]
 
 
@@ -101,7 +102,7 @@ def test_a_failure_before_the_first_write(half, module, name, method, base, monk
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize(
-    "fault", [("first", torch, "_foreach_norm"), ("second", cpu.Update, "__init__")]
+    "fault", [("first", torch, "_foreach_norm"), ("second", fused.Update, "__init__")]
 )
 def test_a_failure_in_the_first_step_of_all(fault, base, monkeypatch):
     runs = []
@@ -204,7 +205,7 @@ def test_copies_of_the_optimizer_leave_it_behind():
     assert torch.equal(theirs, params[0])
 
 
-OWN = {"ema", "ascent_sum", "ascent_exp_avg", "ascent_exp_avg_sq"}
+OWN = {"ascent_ema", "ascent_sum", "ascent_exp_avg", "ascent_exp_avg_sq"}
 WITH_STATE = ["vasso", "lightsam-2", "lightsam-3"]
 #: How a user may hold on to a tensor.
 HOLD = {

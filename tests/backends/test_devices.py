@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import fastsam
-from fastsam import sweep
 from fastsam.backends import devices
-from fastsam.backends.lockstep import add_up
+from fastsam.backends.base import add_up
+from fastsam.step import collect
 
 import oracles
 from registry import (
@@ -43,7 +43,7 @@ GROUPS = [{"params": [0, 1, 2]}, {"params": [3, 4, 5], "lr": 0.03, "rho": 0.1}]
 def spread(monkeypatch):
     """Put parameters on three devices, or two where they are real, in turn."""
     places = {}
-    monkeypatch.setattr(sweep, "device_of", lambda p: places.get(id(p), p.device))
+    monkeypatch.setattr(collect, "device_of", lambda p: places.get(id(p), p.device))
 
     def put(params, count=3):
         for k, p in enumerate(params):
@@ -70,7 +70,9 @@ def step(optimizer, params, problem, dtypes=FP64, missing=((), ())):
 
 
 def is_spread(optimizer):
-    return any(isinstance(x, devices.SeveralDevices) for x in optimizer._served.values())
+    return any(
+        isinstance(x, devices.SeveralDevices) for x in optimizer._passes.backends._serving.values()
+    )
 
 
 def close(xs, ys, tolerance=1e-12):
@@ -234,7 +236,7 @@ def test_a_failure_on_one_device_undoes_all(device, when, pass_, backend, spread
     step(optimizer, params, problem)
     before = numpy(params)
     saved = copy.deepcopy(optimizer.state_dict())
-    cls = type(next(iter(optimizer._served[backend, None]._backends.values())))
+    cls = type(next(iter(optimizer._passes.backends._serving[backend, None]._backends.values())))
     original = getattr(cls, pass_)
 
     def failing(self, batch, *args):
@@ -291,7 +293,7 @@ def test_what_was_worked_out_is_kept(backend, spread):
     layouts = []
     for _ in range(3):
         step(optimizer, params, problem)
-        whole = next(iter(optimizer._sweeps["ascent"]._layouts.values()))
+        whole = next(optimizer._passes.collector.layouts())
         layouts.append(list(devices.layouts_of(type("", (), {"layout": whole})).values()))
     assert all(x is y for x, y in zip(layouts[0], layouts[-1], strict=True))
     assert len(layouts[0]) == (2 if COUNT > 1 else 3)

@@ -316,7 +316,7 @@ def test_tied_parameters(backend):
 
 
 def test_misaligned_takes_the_scalar_path():
-    from fastsam.backends.triton import TritonBackend
+    from fastsam.backends.triton.backend import TritonBackend
 
     start = np.random.default_rng(0).standard_normal(1500)
     params = [torch.nn.Parameter(misaligned(start)), *parameters([start], FP32)]
@@ -325,7 +325,7 @@ def test_misaligned_takes_the_scalar_path():
         for p in params:
             p.grad = torch.ones(1500, device=DEVICE)
         half()
-    backend = optimizer._backends["triton"]
+    backend = optimizer._passes.backends._made["triton"]
     assert isinstance(backend, TritonBackend)
     for table in backend._tables.values():
         assert table.aligned.tolist() == [False, True]

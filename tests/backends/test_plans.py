@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastsam
-from fastsam.backends.triton import TritonBackend
+from fastsam.backends.triton.backend import TritonBackend
 
 from registry import DEVICE, METHODS, create
 
@@ -53,13 +53,10 @@ def test_launches_are_prepared_once(method, monkeypatch):
 
 def launches(optimizer):
     """What the passes hold prepared, with the bucket that each launch is of."""
-    for sweep in optimizer._sweeps.values():
-        for layout in sweep._layouts.values():
-            for name in ("ascent", "descent"):
-                if name in layout.cache:
-                    plan = layout.cache[name]
-                    reductions = [] if plan.reduction is None else plan.reduction.parts.values()
-                    yield from [*itertools.chain(*reductions), *plan.launches]
+    for layout in optimizer._passes.collector.layouts():
+        for plan in layout.plans.values():
+            reductions = [] if plan.reduction is None else plan.reduction.parts.values()
+            yield from [*itertools.chain(*reductions), *plan.launches]
 
 
 def test_launches_have_the_present_tables():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastsam
-from fastsam.backends import scratch
+from fastsam.backends.eager import scratch
 
 from large import BIG, SGD, SMALL, copies, gradients, halves, parameters, same, step
 from registry import METHODS, create
@@ -35,8 +35,8 @@ def test_large_parameters_move_and_small_ones_stay(method):
             if half == 0:
                 away.add((params[0].data_ptr(), params[2].data_ptr()))
                 # the weights are where they were, not copied
-                assert optimizer._backup.copies[params[0]].data_ptr() == homes[0]
-                assert same([optimizer._backup.copies[p] for p in params], before)
+                assert optimizer._flight.backup.copies[params[0]].data_ptr() == homes[0]
+                assert same([optimizer._flight.backup.copies[p] for p in params], before)
     assert len(away) == 1  # one memory for all steps
 
 

@@ -115,17 +115,18 @@ def test_methods_with_more_work_change_their_parameters(method):
 
 def test_samar_mixes_two_sets_of_gradients_and_copies_none(monkeypatch):
     seen = []
-    descend = fastsam.SAMAR._descend
+    finish = fastsam.SAMAR._finish
     monkeypatch.setattr(
-        fastsam.SAMAR, "_descend",
-        lambda self, batch: seen.append((self._firsts, batch)) or descend(self, batch),
+        fastsam.SAMAR, "_finish",
+        lambda self, batch, spec, flight: seen.append((flight.firsts[1], batch))
+        or finish(self, batch, spec, flight),
     )  # fmt: skip
     problem = Problem(SHAPES, DEVICE)
     contender = contenders.fastsam_contender(problem, "samar-sgd", "torch")
     for _ in range(2):
         contender.step()
         firsts, batch = seen.pop()
-        pointers = [firsts[p].data_ptr() for p in contender.params]
+        pointers = [x.data_ptr() for x in firsts]
         assert pointers == [g.data_ptr() for g in problem.grads]
         assert not set(pointers) & {g.data_ptr() for g in batch.grads}
 
@@ -196,7 +197,7 @@ def test_moved_gradients_are_new_to_every_pass():
 @pytest.fixture
 def kernels(monkeypatch):
     """The triton backend's module, whose kernels come back after the test."""
-    import fastsam.backends.triton as backend
+    import fastsam.backends.triton.backend as backend
 
     for name in host_time.KERNELS:
         monkeypatch.setattr(backend, name, getattr(backend, name))

@@ -13,7 +13,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from fastsam.landscape import Landscape, loss_landscape
+from fastsam.analysis.landscape import Landscape, loss_landscape
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 

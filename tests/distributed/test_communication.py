@@ -36,7 +36,8 @@ LAYOUTS = {
 OWN = [name for name in LAYOUTS if name in ("no_sync", "hsdp by replica")]
 
 CLIP, SKIP = {"max_grad_norm": 0.5}, {"skip_nonfinite": True}
-#: The method, its further arguments, and how many norms and products it needs in each half.
+#: The method, its further arguments, and how many norms and products it needs in each half; where
+#: some are sent together, how many at a time.
 CASES = {
     "sam": ("sam", {}, (1, 0)),
     "sam, clipped": ("sam", CLIP, (1, 1)),
@@ -47,8 +48,9 @@ CASES = {
     "ssam, both": ("ssam", CLIP | SKIP, (1, 1)),
     "vasso": ("vasso", {}, (2, 0)),  # the gradient's, which may not be finite, and the average's
     "vasso, clipped": ("vasso", CLIP, (2, 1)),
-    "samar": ("samar", {}, (1, 3)),  # the second gradient's, the mixture's, and the sharpness
-    "samar, both": ("samar", CLIP | SKIP, (1, 3)),
+    # the second gradient's, and together the first one's, their product and the sharpness
+    "samar": ("samar", {}, (1, [1, 3])),
+    "samar, both": ("samar", CLIP | SKIP, (1, [1, 3])),
     "lightsam-1": ("lightsam-1", {}, (1, 1)),
     "lightsam-3": ("lightsam-3", {}, (0, 0)),
     "lightsam-3, both": ("lightsam-3", CLIP | SKIP, (0, 1)),
@@ -137,7 +139,9 @@ def expected(layout, case):
     _, each, partial = LAYOUTS[layout]
     method, _, (first, second) = CASES[case]
     agreed = [2] * (layout in OWN and method == "ssam")  # the norm, and whether it is finite
-    numbers = [*partial, *each * first, *agreed, *partial, *each * second]
+    seconds = [1] * second if isinstance(second, int) else second
+    sums = [count * together for together in seconds for count in each]
+    numbers = [*partial, *each * first, *agreed, *partial, *sums]
     return [NUMBER * count for count in numbers]
 
 

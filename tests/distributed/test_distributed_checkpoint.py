@@ -66,9 +66,14 @@ def everything(model, optimizer):
         {key: whole(x) for key, x in sorted(optimizer.state[p].items())} for p in model.parameters()
     ]
     groups = [
-        {key: whole(x) for key, x in sorted(group.items()) if key != "params"}
+        {
+            key: whole(x)
+            for key, x in sorted(group.items())
+            if key != "params" and not key.startswith("fastsam_")
+        }
         for group in optimizer.param_groups
     ]
+    groups.append({key: whole(x) for key, x in sorted(optimizer.kept.items())})
     return [whole(p) for p in model.parameters()], state, groups
 
 

@@ -200,7 +200,7 @@ def test_resumed_run_is_the_uninterrupted_one(scaled, tmp_path):
     states = [trainer.optimizer.state_dict() for trainer in (whole, resumed)]
     assert states[0]["param_groups"] == states[1]["param_groups"]
     for key, state in states[0]["state"].items():
-        assert {"exp_avg", "exp_avg_sq", "ema"} <= state.keys()
+        assert {"exp_avg", "exp_avg_sq", "ascent_ema"} <= state.keys()
         for name, x in state.items():
             assert torch.equal(x, states[1]["state"][key][name]), name
 

@@ -267,7 +267,7 @@ def test_resumed_run_is_the_uninterrupted_one(half, tmp_path):
     states = [trainer.optimizers[0].state_dict() for trainer in (whole, resumed)]
     assert states[0]["param_groups"] == states[1]["param_groups"]
     for key, state in states[0]["state"].items():
-        assert {"exp_avg", "exp_avg_sq", "ema"} <= state.keys()
+        assert {"exp_avg", "exp_avg_sq", "ascent_ema"} <= state.keys()
         assert same(state.values(), [states[1]["state"][key][name] for name in state])
     if half:
         scales = [trainer.precision_plugin.scaler.state_dict() for trainer in (whole, resumed)]

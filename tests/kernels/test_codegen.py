@@ -71,18 +71,26 @@ def test_a_lost_alignment_hint_is_reported(target):
 
 
 FINISH = """
-import sys
 import triton
 from triton.compiler import ASTSource
-from codegen import TARGETS
+from codegen import GROUPS, TARGETS
+from fastsam.backends.triton.plan import ascent_sums, descent_sums, hypergradient_sums
 from fastsam.kernels.reduce import finish_kernel
+from fastsam.methods.lightsam import LIGHT_NORM
+from fastsam.methods.samar import MIX
+from fastsam.unified import UNIFIED
+from fastsam.methods.vasso import EMA
+from fastsam.step.spec import StepSpec
 
 names = finish_kernel.arg_names
 types = {"hyper": "*fp32", "scalars": "*fp64", "tasks": "i32"}
 signature = {name: types.get(name, "constexpr") for name in names}
-for kind, rule, sums in [("ascent", "ema", 2), ("ascent", "adagrad_norm", 1), ("mix", "unified", 5),
-                         ("descent", "unified", 1), ("diag", "unified", 1)]:
-    constants = {(names.index(k),): v for k, v in zip(("KIND", "RULE", "SUMS"), (kind, rule, sums))}
+groups = [GROUPS[1]]
+plain, mixed = StepSpec(groups, UNIFIED, None), StepSpec(groups, UNIFIED, None, descent=MIX)
+average, light = StepSpec(groups, EMA, None), StepSpec(groups, LIGHT_NORM, None)
+for sums in (ascent_sums(average), ascent_sums(light), descent_sums(plain), descent_sums(mixed),
+             hypergradient_sums(plain, "diag")):
+    constants = {(names.index(k),): v for k, v in sums.constants.items() if k in names}
     for target in TARGETS.values():
         source = ASTSource(finish_kernel, signature, constants, {})
         triton.compile(source, target=target, options={"num_warps": 1, "enable_fp_fusion": True})

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastsam.backends import launcher
+from fastsam.backends.triton import launcher
 from fastsam.kernels.layout import Row
 from fastsam.kernels.table import Table, chunk_table
 

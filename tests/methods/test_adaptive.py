@@ -46,7 +46,7 @@ def test_vasso_around_a_base_that_is_not_fused(backend):
     for _ in range(2):
         optimizer.step(closure_of(loss_fn))
     for state in optimizer.state.values():
-        assert {"ema", "square_avg", "step"} <= state.keys()
+        assert {"ascent_ema", "square_avg", "step"} <= state.keys()
     saved = copy.deepcopy({"model": model, "state": optimizer.state_dict()})
     optimizer.step(closure_of(loss_fn))
     resumed = fastsam.VaSSO(saved["model"].parameters(), torch.optim.RMSprop, backend=backend)

@@ -38,7 +38,7 @@ def test_vasso():
     assert o.metrics["grad_norm"] == 7  # of g, not of s
     o.descend(arrays(6, 8))
     assert_near(o.weights, [0.4, 1.2], PAPER)
-    assert_near([s["ema"] for s in o.state], [4, 3], PAPER)
+    assert_near([s["ascent_ema"] for s in o.state], [4, 3], PAPER)
 
 
 def test_vasso_in_groups_of_which_one_is_adaptive():
@@ -60,7 +60,7 @@ def test_vasso_averages_what_each_weight_got():
     assert_near(o.perturbed, [5 * 4 / (5 + 1e-7), 5 * 3 / (5 + 1e-7)], PAPER)
     o.step(constant(None, 13))  # s = (4, 8), of which only the second takes part
     assert_near(o.perturbed, [0, 5 * 8 / (8 + 1e-7)], PAPER)
-    assert_near([s["ema"] for s in o.state], [4, 8], PAPER)
+    assert_near([s["ascent_ema"] for s in o.state], [4, 8], PAPER)
 
 
 @pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
@@ -73,7 +73,7 @@ def test_vasso_forgets_a_gradient_that_is_not_finite(bad):
     o.ascend(arrays(bad, 8))
     np.testing.assert_array_equal(o.perturbed, [1, 2])
     o.descend(arrays(0, 0))
-    assert o.state == [{"ema": 3}, {"ema": 4}]
+    assert o.state == [{"ascent_ema": 3}, {"ascent_ema": 4}]
 
 
 def test_vasso_with_an_average_of_zero():
@@ -81,7 +81,7 @@ def test_vasso_with_an_average_of_zero():
     o.step(constant(3, 4))
     o.step(constant(-3, -4))
     np.testing.assert_array_equal(o.perturbed, [1, 2])
-    assert o.state == [{"ema": 0}, {"ema": 0}]
+    assert o.state == [{"ascent_ema": 0}, {"ascent_ema": 0}]
 
 
 def test_vasso_renormalized_has_the_norms_of_gradients():

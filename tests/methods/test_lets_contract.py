@@ -171,7 +171,7 @@ def test_nothing_is_held_after_the_step(backend):
 
     lets.step(*(lambda f=f: watched(f) for f in closures))
     assert [any(ref() is not None for ref in refs) for refs in seen] == [False, True, False, False]
-    assert lets.optimizer._record is None and not lets.optimizer._keeps_first
+    assert lets.optimizer._passes.recording is None
 
 
 def test_gradients_in_shared_buckets():

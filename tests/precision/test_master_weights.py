@@ -99,7 +99,7 @@ def check_state(optimizer, params, oracle, before, firsts, seconds, decay):
                 continue
             assert state[name].dtype == torch.float32, name
             terms = np.abs(firsts[k])
-            if not name.startswith(("ema", "ascent")):
+            if not name.startswith("ascent"):
                 gamma = oracle.metrics["renormalization"]
                 terms = terms + gamma * np.abs(seconds[k]) + decay * np.abs(before[k])
             power = 2 if name.endswith(("exp_avg_sq", "sum")) else 1

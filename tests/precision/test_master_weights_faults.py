@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastsam.backends import reference
-from fastsam.backends.triton import TritonBackend, perturb_kernel
+from fastsam.backends.triton.backend import TritonBackend, perturb_kernel
 
 from faults import LARGE, SMALL, Allocations, Rig, difference, kernels, spread
 from networks import same

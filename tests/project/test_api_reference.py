@@ -21,7 +21,9 @@ THEORY = [
 ]  # fmt: skip
 #: Every public name, as a user writes it, and what it is.
 PUBLIC = {
-    f"fastsam.{name}": getattr(fastsam, name) for name in fastsam.__all__ if name != "theory"
+    f"fastsam.{name}": getattr(fastsam, name)
+    for name in fastsam.__all__
+    if name not in ("theory", "rules")
 } | {f"fastsam.theory.{name}": getattr(fastsam.theory, name) for name in THEORY}
 #: Modules for other training loops, which need not be there: read, not imported.
 LOOPS = ("accelerate", "huggingface", "lightning")

@@ -2,18 +2,17 @@
 
 A page's ``python`` blocks run in order and share their names. A ``text`` block right after one
 quotes the error or warning that it has to give. ``python torchrun`` blocks run in two processes,
-``python gpu`` blocks where there is a GPU, ``python frameworks`` blocks where these are installed;
-the ``diff`` blocks of the page on adding a method are applied to a copy of the library, whose tests
-of that method then pass.
+``python gpu`` blocks where there is a GPU, ``python frameworks`` blocks where these are installed.
+``python docs/examples/...`` blocks show a part of that file, word for word.
 """
 
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import warnings
+import weakref
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -23,7 +22,10 @@ import pytest
 import torch
 
 import fastsam
-from fastsam.checks import CLOSURELESS
+import fastsam.testing
+from fastsam import bases
+from fastsam.step import spec
+from fastsam.step.checks import CLOSURELESS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = {str(p.relative_to(ROOT)): p for p in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
@@ -31,6 +33,8 @@ FENCE = re.compile(r"^```(.*?)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 #: What a block of quoted output starts with, where it has to be the case.
 RAISED = re.compile(r"(\w*(?:Error|Warning)): ")
 LANGUAGES = {"python", "python gpu", "python torchrun", "python frameworks", "bash", "diff", "text"}
+#: Files that pages show in parts.
+EXAMPLES = {str(p.relative_to(ROOT)): p for p in (ROOT / "docs" / "examples").glob("*.py")}
 #: What the pages on frameworks import.
 FRAMEWORKS = {
     "docs/lightning.md": ("lightning",),
@@ -86,8 +90,22 @@ def user(tmp_path, monkeypatch):
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def examples(monkeypatch):
+    """Those of the documents can be imported, anew, and nothing is left of them afterwards."""
+    monkeypatch.syspath_prepend(ROOT / "docs" / "examples")
+    monkeypatch.setattr(bases, "BASES", dict(bases.BASES))
+    monkeypatch.setattr(spec, "_DECLARED", weakref.WeakSet(spec._DECLARED))
+    names = [path.stem for path in EXAMPLES.values()]
+    before = {name: sys.modules.pop(name) for name in names if name in sys.modules}
+    yield
+    for name in names:
+        sys.modules.pop(name, None)
+    sys.modules.update(before)
+
+
 @pytest.mark.parametrize("name", with_blocks("python"))
-def test_python_runs(name, user):
+def test_python_runs(name, user, examples):
     names: dict = {}
     for block in blocks(PAGES[name], "python"):
         if block.output:
@@ -156,42 +174,20 @@ def test_python_runs_in_two_processes(name, user, tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-# --- the worked example ---------------------------------------------------------------------------
+# --- what is shown of files -----------------------------------------------------------------------
 
 
-def apply(diff: str, root: Path) -> Path:
-    """Apply a unified diff of one file, without line numbers; returns the file."""
-    header, *hunks = re.split(r"^@@.*\n", diff, flags=re.MULTILINE)
-    old_name, new_name = re.fullmatch(r"--- (\S+)\n\+\+\+ b/(\S+)\n", header).groups()
-    path = root / new_name
-    text = "" if old_name == "/dev/null" else path.read_text(encoding="utf-8")
-    for hunk in hunks:
-        lines = hunk.splitlines(keepends=True)
-        assert all(line[0] in " +-" for line in lines), new_name
-        old, new = ("".join(x[1:] for x in lines if x[0] != mark) for mark in "+-")
-        assert old_name == "/dev/null" or text.count(old) == 1, f"{new_name} has changed: {old}"
-        text = text.replace(old, new) if old else new
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
-def test_adding_a_method(tmp_path):
-    ignore = shutil.ignore_patterns("__pycache__", "results")
-    for folder in ("fastsam", "kernels", "tests", "bench"):
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignore, symlinks=True)
-    shutil.copy(ROOT / "setup.cfg", tmp_path)
-    diffs = blocks(PAGES["docs/adding_a_method.md"], "diff")
-    changed = [apply(block.body, tmp_path) for block in diffs]
-    assert len(changed) > 5
-    if not (kernels := tmp_path / "fastsam" / "kernels").is_symlink():  # an sdist holds no links
-        kernels.symlink_to("../kernels")
-    only = "power and sgd-momentum and fp32 and not bf16"
-    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", only]
-    command = [sys.executable, "-m", "pytest", *options, "tests/methods/test_methods.py"]
-    env = os.environ | {"PYTHONPATH": str(tmp_path), "FASTSAM_EVERY_CASE": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-    passed = "3 passed" in done.stdout  # on every backend
-    assert done.returncode == 0 and passed, done.stdout + done.stderr
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples_are_shown_as_they_are(name):
+    """Whole lines of the file, one after the other, on some page that links to it."""
+    text, folder = EXAMPLES[name].read_text(encoding="utf-8"), Path("docs")
+    pages = [page for page in PAGES.values() if blocks(page, f"python {name}")]
+    for page in pages:
+        assert f"]({Path(name).relative_to(folder)})" in page.read_text(encoding="utf-8")
+        for block in blocks(page, f"python {name}"):
+            assert f"\n{block.body}" in text, f"{page.name}:{block.line} is not in {name}"
+    shown = "".join(block.body for page in pages for block in blocks(page, f"python {name}"))
+    assert all(f"def {f}(" in shown for f in re.findall(r"^def (\w+)", text, re.MULTILINE))
 
 
 # --- what is named --------------------------------------------------------------------------------
@@ -201,7 +197,8 @@ def test_adding_a_method(tmp_path):
 def test_blocks_are_of_known_kinds(name):
     text = PAGES[name].read_text(encoding="utf-8")
     assert len(re.findall("^```", text, re.MULTILINE)) == 2 * len(blocks(PAGES[name]))
-    assert {block.info for block in blocks(PAGES[name])} <= LANGUAGES
+    known = LANGUAGES | {f"python {example}" for example in EXAMPLES}
+    assert {block.info for block in blocks(PAGES[name])} <= known
 
 
 @pytest.mark.parametrize("name", with_blocks("bash"))

@@ -35,6 +35,13 @@ def test_mypy():
     assert f"no issues found in {len(MODULES)} source files" in run("mypy")
 
 
+def test_imports():
+    """Which part may import which, as setup.cfg says."""
+    command = Path(sys.executable).with_name("lint-imports")
+    done = subprocess.run([command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_ignored_types_say_which_error():
     """So that they hide no other."""
     lines = [

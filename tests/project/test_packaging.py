@@ -17,7 +17,7 @@ import pytest
 import fastsam
 
 ROOT = Path(__file__).resolve().parents[2]
-KERNELS = {f"fastsam/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
+KERNELS = {f"fastsam/{p.relative_to(ROOT)}" for p in (ROOT / "kernels").rglob("*.py")}
 PACKAGE = {str(p.relative_to(ROOT)) for p in (ROOT / "fastsam").rglob("*.py")}
 #: What is in the repository; beside it lie caches, virtual environments and what commands wrote.
 FOLDERS = (".ci", "bench", "docs", "fastsam", "kernels", "tests")

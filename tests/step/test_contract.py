@@ -142,7 +142,7 @@ def test_sigint_waits_for_the_end_of_a_pass(half, backend, monkeypatch):
     optimizer = fastsam.SAM(model.parameters(), backend=backend, **BASE)
     optimizer.step(lambda: loss_fn().backward())
     before = bits(model)
-    running = optimizer._backends[backend]
+    running = optimizer._passes.backends._made[backend]
     run = getattr(running, half)
 
     def interrupted(*args):
@@ -170,7 +170,7 @@ def test_sigint_leaves_no_half_of_an_update(method, backend, monkeypatch):
             model.parameters(), torch.optim.RMSprop, lr=0.01, backend=backend, **spec.kwargs
         )
         optimizer.step(lambda f=loss_fn: f().backward())
-        running = optimizer._backends[backend]
+        running = optimizer._passes.backends._made[backend]
         run = running.descend
         if interrupt:
 
@@ -288,7 +288,7 @@ def test_nonfinite_second_gradient_is_skipped(base, backend):
             for name, value in entry.items():
                 assert torch.equal(value, after["state"][key][name]), name
         if base is fastsam.AdaGradNorm:
-            key = "squared_norms"
+            key = "fastsam_squared_norms"
             assert state["param_groups"][0][key] == after["param_groups"][0][key]
         assert optimizer.metrics["skipped"] == k
     step(None)

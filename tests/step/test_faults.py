@@ -357,7 +357,7 @@ def check_interrupts(rig: Rig, twin: Rig, stride: int, explicit: bool = False) -
             interrupted = False
         except KeyboardInterrupt:
             interrupted = True
-        if interrupted and rig.optimizer._between_passes:  # between the calls, outside of both
+        if interrupted and rig.optimizer.between_passes:  # between the calls, outside of both
             rig.optimizer.restore()
         twin.step(explicit)
         left, complete = rig.snapshot(), twin.snapshot()
@@ -394,14 +394,15 @@ def test_interrupted_while_perturbing(backend, monkeypatch):
     """Held back until the pass is complete, which is undone then."""
     rig, twin = (Rig("sam", "sgd", backend, TWO).steps(2) for _ in range(2))
     before, optimizer = rig.snapshot(), rig.optimizer
-    original = type(optimizer)._backend_for
+    backends = type(optimizer._passes.backends)
+    original = backends.serving
 
-    def interrupted(self, batch):
+    def interrupted(self, name, batch):
         os.kill(os.getpid(), signal.SIGINT)
-        return original(self, batch)
+        return original(self, name, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(optimizer), "_backend_for", interrupted)
+        patch.setattr(backends, "serving", interrupted)
         with pytest.raises(KeyboardInterrupt):
             rig.step(explicit=True)
     rig.taken = twin.taken

@@ -139,7 +139,7 @@ class Fuzz(RuleBasedStateMachine):
     @property
     def serves_micro_batches(self) -> bool:
         optimizer = self.model.optimizer
-        plain = optimizer._ascent.name == "unified" and optimizer._mix is None
+        plain = optimizer.ascent.name == "unified" and optimizer.descent is None
         return plain and not optimizer.renormalize
 
     # --- steps ---
@@ -281,7 +281,7 @@ class Fuzz(RuleBasedStateMachine):
         optimizer = self.model.optimizer
         radii = [group["rho"] for group in optimizer.param_groups]
         zero = all(not isinstance(rho, torch.Tensor) and rho == 0 for rho in radii)
-        return optimizer.perturbs_next and not (zero and optimizer._may_skip_ascent)
+        return optimizer.perturbs_next and not (zero and optimizer._is_memoryless)
 
     @precondition(lambda self: self.config.is_fused)
     @rule(grads=passes(2), at=st.integers(0, 60), forever=st.booleans())
@@ -441,8 +441,8 @@ def is_spoilt(numbers: dict[str, Any]) -> bool:
         if not (isinstance(x, torch.Tensor) and x.is_floating_point()) or key.endswith("sharpness"):
             continue
         bad = x.abs() > 1e6
-        bad |= x.isinf() if key.endswith("ema") else ~x.isfinite()
-        if key.startswith(("weight", "state", "group")) and bad.any():
+        bad |= x.isinf() if key.endswith("ascent_ema") else ~x.isfinite()
+        if key.startswith(("weight", "state", "group", "kept")) and bad.any():
             return True
     return False
 

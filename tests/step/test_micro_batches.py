@@ -110,7 +110,7 @@ def test_mean_of_gradients_at_perturbations_of_their_own(method, base, backend):
             assert (p.grad is None) == (g is None)
             if g is not None and cls is not torch.optim.RMSprop:  # .grad is u, not clipped
                 torch.testing.assert_close(p.grad, g, rtol=0, atol=1e-13)
-        assert optimizer.metrics["perturbed"] == 1 and not optimizer._between_passes
+        assert optimizer.metrics["perturbed"] == 1 and not optimizer.between_passes
     assert torch.equal(params[-1], problem.start[-1])  # no gradient: neither moved nor decayed
 
 
@@ -157,7 +157,7 @@ def test_one_micro_batch_is_a_step():
                 optimizer.step_micro_batches([closure_of(loss_fn)])
             else:
                 optimizer.step(closure_of(loss_fn))
-        results.append((bits(model), seen, optimizer.param_groups[0]["t"]))
+        results.append((bits(model), seen, optimizer.kept["t"]))
     assert same(results[0][0], results[1][0]) and results[0][1:] == results[1][1:]
     assert results[0][1] == ["pre", "post"] * 4 and results[0][2] == 5
 
@@ -272,7 +272,7 @@ def test_nothing_is_held_after_the_step():
     optimizer.step_micro_batches([lambda part=part: closure(part) for part in problem.PARTS])
     gc.collect()
     assert all(grad() is None for grad in held)
-    assert optimizer._backup is None and not optimizer._firsts and not optimizer._pending
+    assert not optimizer.between_passes
 
 
 def test_small_gradients_in_half_precision():

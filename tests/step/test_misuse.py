@@ -127,12 +127,12 @@ def test_a_step_without_a_closure_that_creates_state(base, lr):
     assert optimizer.step(closure=None) is None
     assert same(bits(model), before)
     for p in model.parameters():
-        assert "ema" in optimizer.state[p] and all(
+        assert "ascent_ema" in optimizer.state[p] and all(
             torch.equal(x, torch.zeros_like(x))
             for name, x in optimizer.state[p].items()
-            if name not in ("ema", "step", "mu_product")
+            if name not in ("ascent_ema", "step", "mu_product")
         )
-    if optimizer.state[next(model.parameters())].keys() != {"ema"}:
+    if optimizer.state[next(model.parameters())].keys() != {"ascent_ema"}:
         with pytest.raises(RuntimeError, match="needs a closure"):
             optimizer.step(None)  # there is state
     optimizer.param_groups[0]["lr"] = 0.1

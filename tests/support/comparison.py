@@ -42,7 +42,7 @@ def adopt(oracle: oracles.Oracle, params, optimizer, step: int) -> None:
             if not np.isnan(value).any():  # as an average is before its first gradient
                 oracle.state[i][name] = int(value) if name == "step" else value.copy()
     oracle.t = step
-    scalars = optimizer.param_groups[0]
+    scalars = optimizer.kept
     if "squared_norms" in scalars:
         oracle.b2 = float(scalars["squared_norms"])
     if "ascent_squared_norms" in scalars:

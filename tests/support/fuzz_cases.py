@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from fastsam.precision import HALF
+from fastsam.step.precision import HALF
 
 from fuzzing import DTYPES, FUZZ_BASES, LAYOUTS, Config, Grads, Spec
 from registry import METHODS, OWN_UPDATES

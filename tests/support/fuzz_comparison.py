@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsam.precision import MASTER
+from fastsam.step.precision import MASTER
 
 from fuzzing import SEEN, Side, same_bits
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastsam.kernels.layout import Scalar
-from fastsam.precision import HALF, MASTER
+from fastsam.step.precision import HALF, MASTER
 
 from faults import FOREIGN, unharmed
 from registry import BASES, METHODS, OWN_UPDATES, Base, build
@@ -243,7 +243,7 @@ class Side:
 
     def _skipped(self) -> float:
         """Steps that this optimizer has skipped so far: the one number that is not saved."""
-        scalars = self.optimizer._scalars
+        scalars = self.optimizer._passes.scalars.vector
         return 0.0 if scalars is None else float(scalars[Scalar.SKIPPED])
 
     def numbers(self, saved: bool = False) -> dict[str, Any]:
@@ -257,8 +257,11 @@ class Side:
                 found[f"state {k} {name}"] = x.detach().clone() if isinstance(x, Tensor) else x
         for i, group in enumerate(self.optimizer.param_groups):
             for key, x in group.items():
-                if key not in ("params", "differentiable"):  # which loading adds for Adagrad
+                # loading adds the second for Adagrad; the last are what they last were saved as
+                if key not in ("params", "differentiable") and not key.startswith("fastsam_"):
                     found[f"group {i} {key}"] = x.detach().clone() if isinstance(x, Tensor) else x
+        for key, x in self.optimizer.kept.items():
+            found[f"kept {key}"] = x.detach().clone() if isinstance(x, Tensor) else x
         metrics = dict(self.optimizer.metrics)
         metrics.pop("skipped", None)
         found["skipped"] = self._skipped() - self.skipped
@@ -277,8 +280,9 @@ class Side:
                 held = self.optimizer.state.get(ours, {})
                 for name, x in model.optimizer.state.get(theirs, {}).items():
                     copy_over(held[name], x)
-            groups = self.optimizer.param_groups, model.optimizer.param_groups
-            for ours, theirs in zip(*groups, strict=True):
+            kept = [(self.optimizer.kept, model.optimizer.kept)]
+            groups = zip(self.optimizer.param_groups, model.optimizer.param_groups, strict=True)
+            for ours, theirs in [*kept, *groups]:
                 for key, x in theirs.items():
                     if isinstance(x, Tensor):
                         copy_over(ours[key], x)
@@ -386,10 +390,10 @@ def shadow(before: Side, stream: str) -> Side:
                 if isinstance(x, Tensor) and name != "step":
                     moves = stream == "state"
                     held[name] = jittered(x, 100 * k + len(name)) if moves else _wide(x)
-        for group in side.optimizer.param_groups if stream == "state" else ():
-            for key in ("lam", "sharpness", "squared_norms", "ascent_squared_norms"):
-                if isinstance(group.get(key), Tensor):
-                    group[key] *= 1 + JITTER * 2**-23
+        kept = side.optimizer.kept
+        for key in ("lam", "sharpness", "squared_norms", "ascent_squared_norms"):
+            if stream == "state" and isinstance(kept.get(key), Tensor):
+                kept[key] *= 1 + JITTER * 2**-23
         if stream == "norms":  # what they divide: a factor of all gradients would cancel
             factor = 1 + 2.0**-23 * max(math.sqrt(p.numel()) for p in side.params)
             for group in side.optimizer.param_groups:

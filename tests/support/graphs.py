@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime import interpreter
 
 import fastsam
-import fastsam.backends.launcher
+import fastsam.backends.triton.launcher
 from fastsam.kernels import table
 
 from registry import DEVICE
@@ -65,7 +65,7 @@ class Graph(TorchDispatchMode):
 
         with monkeypatch.context() as patch, self:
             patch.setattr(interpreter.InterpretedFunction, "run", launch)
-            for module in (table, fastsam.backends.launcher):
+            for module in (table, fastsam.backends.triton.launcher):
                 patch.setattr(module, "is_capturing", lambda device: True)
             yield
 

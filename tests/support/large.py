@@ -2,7 +2,7 @@
 
 import torch
 
-from fastsam.backends import scratch
+from fastsam.backends.eager import scratch
 
 BIG, SMALL = scratch.WORTHWHILE, 50
 SGD = {"base_optimizer": torch.optim.SGD, "lr": 0.1, "momentum": 0.9}

@@ -95,7 +95,7 @@ class Oracle:
     Attributes:
         weights, perturbed: Unperturbed weights, and those of the last second pass.
         state: A dict per weight, with torch's names, made when torch makes it. The ascent's are
-            `ema`, or `ascent_sum`, or `ascent_exp_avg` and `ascent_exp_avg_sq`.
+            `ascent_ema`, or `ascent_sum`, or `ascent_exp_avg` and `ascent_exp_avg_sq`.
         a2, b2: The scalar accumulators of the ascent and of the base.
         t: Number of ascents, those of skipped steps included.
         lam, sharpness: SAMAR's for the next step: lam, and the (smoothed) s_k, None at first.
@@ -188,12 +188,12 @@ class Oracle:
     def _vasso(self, gs: dict[int, Array]) -> dict[int, Array]:
         ss = {}
         for i, g in gs.items():
-            theta, old = self._group[i]["theta"], self.state[i].get("ema")
+            theta, old = self._group[i]["theta"], self.state[i].get("ascent_ema")
             ss[i] = g if old is None else (1 - theta) * old + theta * g
         n = self._scaled_norm(self.weights, ss)
         if not np.isfinite(n):  # one bad gradient would stay in s for good
             return {}
-        self._new_state = {i: {"ema": self._store_ascent(s)} for i, s in ss.items()}
+        self._new_state = {i: {"ascent_ema": self._store_ascent(s)} for i, s in ss.items()}
         squares = {i: self._scale(self.weights[i], i) ** 2 for i in ss}
         return {i: self._group[i]["rho"] * squares[i] * s / (n + VASSO_EPS) for i, s in ss.items()}
 

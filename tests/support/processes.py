@@ -50,7 +50,9 @@ class Team:
 
     def __init__(self, size: int, backend: str) -> None:
         context = multiprocessing.get_context("forkserver")
-        preloaded = _PRELOADED + ["fastsam.backends.triton"] * ("TRITON_INTERPRET" in os.environ)
+        preloaded = _PRELOADED + ["fastsam.backends.triton.backend"] * (
+            "TRITON_INTERPRET" in os.environ
+        )
         context.set_forkserver_preload(preloaded)
         self._directory = tempfile.TemporaryDirectory()
         self.members = []

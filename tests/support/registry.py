@@ -215,7 +215,7 @@ def arithmetic(dtypes: Dtypes) -> str:
 
 def stored_as(name: str, base: Base, dtypes: Dtypes) -> str:
     """The dtype of a state tensor."""
-    if name.startswith(("ema", "ascent")) or base.cls is None:
+    if name.startswith("ascent") or base.cls is None:
         return arithmetic(dtypes)
     return dtypes.grad if name == "momentum_buffer" else dtypes.param
 

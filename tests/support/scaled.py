@@ -87,7 +87,7 @@ def snapshot(optimizer, params):
     """Copies of weights and state, but for the host's count of steps, which skipped ones enter."""
     state = copy.deepcopy(optimizer.state_dict())
     for group in state["param_groups"]:
-        group.pop("t", None)
+        group.pop("fastsam_t", None)
     return {"weights": [p.detach().clone() for p in params], **state}
 
 

@@ -161,7 +161,8 @@ LIGHT_ERRORS = COMMON_ERRORS + [
 #: Keys that a state dict may lack: it may be of an older torch, or of the base alone.
 NEW_KEYS = (
     "foreach", "differentiable", "maximize", "capturable", "fused",
-    "rho", "adaptive", "eta", "theta", "t", "lam", "sharpness",
+    "rho", "adaptive", "eta", "theta", "fastsam_t", "fastsam_lam",
+    "fastsam_sharpness",
 )  # fmt: skip
 
 

@@ -1,0 +1,1 @@
+"""What the loss looks like around the weights: sharpness and landscapes."""

@@ -1,0 +1,1 @@
+"""The torch backend: torch's own fused and foreach operators."""

@@ -1,0 +1,190 @@
+"""The torch backend on a CPU: every method through torch's fused and foreach operators.
+
+What makes it fast: scratch memory instead of copies (``scratch.py``); chains of operators on blocks
+that stay in the cache (``blocks.py``); torch's fused Adam and Adagrad also for LightSAM's averages;
+and scalars that the host may read, which on a CPU costs nothing. A tensor that the operators do not
+serve (16-bit, mixed dtypes or layouts, gaps) goes through the reference backend's equations.
+"""
+
+from collections import defaultdict
+from itertools import chain
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from fastsam.kernels.layout import Scalar
+from fastsam.step.batch import Batch
+from fastsam.step.spec import StepSpec
+
+from .. import reference, sums
+from ..base import Pass
+from ..equations import radius
+from ..weights import at_weights, follow_parameters
+from .ascents import AlongGradient, path_of
+from .blocks import dots
+from .fused import Part, Update, update_of
+from .norms import norm, served, span_norms, total
+from .scratch import Memory, ScratchBackup, known_of
+
+
+def split(
+    batch: Batch, spec: StepSpec, known: dict[Any, Any], descends: bool
+) -> tuple[list[Part], list[int]]:
+    """The parts that the operators serve, and the other members."""
+    key = ("parts", descends, spec.descent is None)
+    found = known.get(key)
+    if found is None or found[0] is not batch.prepared:
+        found = batch.prepared, *_divide(batch, spec, descends)
+        if descends:
+            lasts = batch.prepared is not None and spec.descent is None
+        else:
+            lasts = batch.ascent is None
+        if lasts:  # with state of the ascent, or first gradients, other tensors come every time
+            known[key] = found
+    _, members, others = found
+    parts = [Part(spec.groups[i], ks, fresh, mixed) for (i, _, fresh, mixed), ks in members.items()]
+    return parts, others
+
+
+def _divide(batch: Batch, spec: StepSpec, descends: bool) -> tuple[dict[Any, list[int]], list[int]]:
+    if descends and (spec.base is None or update_of(spec.base) is None):
+        return {}, list(range(len(batch.params)))
+    members: dict[Any, list[int]] = defaultdict(list)
+    others = []
+    for k, (param, i) in enumerate(zip(batch.params, batch.groups, strict=True)):
+        streams = [param, batch.grads[k]]
+        fresh = mixed = False
+        if descends:
+            assert spec.base is not None and batch.states is not None
+            streams += [batch.states[k][name] for name in spec.base.states(spec.groups[i])]
+            fresh = batch.fresh is not None and batch.fresh[k]
+            if spec.descent is not None and batch.firsts is not None:
+                first = batch.firsts[k]
+                if first is not None:
+                    streams.append(first)
+                    mixed = True
+        else:
+            for tables in (batch.ascent, batch.next):
+                streams += [] if tables is None else (tables[k] or {}).values()
+        if served(streams):
+            members[i, param.dtype, fresh, mixed].append(k)
+        else:
+            others.append(k)
+    return members, others
+
+
+# --- the ascent ------------------------------------------------------------------------------
+
+
+def ascend(batch: Batch, spec: StepSpec, scalars: Tensor, memory: Memory) -> Pass[ScratchBackup]:
+    """See ``Backend.ascend``."""
+    known, rule = known_of(batch), path_of(spec.ascent)
+    parts, others = split(batch, spec, known, descends=False)
+    follow_parameters(batch, None)
+    weights = at_weights(batch)
+    slow = {k: reference.advance_one(batch, k, spec) for k in others}
+    directions = rule.directions(batch, parts, spec, slow)
+    if spec.needs_ascent_norm:
+        n = m = yield from norm(batch.grads, weights, spec, scalars[0], memory)
+        if spec.ascent.norm == "direction":
+            m = yield from norm(directions, weights, spec, scalars[0], memory)
+            if m.isnan() and n.isfinite():
+                rule.starts_anew(batch, parts, spec)
+                m = yield from norm(directions, weights, spec, scalars[0], memory)
+        sums.finish_ascent(n, m, spec, scalars)
+    backup = ScratchBackup(memory, known)
+    try:
+        # all copies come first: two parameters may be views of the same memory
+        in_place = spec.base is None or spec.keeps_weights
+        # owners of shards keep looking at their memory
+        in_place = in_place or (batch.shardings is not None and any(batch.shardings))
+        targets = [backup.take(part.of(batch.params), in_place) for part in parts]
+        with_master = [k for k in others if weights.params[k] is not batch.params[k]]
+        backup.borrow({batch.params[k]: weights.params[k] for k in with_master})
+        backup.take([batch.params[k] for k in others if k not in with_master], in_place=True)
+        for part, target in zip(parts, targets, strict=True):
+            rule.perturb(batch, part, target, directions, spec, scalars, memory)
+            backup.move(part.of(batch.params), target)
+        for k, direction in slow.items():
+            reference.perturb_one(batch, k, direction, spec, scalars)
+    except BaseException:
+        backup.restore()
+        raise
+    return backup
+
+
+# --- the descent -----------------------------------------------------------------------------
+
+
+def descend(
+    batch: Batch, backup: ScratchBackup | None, spec: StepSpec, scalars: Tensor, memory: Memory
+) -> Pass[None]:
+    """See ``Backend.descend``."""
+    known = known_of(batch)
+    parts, others = split(batch, spec, known, descends=True)
+    updates: list[Update] = []
+    slow: reference.Values = []
+    with sums.undone_if_it_fails(scalars):
+        if spec.needs_descent_norm:
+            plain = measured = yield from norm(batch.grads, batch, spec, scalars[0])
+            if spec.adaptive and spec.renormalize:
+                measured = yield from norm(batch.grads, batch, spec, scalars[0], memory)
+            found = yield from descent_sums(batch, parts, others, backup, spec, plain, scalars)
+            adapts = reference.adapts_here(batch, spec)
+            sums.finish_descent(plain, measured, found, spec, scalars, adapts)
+        reference.keep_rejected(batch, spec, scalars)
+        follow_parameters(batch, backup)
+        if backup is not None:
+            backup.restore()
+        if spec.base is None:
+            reference.leave_final_gradient(batch, spec, scalars)
+        elif not spec.skip_nonfinite or scalars[Scalar.ACCEPTED] != 0:
+            # what may fail comes before the first update
+            path = update_of(spec.base)
+            if path is not None:
+                updates = [path(batch, part, spec, scalars, memory, known) for part in parts]
+            for k in others:
+                slow += reference.update_one(batch, k, None, spec, scalars)
+        yield None
+    for update in updates:
+        update.run()
+    reference.write(slow)
+
+
+def descent_sums(
+    batch: Batch,
+    parts: list[Part],
+    others: list[int],
+    backup: ScratchBackup | None,
+    spec: StepSpec,
+    plain: Tensor,
+    scalars: Tensor,
+) -> Pass[dict[str, Tensor]]:
+    """A descent rule's sums as in the reference backend, here from dot products of gradients."""
+    if spec.descent is None:
+        return {}
+    is_part = batch.shardings is not None and any(batch.shardings)
+    along = isinstance(path_of(spec.ascent), AlongGradient) and spec.ascent.advance is None
+    if others or spec.adaptive or not along or is_part or batch.part is not None:
+        return (yield from sums.descent_sums(batch, backup, spec, scalars))
+    squared = torch.zeros_like(plain)  # of the first gradient
+    product, sharpness = squared, squared
+    by_radius: dict[float, list[int]] = defaultdict(list)
+    for part in parts:
+        if part.mixed:
+            scale = float(radius(spec, part.group, scalars.tolist()))
+            by_radius[scale] += part.members
+    for scale, members in by_radius.items():
+        assert batch.firsts is not None
+        firsts = [cast(Tensor, batch.firsts[k]) for k in sorted(members)]
+        if len(by_radius) == 1 and backup is not None and len(backup.copies) == len(members):
+            own = scalars[Scalar.GRAD_NORM].square()  # the ascent saw the same gradients
+        else:
+            ends, whole = span_norms(firsts)
+            own = total((*ends.values(), *whole.values()), plain, squares=True)
+        pairs = zip(firsts, [batch.grads[k] for k in sorted(members)], strict=True)
+        cross = total(chain.from_iterable(dots(g, g_) for g, g_ in pairs), plain)
+        squared, product = squared + own, product + cross
+        sharpness = sharpness + scale * (own + cross) / 2
+    return {"first": squared, "product": product, "sharpness": sharpness}

@@ -1,0 +1,194 @@
+"""Norms and dot products over all tensors, and the scalars of a step that follow from them."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from fastsam.arithmetic import EPS, wide
+from fastsam.kernels.layout import Scalar
+from fastsam.step.batch import Batch
+from fastsam.step.sharding import Sharding, total
+from fastsam.step.spec import Descent, StepSpec
+
+from .base import Pass
+from .equations import columns_of, element_scale, perturbation, radius
+from .weights import ListBackup
+
+#: Where a descent rule's scalars are, in the order of their declaration.
+SCALARS = Scalar.DESCENT0, Scalar.DESCENT1
+
+
+def global_norm(
+    parts: Iterable[Tensor], like: Tensor, shardings: Sequence[Sharding] | None = None
+) -> Pass[Tensor]:
+    """The L2 norm over all tensors, as a 0-dim tensor like ``like``."""
+    norms = (torch.linalg.vector_norm(part, dtype=like.dtype) for part in parts)
+    squared = total([norm.square().to(like.device) for norm in norms], shardings)
+    yield squared
+    return squared.sqrt()
+
+
+def scaled_norm(
+    vectors: Sequence[Tensor], batch: Batch, spec: StepSpec, like: Tensor
+) -> Pass[Tensor]:
+    """``||T x||`` over all groups, at the parameters' present values."""
+    parts = (
+        element_scale(w, spec.groups[i]) * wide(x) if spec.groups[i]["adaptive"] else x
+        for w, x, i in zip(batch.params, vectors, batch.groups, strict=True)
+    )
+    return global_norm(parts, like, batch.shardings)
+
+
+def dot(
+    pairs: Iterable[tuple[Tensor, Tensor]],
+    like: Tensor,
+    shardings: Sequence[Sharding] | None = None,
+) -> Pass[Tensor]:
+    """The sum of products over all pairs of tensors, as a 0-dim tensor like ``like``."""
+    products = [(x * y).sum(dtype=like.dtype).to(like.device) for x, y in pairs]
+    result = total(products, shardings)
+    yield result
+    return result
+
+
+def finish_ascent(n: Tensor, direction_norm: Tensor, spec: StepSpec, scalars: Tensor) -> None:
+    """The norms that the perturbation needs, and the rule's accumulator."""
+    scalars[Scalar.ASCENT_NORM] = direction_norm
+    scalars[Scalar.GRAD_NORM] = n
+    if spec.ascent.accumulate is not None:
+        old = scalars[Scalar.ACCUMULATED].clone()
+        scalars[Scalar.NEXT_ACCUMULATED] = spec.ascent.accumulate(old, n)
+
+
+def first_passes(
+    batch: Batch, backup: ListBackup | None, spec: StepSpec, scalars: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """First gradients and the perturbations made of them, before these were rounded."""
+    for k, grad in enumerate(batch.grads):
+        first = None if batch.firsts is None else batch.firsts[k]
+        if first is None:  # counts as zeros
+            zeros = torch.zeros_like(wide(grad))
+            yield zeros, zeros
+            continue
+        param, group = batch.params[k], spec.groups[batch.groups[k]]
+        w = param if backup is None else backup.copies.get(param, param)
+        state = None if batch.next is None else batch.next[k]
+        d = spec.ascent.direction(wide(first), state or {}, columns_of(spec, group))
+        yield wide(first), perturbation(w, d, group, radius(spec, group, scalars))
+
+
+@contextmanager
+def undone_if_it_fails(scalars: Tensor) -> Iterator[None]:
+    """Put the scalars back if the block raises: some of them are state."""
+    before = scalars.clone()
+    try:
+        yield
+    except BaseException:
+        scalars.copy_(before)
+        raise
+
+
+def descent_sums(
+    batch: Batch, backup: ListBackup | None, spec: StepSpec, scalars: Tensor
+) -> Pass[dict[str, Tensor]]:
+    """What a descent rule asks for, but for the second gradient's norm (``spec.SUMS``)."""
+    rule = spec.descent
+    if rule is None:
+        return {}
+    parts = []
+    passes = first_passes(batch, backup, spec, scalars)
+    for (g, e), second in zip(passes, batch.grads, strict=True):
+        found = [torch.linalg.vector_norm(g, dtype=scalars.dtype).square()]
+        found.append((g * wide(second)).sum(dtype=scalars.dtype))
+        if rule.needs_perturbation:
+            found.append(((g + wide(second)) * e).sum(dtype=scalars.dtype) / 2)
+        parts.append(torch.stack(found).to(scalars.device))
+    sums = total(parts, batch.shardings)
+    yield sums
+    return dict(zip(("first", "product", "sharpness"), sums.unbind(), strict=False))
+
+
+def finish_descent(
+    plain: Tensor,
+    measured: Tensor,
+    sums: dict[str, Tensor],
+    spec: StepSpec,
+    scalars: Tensor,
+    adapts: bool = True,
+) -> None:
+    """What follows from the second gradient: the coefficients of ``u``, and its acceptance.
+
+    ``plain`` is its norm, ``measured`` that of ``T g~`` where it is renormalised, and ``sums`` what
+    a descent rule asks for. The rule's scalars follow only where it ``adapts``.
+    """
+    n = scalars[Scalar.GRAD_NORM].clone()
+    gamma = torch.ones_like(n)
+    if spec.renormalize:
+        # n = n~ gives exactly 1, so that SSAM is then SAM bit for bit; so does a non-finite n,
+        # where nothing was perturbed and there is no norm to restore
+        exact = (n == measured) | ~n.isfinite()
+        gamma = torch.where(exact, 1.0, n / (measured + EPS))
+    first, coefficient = torch.zeros_like(n), gamma
+    norm = gamma * plain  # of u
+    rule = spec.descent
+    if rule is not None:
+        state = _scalars_of(rule, scalars)
+        scalars[Scalar.USED_DESCENT0] = scalars[Scalar.DESCENT0]
+        given = sums | {"second": norm.square(), "product": gamma * sums["product"]}
+        c, c1 = rule.coefficients(state, given, rule.columns(spec.groups[0]))
+        # a first gradient that is not finite stays out of u, as it stayed out of the perturbation
+        first = torch.where(n.isfinite(), c1, 0.0)
+        coefficient = torch.where(n.isfinite(), c * gamma, gamma)
+        squared = (coefficient * plain).square() + 2 * first * coefficient * sums["product"]
+        squared = squared + torch.where(first != 0, first.square() * sums["first"], 0.0)
+        # with g alone or g~ alone there is nothing to cancel, nor NaN from what is left out
+        norm = torch.where(first == 0, coefficient * plain, squared.clamp(min=0).sqrt())
+        scalars[Scalar.SHARPNESS] = sums.get("sharpness", torch.zeros_like(n))
+    clip = torch.ones_like(n)
+    if spec.max_grad_norm is not None:
+        clip = spec.max_grad_norm / (norm + 1e-6)
+        clip = torch.where(clip >= 1, 1.0, clip)  # NaN stays, as in torch
+    accepted = torch.ones_like(plain, dtype=torch.bool)
+    if spec.skip_nonfinite:
+        accepted = plain.isfinite() & (scalars[Scalar.FOUND_INF] == 0)
+    if spec.skip_first:
+        accepted = accepted & n.isfinite()
+    scalars[Scalar.PERTURBED_GRAD_NORM] = measured
+    scalars[Scalar.RENORMALIZATION] = gamma
+    scalars[Scalar.COEFFICIENT] = coefficient * clip
+    scalars[Scalar.FIRST_COEFFICIENT] = first * clip
+    scalars[Scalar.ACCEPTED] = accepted
+    scalars[Scalar.SKIPPED] += 1 - scalars[Scalar.ACCEPTED]
+    if spec.base is not None and spec.base.needs_norm:
+        scalars[Scalar.SQUARED_NORMS] += torch.where(accepted, (norm * clip).square(), 0.0)
+    if spec.ascent.accumulate is not None:
+        a, new = scalars[Scalar.ACCUMULATED], scalars[Scalar.NEXT_ACCUMULATED]
+        scalars[Scalar.ACCUMULATED] = torch.where(accepted, new, a)
+    if rule is not None and adapts:
+        adapt(rule, spec, scalars)
+
+
+def mixture(g: Tensor, second: Tensor, first: Tensor, coefficient: Tensor) -> Tensor:
+    """``first * g + coefficient * second``; without weight g may be infinite or NaN."""
+    u = coefficient.to(second.dtype) * second
+    return u + torch.where(first != 0, first.to(g.dtype) * g, 0.0)
+
+
+def _scalars_of(rule: Descent, scalars: Tensor) -> dict[str, Tensor]:
+    return {name: scalars[slot].clone() for name, slot in zip(rule.scalars, SCALARS, strict=False)}
+
+
+def adapt(rule: Descent, spec: StepSpec, scalars: Tensor) -> None:
+    """The descent rule's scalars after this step; they stay where nothing was measured."""
+    if rule.adapt is None:
+        return
+    n, sharpness = scalars[Scalar.GRAD_NORM], scalars[Scalar.SHARPNESS].clone()
+    # 0 says that nothing was perturbed
+    perturbed = n.isfinite() & sharpness.isfinite() & (sharpness != 0)
+    valid = (scalars[Scalar.ACCEPTED] != 0) & perturbed
+    state = _scalars_of(rule, scalars)
+    new = rule.adapt(state, sharpness, rule.columns(spec.groups[0]))
+    for name, slot in zip(rule.scalars, SCALARS, strict=False):
+        scalars[slot] = torch.where(valid, new[name], state[name])

@@ -1,0 +1,1 @@
+"""The triton backend: one kernel launch per pass, bucket and device."""

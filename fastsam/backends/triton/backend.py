@@ -1,0 +1,290 @@
+"""The triton backend: one kernel launch per pass, bucket and device."""
+
+from collections import defaultdict
+from functools import partial
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from fastsam.kernels.layout import Row, Task
+from fastsam.kernels.perturb import perturb_kernel
+from fastsam.kernels.reduce import finish_kernel, reduce_kernel
+from fastsam.kernels.table import Table
+from fastsam.kernels.update import update_kernel
+from fastsam.step.batch import Batch, identical
+from fastsam.step.sharding import Sharding
+from fastsam.step.spec import StepSpec
+
+from ..base import DeviceBackend, Pass
+from ..reference import adapts_here, keep_rejected, leave_final_gradient
+from ..sums import adapt, undone_if_it_fails
+from .buckets import Bucket, make_buckets, release, write_back
+from .flat import FlatBackup
+from .launcher import Launched, Launcher
+from .plan import (
+    NOTHING,
+    Plan,
+    Reduction,
+    Sums,
+    ascent_sums,
+    descent_sums,
+    hypergradient_sums,
+    on,
+    perturb_constants,
+    states_of,
+    update_constants,
+)
+from .rows import ascent_rows, grad_rows, key_rows, state_rows
+
+FIRST, LAST = int(Task.FIRST), int(Task.LAST)
+
+
+class TritonBackend(Launcher, DeviceBackend):
+    """See the module's docstring."""
+
+    takes_scaled = True
+
+    # --- the interface ---
+
+    def ascent_pass(self, batch: Batch, spec: StepSpec, scalars: Tensor) -> Pass[FlatBackup]:
+        try:
+            return (yield from self._ascend(batch, spec, scalars))
+        except BaseException:
+            self._forget(batch)
+            raise
+
+    def descent_pass(
+        self, batch: Batch, backup: FlatBackup | None, spec: StepSpec, scalars: Tensor
+    ) -> Pass[None]:
+        try:
+            yield from self._descend(batch, backup, spec, scalars)
+        except BaseException:
+            self._forget(batch)
+            raise
+
+    def hypergradient_pass(
+        self, batch: Batch, backup: FlatBackup | None, hessian: str, spec: StepSpec, scalars: Tensor
+    ) -> Pass[None]:
+        try:
+            yield from self._hypergradient(batch, backup, hessian, spec, scalars)
+        except BaseException:
+            self._forget(batch)
+            raise
+
+    # --- the passes ---
+
+    def _ascend(self, batch: Batch, spec: StepSpec, scalars: Tensor) -> Pass[FlatBackup]:
+        backup = FlatBackup(batch.layout)
+        plan = self._plan("ascent", batch, spec)
+        for bucket in plan.buckets:
+            bucket.reserve(batch, backup)
+        for bucket in plan.buckets:
+            rows = {} if spec.seed is None else key_rows(bucket, batch, spec)
+            if batch.ascent is not None:
+                rows |= ascent_rows(bucket, batch, spec)
+            bucket.locate(batch, backup, rows)
+        depends = self._dependencies(plan, batch, spec, scalars)
+        if not identical(depends, plan.depends):
+            plan.reduction = None
+            with on(scalars.device):
+                if spec.needs_ascent_norm:
+                    plan.reduction = self._reduce(
+                        ascent_sums(spec), plan.buckets, batch, spec, scalars
+                    )
+                rule = perturb_constants(spec)
+                plan.launches = [self._prepare(
+                    perturb_kernel, bucket, spec, scalars, self.launches.perturb,
+                    HAS_MASTER=bucket.has_master, STOCHASTIC=_is_stochastic(bucket, spec), **rule,
+                    **_only(bucket.types, "P", "G", "ACC"),
+                ) for bucket in plan.buckets]  # fmt: skip
+            plan.depends = depends
+        if plan.reduction is not None:
+            yield from plan.reduction.run()
+        try:
+            with on(scalars.device):
+                for perturb in plan.launches:
+                    perturb()
+                    perturb.bucket.note_perturbed(batch, backup)
+                    write_back(perturb.bucket, batch)
+        except BaseException:
+            backup.restore()
+            raise
+        release(plan.buckets)
+        return backup
+
+    def _descend(
+        self, batch: Batch, backup: FlatBackup | None, spec: StepSpec, scalars: Tensor
+    ) -> Pass[None]:
+        left = [] if backup is None else backup.left_by(batch)
+        plan = self._plan("descent", batch, spec)
+        # the update kernel looks at the ascent's state only where it may have to put it back
+        states = states_of(spec) if spec.skip_nonfinite else 0
+        for bucket in plan.buckets:
+            rows = {} if spec.seed is None else key_rows(bucket, batch, spec)
+            if not bucket.described:
+                rows |= state_rows(bucket, batch, spec, self.launches.update)
+            if spec.descent is not None:
+                rows |= grad_rows(bucket, {Row.FIRST_GRAD: batch.firsts})
+            if states or spec.descent is not None:
+                rows |= ascent_rows(bucket, batch, spec)
+            bucket.locate(batch, backup, rows)
+        # a user's function runs on the host; the reduction runs the others
+        rule = spec.descent
+        if rule is None or not (rule.adapts_on_host and adapts_here(batch, spec)):
+            rule = None
+        # Whatever needs memory or a compiler comes before the first launch: the reduction changes
+        # scalars that are state, and no update can be undone.
+        depends = self._dependencies(plan, batch, spec, scalars)
+        if not identical(depends, plan.depends):
+            plan.reduction, plan.launches = None, []
+            with on(scalars.device):
+                if spec.needs_descent_norm:
+                    plan.reduction = self._reduce(
+                        descent_sums(spec), plan.buckets, batch, spec, scalars
+                    )
+                if spec.base is not None:
+                    plan.launches = self._updates(plan.buckets, spec, scalars, states)
+            plan.depends = depends
+        yield None
+        if spec.base is not None and backup is not None:
+            backup.restore(left)
+        undoing = spec.base is None or rule is not None
+        with undone_if_it_fails(scalars) if undoing else NOTHING:
+            if plan.reduction is not None:
+                yield from plan.reduction.run()
+            if rule is not None:
+                adapt(rule, spec, scalars)
+            if spec.base is None:
+                if backup is not None:
+                    backup.restore()
+                keep_rejected(batch, spec, scalars)
+                leave_final_gradient(batch, spec, scalars)
+        with on(scalars.device):
+            for update in plan.launches:
+                update()
+                write_back(update.bucket, batch)
+        release(plan.buckets)
+
+    def _hypergradient(
+        self, batch: Batch, backup: FlatBackup | None, hessian: str, spec: StepSpec, scalars: Tensor
+    ) -> Pass[None]:
+        buckets = self._plan("hypergradient", batch, spec).buckets
+        others = {Row.FIRST_GRAD: batch.firsts, Row.VALIDATION: batch.validation,
+                  Row.TRAINING: batch.training}  # fmt: skip
+        for bucket in buckets:
+            rows = ascent_rows(bucket, batch, spec) | grad_rows(bucket, others)
+            bucket.locate(batch, backup, rows)
+        with on(scalars.device):
+            found = hypergradient_sums(spec, hessian)
+            reduction = self._reduce(found, buckets, batch, spec, scalars)
+        yield from reduction.run()
+        release(buckets)
+
+    # --- launches ---
+
+    def _updates(
+        self, buckets: list[Bucket], spec: StepSpec, scalars: Tensor, states: int
+    ) -> list[Launched]:
+        assert spec.base is not None
+        starts = spec.base.starts_from_gradient
+        updates = []
+        for bucket in buckets:
+            arrivals = self._scratch("updated", bucket.table.columns, torch.int32, scalars.device)
+            has_start = bool(starts) and bucket.types["STATES"] > 0
+            updates.append(self._prepare(
+                update_kernel, bucket, spec, scalars, self.launches.update, arrivals,
+                compiles=True, HAS_MASTER=bucket.has_master,
+                STOCHASTIC=_is_stochastic(bucket, spec),
+                **update_constants(spec, states, has_start), **bucket.types,
+            ))  # fmt: skip
+        return updates
+
+    def _reduce(
+        self, found: Sums, buckets: list[Bucket], batch: Batch, spec: StepSpec, scalars: Tensor
+    ) -> Reduction:
+        constants, tasks = found.constants, found.tasks
+        has_scale = constants["ADAPTIVE"] or (constants["SCALED"] and constants["ASCENDS"])
+        launch = self.launches.reduce_streams if found.several else self.launches.reduce
+        members: dict[Sharding, list[Bucket]] = defaultdict(list)
+        for bucket in buckets:
+            members[bucket.sharding].append(bucket)
+        # else the sums over everything are known only after all launches
+        is_whole = len(members) == 1 and () in members and batch.part is None
+        reduction = Reduction(scalars)
+        for sharding, same in members.items():
+            reduction.parts[sharding] = []
+            for i, bucket in enumerate(same):
+                partials = constants["SUMS"] * bucket.table.chunks(launch.chunk).size(0)
+                last = is_whole and i == len(same) - 1
+                reduction.parts[sharding].append(self._prepare(
+                    reduce_kernel, bucket, spec, scalars, launch,
+                    self._scratch("partials", partials, bucket.arithmetic, scalars.device),
+                    self._scratch("reduced", 1, torch.int32, scalars.device),
+                    tasks | (FIRST if i == 0 else 0) | (LAST if last else 0),
+                    HAS_MASTER=bucket.has_master and has_scale,
+                    **constants, **_only(bucket.types, "P", "G", "ACC"),
+                ))  # fmt: skip
+        if not is_whole:
+            names = _only(constants, "FINISH", "ACCUMULATES", "COEFFICIENTS", "ADAPTED", "SUMS")
+            names |= {"num_warps": 1, "enable_fp_fusion": True}
+            hyper = self._hyper_table(buckets[0], spec)
+            reduction.finish = partial(finish_kernel[(1,)], hyper, scalars, tasks, **names)
+        return reduction
+
+    def _forget(self, batch: Batch) -> None:
+        """After a failure: no table is known to hold what it should."""
+        if batch.layout is not None:
+            batch.layout.plans.clear()
+        self._tables.clear()
+        self._hyper.clear()
+
+    # --- tables ---
+
+    def _plan(self, name: str, batch: Batch, spec: StepSpec) -> Plan:
+        """Group a pass's tensors by what a kernel is specialised for.
+
+        The plan is kept with the batch's layout where it needs no copies of the tensors: then the
+        next pass like this one has only gradients' addresses to look at, and finds its launches.
+        """
+        plans: dict[str, Plan] = {} if batch.layout is None else batch.layout.plans
+        found = plans.get(name)
+        if found is not None and found.prepared is batch.prepared:
+            return found
+        lasting = name == "ascent" or (name == "descent" and batch.prepared is not None)
+        buckets = make_buckets(name, batch, spec)
+        device = batch.params[0].device
+        kept = lasting and all(bucket.in_place for bucket in buckets)
+        for bucket in buckets:
+            if kept:
+                bucket.table = Table(device, self._captured)
+                bucket.grads = []  # they would be kept alive
+            else:  # one table for all passes like this one
+                table = self._tables.get((name, device, bucket.key))
+                if table is None:
+                    table = self._tables[name, device, bucket.key] = Table(device, self._captured)
+                bucket.table = table
+        plan = Plan(batch.prepared, buckets)
+        if kept:
+            plans[name] = plan
+        return plan
+
+    def _dependencies(self, plan: Plan, batch: Batch, spec: StepSpec, scalars: Tensor) -> list[Any]:
+        """What launches are made of, but for what stays where it is and is written to.
+
+        They are not the same for any two graphs: those have tables of hyper-parameters of their
+        own. Nor are they with several devices, which get new copies of the scalars.
+        """
+        depends = [*spec.key, self.launches, batch.part, scalars]
+        for bucket in plan.buckets:
+            depends += bucket.table.revision, self._hyper_table(bucket, spec)
+        return depends
+
+
+def _is_stochastic(bucket: Bucket, spec: StepSpec) -> bool:
+    return spec.seed is not None and bucket.types["P"] == tl.bfloat16
+
+
+def _only(types: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: types[name] for name in names}

@@ -1,0 +1,233 @@
+"""Buckets: tensors that share one launch, and where in memory everything about them is."""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from fastsam.arithmetic import wide_dtype
+from fastsam.kernels.layout import Row
+from fastsam.kernels.table import Table
+from fastsam.step.batch import Batch
+from fastsam.step.memory import is_dense
+from fastsam.step.sharding import Sharding
+from fastsam.step.spec import StepSpec
+
+from .flat import Copied, FlatBackup, form_of, offsets
+
+TYPES: dict[torch.dtype, Any] = {
+    torch.float64: tl.float64,
+    torch.float32: tl.float32,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+}
+
+
+#: What the places of copies follow from where there are none.
+NOT_PERTURBED = object()
+
+
+def like_layout(x: Tensor, model: Tensor) -> Tensor:
+    """``x``, or a copy of it with ``model``'s strides, so that both are walked alike."""
+    if x.stride() == model.stride() or x.numel() < 2:
+        return x
+    return torch.empty_like(model, dtype=x.dtype).copy_(x)
+
+
+def dense(x: Tensor) -> Tensor:
+    """``x`` if it fills one block of memory, else a copy that does."""
+    return x if is_dense(x) else torch.empty_like(x).copy_(x)
+
+
+@dataclass
+class Bucket:
+    """Tensors that share one launch, laid out for the kernels."""
+
+    key: Any  # what they share
+    members: list[int]  # positions in the batch
+    params: list[Tensor]  # dense: the parameters, or copies of those with gaps
+    grads: list[Tensor]
+    types: dict[str, Any]  # the kernels' dtype arguments
+    in_place: bool = False  # whether the kernels walk parameters and gradients, not copies
+    has_master: bool = False  # whether the parameters have master weights
+    sharding: Sharding = ()  # over which processes their sums are added up
+    table: Table = field(init=False)
+    kept: list[Tensor] = field(default_factory=list)  # copies whose addresses are in the table
+    described: bool = False  # whether the table holds what does not move
+
+    def __post_init__(self) -> None:
+        self.grad_dtype = self.grads[0].dtype
+        self.arithmetic = wide_dtype(self.params[0])
+        self._grad_addresses: list[int] = []
+        self._copied: Copied | None = None
+        self._size = 0  # of a flat copy
+        self.origin = self._home  # that the table's backups count from
+        # where the copies of the weights are: which flat one, and the first byte, or -1
+        self._places: tuple[np.ndarray, np.ndarray] | None = None
+        self._places_of: object = None  # token of the first pass's layout
+        self._flat: int | None = None  # the one that all copies are in
+        self._flats: list[int] = []  # where they were
+        self._masters: tuple[list[int], list[int]] | None = None
+        self.seed: int | None = None  # of the keys in the table
+        self.ascent_addresses: list[int] | None = None  # of the old state in the table
+
+    @property
+    def _home(self) -> int:
+        """An aligned address at the parameters; not 0, whose type would be another."""
+        return next((w.data_ptr() & ~15 for w in self.params if w.numel()), 0)
+
+    def keep(self, x: Tensor) -> Tensor:
+        """Keep a tensor alive until the launches of this pass are made."""
+        self.kept.append(x)
+        return x
+
+    def reserve(self, batch: Batch, backup: FlatBackup) -> None:
+        """Allocate for the copies of this bucket's weights."""
+        if self._copied is None:
+            originals = [batch.params[k] for k in self.members]
+            starts, self._size = offsets(originals)
+            self._copied = Copied(originals, starts, list(map(form_of, originals)))
+        if not self.has_master:
+            backup.reserve(self._copied, self._size)
+
+    def note_perturbed(self, batch: Batch, backup: FlatBackup) -> None:
+        """There is something to restore from now on: masters follow their parameters, copies are
+        made, by the launch that perturbs."""
+        if self.has_master:
+            assert batch.masters is not None
+            for k in self.members:
+                master = batch.masters[k]
+                if master is not None:
+                    backup.masters[batch.params[k]] = master
+        else:
+            backup.written += 1
+
+    def locate(self, batch: Batch, backup: FlatBackup | None, rows: dict[Row, Any]) -> None:
+        """Bring the table up to date; ``rows`` are those that only this kind of pass has."""
+        if self.grads or batch.layout is None:
+            grad_addresses = list(map(Tensor.data_ptr, self.grads))
+        else:
+            grad_addresses = batch.layout.seen
+            if len(grad_addresses) != len(self.members):
+                grad_addresses = [grad_addresses[k] for k in self.members]
+        if grad_addresses is not self._grad_addresses and grad_addresses != self._grad_addresses:
+            rows[Row.GRAD] = self._grad_addresses = grad_addresses
+        if self.has_master:
+            self._locate_masters(batch, backup, rows)
+        else:
+            self._locate_copies(batch, backup, rows)
+        if self.described:
+            if rows:
+                self.table.move(rows)
+            return
+        rows[Row.PARAM] = list(map(Tensor.data_ptr, self.params))
+        sizes = [w.numel() for w in self.params]
+        self.table.set(rows, sizes, [batch.groups[k] for k in self.members])
+        self.described = True
+
+    def _locate_masters(
+        self, batch: Batch, backup: FlatBackup | None, rows: dict[Row, Any]
+    ) -> None:
+        perturbed = {} if backup is None else backup.masters
+        masters, sources = [], []
+        assert batch.masters is not None
+        for k in self.members:
+            master = batch.masters[k]
+            assert master is not None
+            masters.append(master.data_ptr())
+            param = batch.params[k]
+            sources.append(masters[-1] if param in perturbed else param.data_ptr())
+        if self._masters != (masters, sources):
+            self._masters = masters, sources
+            rows[Row.MASTER], rows[Row.BACKUP] = masters, sources
+
+    def _locate_copies(self, batch: Batch, backup: FlatBackup | None, rows: dict[Row, Any]) -> None:
+        flats = [] if backup is None else list(map(Tensor.data_ptr, backup.flats))
+        token = NOT_PERTURBED if backup is None else backup.token
+        moved = token is None or token is not self._places_of
+        if moved:
+            self._find(batch, backup)
+            self._places_of = token
+        if self._flat is not None:
+            self.origin = flats[self._flat]
+        elif moved or flats != self._flats:
+            self.origin = flats[0] if flats else self._home
+            self._flats = flats
+            moved = True
+        if moved:
+            rows[Row.BACKUP] = self._backup_row(flats) - self.origin
+
+    def _find(self, batch: Batch, backup: FlatBackup | None) -> None:
+        places = {} if backup is None else backup.places
+        pairs = [places.get(batch.params[k], (0, -1)) for k in self.members]
+        flat, start = np.array(pairs, np.int64).reshape(-1, 2).T
+        in_one = bool((start >= 0).all() and (flat == flat[0]).all())
+        self._flat = int(flat[0]) if in_one else None
+        size = self.params[0].element_size()
+        self._places = flat, np.where(start < 0, -1, start * size)
+
+    def _backup_row(self, flats: list[int]) -> np.ndarray:
+        """Addresses of the unperturbed weights: of the copies, or the parameters' own."""
+        assert self._places is not None
+        flat, start = self._places
+        copies: np.ndarray = np.array(flats or [0], np.int64)[flat] + start
+        if self._flat is not None:
+            return copies
+        return np.where(start < 0, list(map(Tensor.data_ptr, self.params)), copies)
+
+
+def release(buckets: list[Bucket]) -> None:
+    """Let go of what the launches of a pass needed."""
+    for bucket in buckets:
+        bucket.kept = []
+
+
+def write_back(bucket: Bucket, batch: Batch) -> None:
+    """Copy to the parameters that the kernels could not walk in place."""
+    if bucket.in_place:
+        return
+    for k, w in zip(bucket.members, bucket.params, strict=True):
+        if w is not batch.params[k]:
+            batch.params[k].copy_(w)
+
+
+def make_buckets(name: str, batch: Batch, spec: StepSpec) -> list[Bucket]:
+    """Group a pass's tensors by what a kernel is specialised for, and by how they are sharded.
+
+    Raises:
+        RuntimeError: For dtypes that the kernels do not serve.
+    """
+    members = defaultdict(list)
+    for k, (p, g, i) in enumerate(zip(batch.params, batch.grads, batch.groups, strict=True)):
+        states: tuple[Any, ...] = ()
+        if name == "descent" and spec.base is not None:
+            assert batch.states is not None
+            names = spec.base.states(spec.groups[i])
+            states = tuple(batch.states[k][state].dtype for state in names)
+        has_master = batch.masters is not None and batch.masters[k] is not None
+        sharding = () if batch.shardings is None else batch.shardings[k]
+        members[p.dtype, g.dtype, states, has_master, sharding].append(k)
+    buckets = []
+    for key, positions in members.items():
+        param_type, grad_type, states, has_master, sharding = key
+        if unserved := {param_type, grad_type, *states} - TYPES.keys():
+            raise RuntimeError(
+                f"backend='triton' serves {', '.join(map(str, TYPES))}, got {unserved.pop()}"
+            )
+        params = [dense(batch.params[k]) for k in positions]
+        grads = [like_layout(batch.grads[k], w) for k, w in zip(positions, params, strict=True)]
+        in_place = all(
+            w is batch.params[k] and g is batch.grads[k]
+            for k, w, g in zip(positions, params, grads, strict=True)
+        )
+        types = dict(
+            P=TYPES[param_type], G=TYPES[grad_type], STATES=len(states),
+            S=TYPES[states[0] if states else param_type],
+            ACC=tl.float64 if param_type == torch.float64 else tl.float32,
+        )  # fmt: skip
+        buckets.append(Bucket(key, positions, params, grads, types, in_place, has_master, sharding))
+    return buckets

@@ -1,0 +1,124 @@
+"""Copies of the weights for the triton backend, and which parameters need none."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastsam.step.batch import Batch, Layout
+
+#: Elements to which every tensor's place in a flat backup is rounded up: keeps it aligned.
+ALIGNMENT = 64
+
+
+class Form(NamedTuple):
+    """How a parameter lay in memory when it was copied, without gaps."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+    strides: tuple[int, ...]
+
+
+def form_of(param: Tensor) -> Form:
+    """A gap-free copy's; on "meta", because an undo must not need memory."""
+    return Form(param.dtype, param.shape, torch.empty_like(param, device="meta").stride())
+
+
+class Copied(NamedTuple):
+    """The parameters of one flat copy: their first elements in it, and their forms."""
+
+    params: list[Tensor]
+    starts: list[int]
+    forms: list[Form]
+
+
+class FlatBackup:
+    """One flat copy of the weights per bucket, and where each parameter lies in it.
+
+    Attributes:
+        token: Of the first pass's layout; None where there is none.
+        flats: The copies.
+        written: How many of them hold their weights.
+        masters: Master weights of parameters that need no copy.
+    """
+
+    def __init__(self, layout: Layout | None) -> None:
+        self.token = None if layout is None else layout.token
+        self.flats: list[Tensor] = []
+        self._copied: list[Copied] = []
+        self.written = 0
+        self._places: dict[Tensor, tuple[int, int]] | None = None
+        self._forms: dict[Tensor, Form] = {}
+        self.masters: dict[Tensor, Tensor] = {}
+
+    def reserve(self, copied: Copied, size: int) -> None:
+        """Allocate for one bucket, by :func:`offsets`."""
+        like = copied.params[0]
+        self.flats.append(torch.empty(size, dtype=like.dtype, device=like.device))
+        self._copied.append(copied)
+
+    @property
+    def places(self) -> dict[Tensor, tuple[int, int]]:
+        """Which flat copy, and where in it, by parameter."""
+        if self._places is None:
+            self._places = {}
+            for i, (params, starts, forms) in enumerate(self._copied):
+                self._places.update(
+                    (p, (i, start)) for p, start in zip(params, starts, strict=True)
+                )
+                self._forms.update(zip(params, forms, strict=True))
+        return self._places
+
+    def left_by(self, batch: Batch) -> list[Tensor]:
+        """The parameters that a second pass over ``batch`` does not update.
+
+        Those that it does, but which have been cast or laid out otherwise since the first pass,
+        are restored here, and count as unperturbed from then on.
+        """
+        layout = batch.layout
+        if self.token is not None and layout is not None and layout.after is self.token:
+            return []
+        updated = {param: k for k, param in enumerate(batch.params)}
+        left = [param for param in (*self.places, *self.masters) if param not in updated]
+        changed = []
+        for param, k in updated.items():
+            if param in self.masters:
+                if batch.masters is None or batch.masters[k] is not self.masters[param]:
+                    changed.append(param)
+            elif param in self.places:
+                now, then = form_of(param), self._forms[param]
+                if now.dtype != then.dtype or (now.shape == then.shape and now != then):
+                    changed.append(param)
+        if changed:
+            self.restore(changed)
+            for param in changed:
+                self.places.pop(param, None)
+                self.masters.pop(param, None)
+            self.token = None
+        elif not left and layout is not None:
+            layout.after = self.token
+        return left
+
+    def restore(self, params: Iterable[Tensor] | None = None) -> None:
+        """Copy weights back: those of ``params``, or all that have been copied."""
+        for param in [*self.places, *self.masters] if params is None else params:
+            if param in self.masters:
+                param.copy_(self.masters[param])
+                continue
+            i, start = self.places[param]
+            if i < self.written:
+                form = self._forms[param]
+                part = self.flats[i][start : start + form.shape.numel()]
+                copy = part.as_strided(form.shape, form.strides)
+                # shapes differ where somebody has reshaped the parameter
+                param.copy_(copy if param.shape == form.shape else copy.reshape(param.shape))
+
+
+def offsets(params: list[Tensor]) -> tuple[list[int], int]:
+    """Where each parameter starts in a flat copy, and the size of that, in elements."""
+    starts, end = [], 0
+    for param in params:
+        starts.append(end)
+        end += -(-param.numel() // ALIGNMENT) * ALIGNMENT
+    return starts, end

@@ -1,0 +1,188 @@
+"""The launches of a pass: what they are specialised for, and what a reduction adds up."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsam.kernels import finish, sums
+from fastsam.kernels.layout import Scalar, Task
+from fastsam.step.sharding import Sharding, add_up
+from fastsam.step.spec import StepSpec
+
+from ..base import Pass
+from .buckets import Bucket
+from .functions import ASCENT, BASE, DESCENT, functions_of
+from .launcher import Launched
+
+NOTHING = nullcontext()
+SUMS = slice(Scalar.SUM0, Scalar.SUM4 + 1)
+
+
+@dataclass
+class Reduction:
+    """The launches of a reduction, by how their sums are sharded.
+
+    The last finishes it, unless others have to be added first.
+    """
+
+    scalars: Tensor
+    parts: dict[Sharding, list[Launched]] = field(default_factory=dict)
+    finish: Callable[[], Any] | None = None
+
+    def run(self) -> Pass[None]:
+        if self.finish is None:
+            with on(self.scalars.device):
+                for launches in self.parts.values():
+                    for launch in launches:
+                        launch()
+            return
+        sums = {}
+        with on(self.scalars.device):
+            for sharding, launches in self.parts.items():
+                for launch in launches:
+                    launch()
+                sums[sharding] = self.scalars[SUMS].clone()
+        total = add_up(sums)
+        yield total
+        self.scalars[SUMS] = total
+        with on(self.scalars.device):
+            self.finish()
+
+
+@dataclass
+class Plan:
+    """A kind of pass over one layout: its buckets, and its launches as they were last prepared.
+
+    They are run again as long as ``depends`` holds the same objects. Addresses are none of that,
+    nor are hyper-parameters: those are on the device, in tables that stay where they are.
+    """
+
+    prepared: object
+    buckets: list[Bucket]
+    depends: list[Any] = field(default_factory=list)
+    reduction: Reduction | None = None
+    launches: list[Launched] = field(default_factory=list)
+
+
+#: A reduction's functions where no rule has a part in it.
+NO_RULE = dict.fromkeys(
+    ("ADVANCE", "DIRECTION", "RADIUS", "ACCUMULATES", "COEFFICIENTS", "ADAPTED")
+)
+
+
+def states_of(spec: StepSpec) -> int:
+    """Number of the ascent rule's state tensors."""
+    return len(spec.ascent.state_names(spec.groups[0]))
+
+
+def perturb_constants(spec: StepSpec) -> dict[str, Any]:
+    """What the perturbation is specialised for, but for dtypes."""
+    rule = functions_of(spec.ascent, ASCENT)
+    return {
+        "ADVANCE": rule["advance"], "DIRECTION": rule["direction"], "RADIUS": rule["radius"],
+        "USABLE": rule["usable"], "STATES": states_of(spec), "ADAPTIVE": spec.adaptive,
+    }  # fmt: skip
+
+
+def update_constants(spec: StepSpec, ascent_states: int, starts: bool) -> dict[str, Any]:
+    """What the update is specialised for, but for dtypes and the base's states.
+
+    Args:
+        spec: The pass.
+        ascent_states: Number of the ascent's state tensors, where they may have to be put back.
+        starts: Whether a state that starts from the gradient is among the base's.
+    """
+    assert spec.base is not None
+    return {
+        "UPDATE": functions_of(spec.base, BASE)["update"], "COUNTS": spec.base.counts_steps,
+        "STARTS": starts, "SCALE": spec.rescales, "MIX": spec.descent is not None,
+        "SKIP": spec.skip_nonfinite, "ASCENT_STATES": ascent_states,
+    }  # fmt: skip
+
+
+@dataclass
+class Sums:
+    """A reduction's constants and tasks, and whether it reads more than two streams."""
+
+    constants: dict[str, Any]
+    tasks: int = 0
+    several: bool = True
+
+
+def ascent_sums(spec: StepSpec) -> Sums:
+    """The first gradient's norm, and the direction's where the rule asks for that."""
+    rule = functions_of(spec.ascent, ASCENT)
+    along = spec.ascent.norm == "direction"
+    own: dict[str, Any] = {"ACCUMULATES": rule["accumulate"]}
+    if along:
+        own |= {"ADVANCE": rule["advance"], "DIRECTION": rule["direction"]}
+    return Sums(
+        NO_RULE | own | {
+            "TERMS": sums.of_ascent, "FINISH": finish.finish_ascent, "ASCENDS": True,
+            "BOTH": False, "LETS": False, "SCALED": spec.adaptive, "ADAPTIVE": False,
+            "STATES": states_of(spec) if along else 0, "SUMS": 2 if along else 1,
+        },
+        several=along,
+    )  # fmt: skip
+
+
+def descent_sums(spec: StepSpec) -> Sums:
+    """The second gradient's norm, and a descent rule's sums over both gradients."""
+    scaled = spec.adaptive and spec.renormalize  # whether the norm is that of T g~
+    tasks = (
+        Task.RENORMALIZE * spec.renormalize
+        | Task.CLIP * (spec.max_grad_norm is not None)
+        | Task.SKIP * spec.skip_nonfinite
+        | Task.SKIP_FIRST * spec.skip_first
+        | Task.ACCUMULATE * (spec.base is not None and spec.base.needs_norm)
+        | Task.COMMIT * (spec.ascent.accumulate is not None)
+    )
+    common = {
+        "FINISH": finish.finish_descent, "ASCENDS": False, "BOTH": spec.descent is not None,
+        "LETS": False, "SCALED": scaled, "ADAPTIVE": False, "STATES": 0,
+    }  # fmt: skip
+    if spec.descent is None:
+        # the plain norm is a sum of its own only where T makes the other one different
+        needs_plain = Task.CLIP | Task.SKIP | Task.ACCUMULATE
+        number = 2 if scaled and tasks & needs_plain else 1
+        own: dict[str, Any] = {"TERMS": sums.of_descent, "SUMS": number}
+        return Sums(NO_RULE | common | own, int(tasks), several=False)
+    rule = functions_of(spec.descent, DESCENT)
+    own = {
+        "TERMS": sums.of_both, "SUMS": 5, "COEFFICIENTS": rule["coefficients"],
+        "ADAPTED": rule["adapt"],
+    }  # fmt: skip
+    if spec.descent.needs_perturbation:
+        own |= _perturbation(spec)
+    if spec.descent.adapt is not None and not spec.descent.adapts_on_host:
+        tasks |= Task.ADAPT
+    return Sums(NO_RULE | common | own, int(tasks))
+
+
+def hypergradient_sums(spec: StepSpec, hessian: str) -> Sums:
+    """LETS's sum, by the approximation of the Hessian."""
+    common = {
+        "FINISH": finish.finish_hypergradient, "ASCENDS": False, "BOTH": True, "LETS": True,
+        "SCALED": False, "ADAPTIVE": False, "STATES": 0, "SUMS": 1,
+    }  # fmt: skip
+    if hessian == "diag":
+        return Sums(NO_RULE | common | {"TERMS": sums.of_diagonal} | _perturbation(spec))
+    return Sums(NO_RULE | common | {"TERMS": sums.of_difference})
+
+
+def _perturbation(spec: StepSpec) -> dict[str, Any]:
+    """What makes the perturbation once more."""
+    rule = functions_of(spec.ascent, ASCENT)
+    return {
+        "DIRECTION": rule["direction"], "RADIUS": rule["radius"], "STATES": states_of(spec),
+        "ADAPTIVE": spec.adaptive,
+    }  # fmt: skip
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """With the device as the present one, where launches ask for that."""
+    return torch.cuda.device(device) if device.type == "cuda" else NOTHING

@@ -1,0 +1,87 @@
+"""Rows of the pointer table that only some kinds of pass have, by their addresses."""
+
+from collections import defaultdict
+
+from torch import Tensor
+
+from fastsam.kernels.layout import Launch, Row
+from fastsam.step.batch import Batch
+from fastsam.step.spec import StepSpec
+from fastsam.step.state import AscentStates
+
+from ..rounding import tensor_key
+from .buckets import Bucket, like_layout
+
+STATES = (Row.STATE0, Row.STATE1, Row.STATE2)
+OLD_ASCENT = (Row.ASCENT0, Row.ASCENT1)
+NEW_ASCENT = (Row.NEXT0, Row.NEXT1)
+
+
+def state_rows(
+    bucket: Bucket, batch: Batch, spec: StepSpec, launch: Launch
+) -> dict[Row, list[int]]:
+    """Addresses of the base's state, and what else the update kernel needs per tensor."""
+    if spec.base is None:
+        return {}
+    assert batch.states is not None
+    rows: dict[Row, list[int]] = defaultdict(list)
+    for k, w in zip(bucket.members, bucket.params, strict=True):
+        state = batch.states[k]
+        for row, name in zip(STATES, spec.base.states(spec.groups[batch.groups[k]]), strict=False):
+            state[name] = like_layout(state[name], w)
+            rows[row].append(state[name].data_ptr())
+        if spec.base.counts_steps:
+            rows[Row.STEP].append(state["step"].data_ptr())
+            rows[Row.CHUNKS].append(max(1, -(-w.numel() // launch.chunk)))
+        rows[Row.FRESH].append(0 if batch.fresh is None else int(batch.fresh[k]))
+    return rows
+
+
+def key_rows(bucket: Bucket, batch: Batch, spec: StepSpec) -> dict[Row, list[int]]:
+    """What the tensors' random bits depend on, where they are rounded stochastically."""
+    if spec.seed is None or spec.seed == bucket.seed:
+        return {}
+    bucket.seed = spec.seed
+    assert batch.places is not None
+    return {Row.KEY: [tensor_key(spec.seed, batch.places[k]) for k in bucket.members]}
+
+
+def ascent_states(spec: StepSpec) -> int:
+    """Number of the ascent rule's state tensors."""
+    return len(spec.ascent.states(spec.groups[0]))
+
+
+def ascent_rows(bucket: Bucket, batch: Batch, spec: StepSpec) -> dict[Row, list[int]]:
+    """Addresses of the ascent rule's state, old and new; 0 for parameters without."""
+    rows: dict[Row, list[int]] = {}
+    found: AscentStates | None = batch.held
+    if found is not None and found.in_order and bucket.in_place and batch.ascent is not None:
+        count = ascent_states(spec)
+        for j, (old, new) in enumerate(zip(OLD_ASCENT, NEW_ASCENT, strict=True)):
+            if j < count:
+                rows[old], rows[new] = found.addresses(count, j, bucket.members)
+        return rows
+    for tensors, names in ((batch.ascent, OLD_ASCENT), (batch.next, NEW_ASCENT)):
+        if tensors is None:  # LETS needs no old state
+            continue
+        for row, j in zip(names, range(ascent_states(spec)), strict=False):
+            rows[row] = []
+            for k, w in zip(bucket.members, bucket.params, strict=True):
+                held = list((tensors[k] or {}).values())
+                if held:
+                    held[j] = bucket.keep(like_layout(held[j], w))
+                rows[row].append(held[j].data_ptr() if held else 0)
+    return rows
+
+
+def grad_rows(bucket: Bucket, grads: dict[Row, list[Tensor | None] | None]) -> dict[Row, list[int]]:
+    """Addresses of other passes' gradients, as the kernels walk them; 0 where there is none."""
+    rows: dict[Row, list[int]] = {}
+    for row, tensors in grads.items():
+        rows[row] = []
+        for k, w in zip(bucket.members, bucket.params, strict=True):
+            x = None if tensors is None else tensors[k]
+            if x is not None:
+                x = bucket.keep(like_layout(x, w).to(bucket.grad_dtype))
+            rows[row].append(0 if x is None else x.data_ptr())
+    return rows

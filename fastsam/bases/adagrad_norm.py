@@ -1,0 +1,144 @@
+"""AdaGrad-Norm: one adaptive step size for all parameters."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from fastsam.arithmetic import narrowed
+from fastsam.step.checkpoint import Loading, write_kept
+from fastsam.step.checks import check_tensors
+from fastsam.step.spec import Base, Columns, Group
+
+from .torch_optim import sign_of
+
+
+class AdaGradNorm(Optimizer):
+    r"""AdaGrad with a single accumulator, the sum of the squared global gradient norms.
+
+    .. math:: b^2 \leftarrow b^2 + \|g\|^2, \qquad w \leftarrow w - \frac{lr}{\sqrt{b^2}}\, g
+
+    A base optimizer for fastsam's classes, which fuse it; it also works on its own. The
+    accumulator is ``kept["squared_norms"]``: a number at first, from the first step on a 0-dim
+    float64 tensor. A state dict has it in every group, as ``fastsam_squared_norms``. Nothing moves
+    while it is zero.
+
+    Args:
+        params: Parameters or parameter groups, as in ``torch.optim``.
+        lr: Learning rate, at least 0; a number or a tensor of one element. Default 1e-2.
+        initial_accumulator_value: Where :math:`b^2` starts, at least 0. Default 0.
+        maximize: Ascend instead of descend. Default False.
+
+    Raises:
+        ValueError: If ``lr`` or ``initial_accumulator_value`` is negative, or ``lr`` a tensor of
+            several elements.
+
+    Reference: Ward, Wu and Bottou, "AdaGrad stepsizes: sharp convergence over nonconvex
+    landscapes", ICML 2019.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        *,
+        initial_accumulator_value: float = 0.0,
+        maximize: bool = False,
+    ):
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise ValueError("Tensor lr must be 1-element")
+        if not lr >= 0:
+            raise ValueError(f"lr must be at least 0, got {lr}")
+        if not initial_accumulator_value >= 0:
+            raise ValueError(
+                f"initial_accumulator_value must be at least 0, got {initial_accumulator_value}"
+            )
+        super().__init__(params, {"lr": lr, "maximize": maximize})
+        self.kept: dict[str, Any] = {"squared_norms": float(initial_accumulator_value)}
+        write_kept(self.param_groups, self.kept)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in ``torch.optim``."""
+        super().add_param_group(param_group)
+        if hasattr(self, "kept"):
+            write_kept(self.param_groups[-1:], self.kept)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in ``torch.optim``, with the accumulator in every group."""
+        write_kept(self.param_groups, self.kept)
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in ``torch.optim``; the accumulator stays as it is where the state dict has none."""
+        with Loading(self.kept).around(self):
+            super().load_state_dict(state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"kept": self.kept}
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step; returns the closure's loss if one is given.
+
+        Raises:
+            RuntimeError: For gradients that are sparse or complex, or parameters on several
+                devices. Nothing has changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not params:
+            return loss
+        for p in params:
+            check_tensors(p, p.grad, params[:1], type(self).__name__)
+        norms = [p.grad.norm(dtype=torch.float64) for p in params]
+        total = self.kept["squared_norms"] + torch.stack(norms).square().sum()
+        self.kept["squared_norms"] = total
+        for group in self.param_groups:
+            lr = group["lr"]
+            if isinstance(lr, Tensor):
+                lr = lr.reshape(())
+            scale = torch.where(total == 0, 0.0, lr / total.sqrt())
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.add_(scale * p.grad if group["maximize"] else -scale * p.grad)
+        return loss
+
+
+def adagrad_norm_columns(group: Group) -> Columns:
+    """Those of ``kernels/base/adagrad_norm.py``."""
+    return {
+        "LR": group["lr"], "SIGN": sign_of(group), "WEIGHT_DECAY": group.get("weight_decay", 0.0)
+    }  # fmt: skip
+
+
+def adagrad_norm(
+    w: Tensor, u: Tensor, state: dict[str, Tensor], group: Group, step: Any, fresh: bool,
+    squared_norms: Tensor,
+) -> None:  # fmt: skip
+    """The equation, in place; with decoupled weight decay where a group has it."""
+    lr = narrowed(group["lr"], w)
+    if group.get("weight_decay", 0.0) != 0:
+        w.mul_(1 - lr * group["weight_decay"])
+    # 0 where nothing has been accumulated: every gradient so far was zero
+    scale = torch.where(squared_norms == 0, 0.0, lr / squared_norms.sqrt())
+    w.add_((scale if group.get("maximize") else -scale).to(w.dtype) * u)
+
+
+def no_start(group: Group) -> float:
+    """Where the accumulator starts, but for what the optimizer itself was given."""
+    return 0.0
+
+
+ADAGRAD_NORM = Base(
+    name="adagrad_norm",
+    kernel="fastsam.kernels.base.adagrad_norm",
+    update=adagrad_norm,
+    columns=adagrad_norm_columns,
+    accumulator=no_start,
+    eager="fastsam.backends.eager.fused:AdaGradNorm",
+)

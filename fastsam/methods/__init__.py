@@ -1,0 +1,1 @@
+"""The methods, one file each or a close family: a class, and the rules that it declares."""

@@ -1,0 +1,301 @@
+"""LETS: the radius is learned, by how much it closes the gap between validation and training."""
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from fastsam.kernels import table
+from fastsam.optimizer import SharpnessAwareOptimizer, uncompiled
+from fastsam.step.capture import refuse
+from fastsam.step.checkpoint import SharedState
+from fastsam.step.checks import check_closure, check_lets, check_loss
+from fastsam.step.interrupts import uninterrupted
+from fastsam.step.recording import Recording
+
+
+class LETS(SharedState):
+    r"""Learning to sharpen: any optimizer of the family, with a radius that is learned.
+
+    The radius minimises :math:`\tfrac12 (L_{val}(w^*(\rho)) - L_{tr}(w^*(\rho)))^2`. After a step
+    of the wrapped optimizer to :math:`w^+`, both losses and their gradients are taken there:
+
+    .. math:: h = -lr\; a\, \langle \delta, H \hat e \rangle, \qquad
+              a = L_{val}(w^+) - L_{tr}(w^+), \quad
+              \delta = \nabla L_{val}(w^+) - \nabla L_{tr}(w^+), \quad e = \rho\, \hat e
+
+    with :math:`H` the Hessian at :math:`w + e`, approximated by ``hessian``:
+
+    - ``"diag"``, the paper's diagonal: :math:`H \hat e \approx \tilde g^2 \hat e`, element-wise;
+    - ``"difference"``: :math:`H \hat e \approx (\tilde g - g) / \rho`, at no extra pass.
+
+    Training small networks, ``"difference"`` was within 3 % of the exact hypergradient at the
+    median with SAM, and had its sign in 99 % of the steps; ``"diag"`` was some 50 times too small,
+    with the wrong sign in a fifth of the steps (``tests/test_lets.py`` prints such figures). Adam
+    hides the scale, not the sign.
+
+    A scalar optimizer then moves :math:`\nu = \log \rho` against :math:`\rho h`, so that
+    :math:`\rho` stays positive. Groups with different radii keep their ratios: what is learned is
+    the first one's, and a common factor for all.
+
+    The update counts as :math:`w^+ = w - lr\, c\, \tilde g`, or plus that where the base maximizes,
+    whatever else the base does; :math:`c` is what renormalisation, clipping or SAMAR multiply
+    :math:`\tilde g` by, and counts as a constant.
+    That the scheme has this structure is sure; the diagonal form and the parametrisation by
+    :math:`\nu` were read with less certainty.
+
+    Cost: two forward and backward passes and one reduction over the four gradients (16 bytes per
+    element in float32; with ``"diag"`` 4 more for the weights in adaptive groups, and for each of
+    the ascent's state tensors) on every ``interval``-th step; other steps are the wrapped
+    optimizer's. The gradients of both its passes are held until then, and its copy of the weights
+    where they are read. The extra passes are at unperturbed weights, in the model's present mode:
+    BatchNorm counts them too, unless the wrapped optimizer's ``descent_context``, in which they
+    run, is ``frozen_batch_norm``. In distributed training the closures have to return losses
+    averaged over the ranks, or the radii drift apart.
+
+    Args:
+        optimizer: A :class:`SAM`, :class:`ASAM`, :class:`UnifiedSAM` or another optimizer of
+            fastsam's, with a radius above 0. It is stepped from here only.
+        rho_lr: Learning rate of the scalar optimizer, at least 0. Default 1e-2: with Adam, a change
+            of about 1 % of the radius at a time.
+        hessian: ``"diag"`` (default) or ``"difference"``.
+        interval: Steps from one update of the radius to the next, at least 1. Default 1.
+        rho_optimizer: Optimizer class for :math:`\nu`. Default ``torch.optim.Adam``.
+        **rho_kwargs: Its other arguments.
+
+    Raises:
+        TypeError: If ``optimizer`` is not one of fastsam's, or ``rho_optimizer`` not a class of
+            optimizers that step without a closure.
+        ValueError: If another argument is out of range; if the first group's radius is 0, or a
+            group has no ``lr``; if ``optimizer`` has master weights, which keep no old ones.
+
+    Reference: Wang, Jiang, Fu and Zhang, "Enhancing sharpness-aware minimization by learning
+    perturbation radius", ECML-PKDD 2024, arXiv 2408.08222.
+    """
+
+    def __init__(
+        self,
+        optimizer: SharpnessAwareOptimizer,
+        rho_lr: float = 1e-2,
+        hessian: str = "diag",
+        interval: int = 1,
+        rho_optimizer: type[Optimizer] = torch.optim.Adam,
+        **rho_kwargs: Any,
+    ):
+        if not isinstance(optimizer, SharpnessAwareOptimizer):
+            raise TypeError(f"optimizer must be one of fastsam's with a radius, got {optimizer!r}")
+        if optimizer.master_weights:
+            raise ValueError("optimizer must have master_weights=False to learn its radius")
+        check_lets(rho_lr, hessian, interval, rho_optimizer, optimizer.param_groups)
+        self.hessian = hessian
+        self.interval = interval
+        self.optimizer = optimizer
+        self._owner = SimpleNamespace()  # torch's constructor makes groups and state of its own
+        super().__init__(optimizer.param_groups, {})
+        self._share()
+        self._steps = 0
+        self._measured: dict[str, Tensor] = {}
+        params = (p for group in self.param_groups for p in group["params"])
+        device = next((p.device for p in params), torch.device("cpu"))
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self._nu = torch.zeros((), dtype=dtype, device=device)
+        self._ratios: list[float] = []
+        self._adopt_rho()
+        if device.type == "cuda" and "capturable" in inspect.signature(rho_optimizer).parameters:
+            rho_kwargs.setdefault("capturable", True)  # its step count is on the device then
+        arguments: dict[str, Any] = dict(lr=rho_lr, **rho_kwargs)
+        self.rho_optimizer = rho_optimizer([self._nu], **arguments)
+        self._write_rho()  # last, so that arguments it refuses leave the wrapped optimizer alone
+
+    # --- the step ---
+
+    @uncompiled
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        val_closure: Callable[[], Any] | None = None,
+    ) -> Any:
+        """Take one step of the wrapped optimizer, and one of the radius where it is due.
+
+        Args:
+            closure: Computes the training loss, calls ``backward`` and returns the loss; called
+                twice for the step and once, at the updated weights, for the radius.
+            val_closure: The same for the loss of a validation batch, preferably a new one in every
+                step; called once where the radius is due. Gradients are zeroed before every call.
+
+        Returns:
+            What the first call of ``closure`` returned.
+
+        Raises:
+            RuntimeError: Without one of the closures. An exception in the step leaves weights,
+                state and radius as they were; one in what follows, as in ``val_closure``, costs
+                this update of the radius and nothing else. Both propagate.
+        """
+        if closure is None and val_closure is None and self.optimizer.creates_state_only:
+            with torch.no_grad():
+                self.optimizer.create_state()
+            return None
+        if closure is None or val_closure is None:
+            missing = "closure" if closure is None else "val_closure"
+            raise RuntimeError(
+                f"LETS.step needs a closure and a val_closure, each of which computes a loss, "
+                f"calls backward and returns the loss; {missing} is missing"
+            )
+        for one in (closure, val_closure):
+            check_closure("LETS", one)
+        if table.is_capturing(self._nu.device):
+            raise refuse("LETS", "it counts its steps on the host")
+        self._follow_groups()
+        perturbs = self.optimizer.perturbs_next
+        due = perturbs and (self._steps + 1) % self.interval == 0
+        with self.optimizer.recording(self.hessian if due else None) as seen:
+            loss = self.optimizer.step(closure)
+            self._steps += perturbs
+            if seen is not None and seen.happened:
+                self._update_rho(seen, closure, val_closure)
+        return loss
+
+    @torch.no_grad()
+    def _update_rho(
+        self, seen: Recording, closure: Callable[[], Any], val_closure: Callable[[], Any]
+    ) -> None:
+        found = seen.losses(closure, val_closure)
+        losses = [
+            check_loss(name, loss, like=self._nu)
+            for name, loss in zip(("closure", "val_closure"), found, strict=True)
+        ]
+        gap = losses[1] - losses[0]
+        total, measured = (x.to(self._nu.device) for x in seen.slope())
+        slope = -gap * total.to(self._nu)  # rho h, the derivative by nu
+        measured &= slope.isfinite()
+        with uninterrupted():
+            self._measured = {"hypergradient": slope / self._nu.exp(), "validation_gap": gap}
+            self._descend(slope, measured)
+            self._write_rho()
+
+    def _descend(self, slope: Tensor, measured: Tensor) -> None:
+        """A step of the scalar optimizer.
+
+        None where the device says that nothing was measured, or the radius would leave its range.
+        """
+        old = {key: value.clone() for key, value in self._tensors().items()}
+        self._nu.grad = torch.where(measured, slope, 0.0)
+        self.rho_optimizer.step()
+        self._nu.grad = None
+        rho = self._nu.exp()
+        taken = measured & rho.isfinite() & (rho > 0)
+        for key, value in self._tensors().items():
+            # what this step has made of nothing: with a slope of 0 all but the count is as it began
+            before = old.get(key, torch.zeros_like(value) if key == "step" else value)
+            if value.device == taken.device:  # else the host would have to ask the device
+                value.copy_(torch.where(taken, value, before))
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """What a step of the scalar optimizer changes."""
+        state = self.rho_optimizer.state.get(self._nu, {})
+        return {"": self._nu} | {k: v for k, v in state.items() if isinstance(v, Tensor)}
+
+    # --- the radius ---
+
+    def _adopt_rho(self) -> None:
+        """Start from the radii that the groups have."""
+        radii = [group["rho"] for group in self.param_groups]
+        first = float(radii[0])
+        self._nu.fill_(first).log_()
+        self._ratios = [float(rho) / first for rho in radii]
+
+    def _follow_groups(self) -> None:
+        """Take in groups that were added, here or to the wrapped optimizer."""
+        new = self.param_groups[len(self._ratios) :]
+        self._ratios += [float(group["rho"] / self._nu.exp()) for group in new]
+
+    def _write_rho(self) -> None:
+        for group, ratio in zip(self.param_groups, self._ratios, strict=True):
+            group["rho"] = ratio * self._nu.exp()
+
+    @property
+    def metrics(self) -> Mapping[str, Tensor]:
+        """The wrapped optimizer's, ``rho`` being the one of the next step; and of the last update
+        of the radius ``hypergradient``, :math:`h`, and ``validation_gap``, :math:`a`."""
+        values = dict(self.optimizer.metrics)
+        return values | {name: value.clone() for name, value in self._measured.items()}
+
+    # --- what torch.optim users rely on ---
+
+    def _share(self) -> None:
+        self._owner = self.optimizer
+        self.defaults = self.optimizer.defaults
+        for call in ("state_dict", "load_state_dict"):  # which the wrapped optimizer answers
+            for when in ("pre", "post"):
+                name = f"_optimizer_{call}_{when}_hooks"
+                setattr(self, name, getattr(self.optimizer, name))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group to the wrapped optimizer; its radius keeps its ratio, too."""
+        if self._owner is not self.optimizer:  # torch, in the constructor
+            super().add_param_group(param_group)
+            return
+        self.optimizer.add_param_group(param_group)
+        self._follow_groups()
+        self._write_rho()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The wrapped optimizer's state dict, and under ``"lets"`` what the radius needs."""
+        own = {
+            "log_rho": self._nu.detach(),
+            "ratios": list(self._ratios),
+            "steps": self._steps,
+            "optimizer": self.rho_optimizer.state_dict(),
+        }
+        return {**self.optimizer.state_dict(), "lets": own}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of this class; or of the wrapped optimizer, whose radius then counts.
+
+        Raises:
+            RuntimeError, ValueError: As the wrapped optimizer; ValueError also where the state
+                dict is the wrapped optimizer's and the first group's radius 0, or what it has
+                for the radius does not fit.
+        """
+        own = state_dict.get("lets")
+        if own is not None and not (
+            own.keys() >= {"log_rho", "ratios", "steps", "optimizer"}
+            and len(own["ratios"]) == len(self.param_groups)
+        ):
+            raise ValueError("state_dict['lets'] was not made by LETS for as many groups")
+        if own is None:
+            rho = state_dict["param_groups"][0].get("rho", self._nu.exp())
+            if not float(rho) > 0:
+                raise ValueError(
+                    f"rho must be above 0 in the first group, to be learned, got {rho}"
+                )
+        self.optimizer.load_state_dict({k: v for k, v in state_dict.items() if k != "lets"})
+        self._share()
+        if own is None:
+            self._adopt_rho()
+        else:
+            self._nu.copy_(own["log_rho"])
+            self._ratios, self._steps = list(own["ratios"]), own["steps"]
+            saved = copy.deepcopy(own["optimizer"])
+            for new, old in zip(
+                saved["param_groups"], self.rho_optimizer.param_groups, strict=True
+            ):
+                if "capturable" in old:  # what serves the device here, not that of the saved run
+                    new["capturable"] = old["capturable"]
+            self.rho_optimizer.load_state_dict(saved)
+        self._write_rho()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # hooks stay behind as in torch, and so does the wrapper that an LR scheduler puts on step
+        return {k: v for k, v in self.__dict__.items() if k != "step" and not k.endswith("_hooks")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._share()
+        # as in torch's constructor: a copy would warn about "capturable", which is meant
+        self.rho_optimizer._warned_capturable_if_run_uncaptured = True

@@ -1,0 +1,263 @@
+"""SAM and its closest relatives: one ascent rule with two switches, and SSAM's descent rule."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from fastsam.optimizer import Context, SharpnessAwareOptimizer
+from fastsam.step.checks import check_lam
+
+
+class SAM(SharpnessAwareOptimizer):
+    r"""Sharpness-aware minimization.
+
+    .. math:: e = \rho\, \frac{T^2 g}{\|T g\| + 10^{-12}}, \qquad
+              w \leftarrow \mathrm{base}(w, \tilde g), \quad \tilde g = \nabla L(w + e)
+
+    with :math:`T = 1`, or :math:`T = |w| + \eta` element-wise in adaptive groups; :math:`g` is the
+    gradient at :math:`w`. The norm is global: over every element of every group.
+
+    Cost: two forward and backward passes, one copy of the weights between them, and with SGD and
+    momentum 40 bytes per element in float32 (reduce 4, perturb 16, update 20; 44 if adaptive),
+    three launches.
+
+    Args:
+        params: Parameters, named parameters or parameter groups, as in ``torch.optim``. Groups
+            may set ``rho``, ``adaptive`` and ``eta`` for themselves.
+        base_optimizer: Optimizer class for the update. ``torch.optim.SGD``, ``Adam``, ``AdamW``,
+            ``Adagrad`` and ``fastsam.AdaGradNorm`` run fused with the rest of the step; any other
+            class is stepped by itself, with the final gradient in ``.grad``.
+        rho: Radius of the perturbation, at least 0; a 0-dim tensor stays on its device.
+            Default 0.05. Where it is 0 in every group, ``step`` is the base optimizer's and calls
+            the closure once.
+        adaptive: ASAM's element-wise scale. Default False.
+        eta: Added to ``|w|`` in the adaptive scale, at least 0. Default 0.
+        renormalize: SSAM's rescaling of the second gradient, see :class:`SSAM`. Default False.
+        max_grad_norm: Clip the final gradient to this global norm, as
+            ``torch.nn.utils.clip_grad_norm_`` does: a norm that is NaN makes every weight NaN, an
+            infinite one those whose gradient is (``skip_nonfinite`` prevents both). Default None.
+        skip_nonfinite: Where the second gradient's norm is not finite, restore the weights and
+            leave the state alone. Default False. With a base optimizer that is not fused, this
+            synchronises with the device once a step.
+        perturb_every, start, stop: Of the steps, counted from 0, those numbered ``start``,
+            ``start + perturb_every`` ... below ``stop`` are sharpness-aware; the others are the
+            base optimizer's, at the cost of one pass. The count is saved with the state;
+            ``kept["t"]`` is one more. Default 1, 0 and None: all of them.
+        master_weights: Keep a float32 copy behind every float16 and bfloat16 parameter, perturb
+            and update that, and round the result. It is in the state, under ``master_weight``;
+            where somebody has written to a parameter since, that counts. The base's state is in
+            float32 then, nothing is copied between the passes, and with SGD and momentum a step
+            moves 32 bytes per element, where plain bfloat16 moves 20. Needs a fused base. Default
+            False.
+        rounding: ``"nearest"`` (the default), or ``"stochastic"``: bfloat16 parameters are rounded
+            up or down at random, right on average, where ``w + e`` and the updated weight are
+            stored. The base's state, and what a base that is not fused updates, is rounded to
+            nearest.
+        seed: Of the random bits, in [0, 2^32). They depend on it, the step, the pass, the place of
+            the parameter in the optimizer and of the element in the parameter, and on nothing
+            else. Default 0.
+        ascent_context, descent_context: Functions without arguments that give a context manager:
+            ``step`` enters it for its first or second call of the closure, as
+            ``descent_context=lambda: fastsam.frozen_batch_norm(model)``. Default None.
+        backend: ``"triton"``, ``"torch"``, ``"reference"`` or ``"auto"`` (the default: triton on
+            a GPU it serves, else torch).
+        **base_kwargs: Arguments of the base optimizer: ``lr=0.1, momentum=0.9`` ...
+
+    Raises:
+        TypeError: If ``base_optimizer`` is not an optimizer class, needs a closure itself, or has
+            a group key of fastsam's, as ``torch.optim.Adadelta`` has its own ``rho``.
+        ValueError: If a hyper-parameter is out of range or ``backend`` is unknown.
+        ImportError: If ``backend="triton"`` and Triton is not installed.
+        RuntimeError: If ``backend="triton"`` and the parameters are not on a GPU.
+
+    Reference: Foret, Kleiner, Mobahi and Neyshabur, "Sharpness-aware minimization for efficiently
+    improving generalization", ICLR 2021.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        base_optimizer: type[Optimizer],
+        rho: float | Tensor = 0.05,
+        adaptive: bool = False,
+        *,
+        eta: float = 0.0,
+        renormalize: bool = False,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        perturb_every: int = 1,
+        start: int = 0,
+        stop: int | None = None,
+        master_weights: bool = False,
+        rounding: str = "nearest",
+        seed: int = 0,
+        ascent_context: Context | None = None,
+        descent_context: Context | None = None,
+        backend: str = "auto",
+        **base_kwargs: Any,
+    ):
+        super().__init__(
+            params, base_optimizer, rho=rho, adaptive=adaptive, eta=eta, renormalize=renormalize,
+            max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite,
+            perturb_every=perturb_every, start=start, stop=stop, master_weights=master_weights,
+            rounding=rounding, seed=seed, ascent_context=ascent_context,
+            descent_context=descent_context, backend=backend, **base_kwargs,
+        )  # fmt: skip
+
+
+class ASAM(SAM):
+    r"""Adaptive SAM: a perturbation that does not change when weights are rescaled.
+
+    .. math:: e = \rho\, \frac{T^2 g}{\|T g\| + 10^{-12}}, \qquad T = |w| + \eta
+
+    :class:`SAM` with ``adaptive=True`` and the paper's defaults. The authors take :math:`T = 1` for
+    every parameter whose name lacks "weight": put those into a group with ``adaptive=False``.
+    ``SAM(..., adaptive=True)``, with ``eta=0`` on every parameter, is the other definition in use.
+
+    Args:
+        params, base_optimizer: As in :class:`SAM`.
+        rho: Radius, at least 0. Default 0.5: ten times SAM's, since :math:`T` is small.
+        eta: Added to ``|w|``, at least 0. Default 0.01.
+        **kwargs: The other arguments of :class:`SAM`, and the base optimizer's.
+
+    Raises:
+        TypeError, ValueError, ImportError, RuntimeError: As :class:`SAM`.
+
+    Reference: Kwon, Kim, Park and Choi, "ASAM: adaptive sharpness-aware minimization for
+    scale-invariant learning of deep neural networks", ICML 2021.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        base_optimizer: type[Optimizer],
+        rho: float | Tensor = 0.5,
+        eta: float = 0.01,
+        **kwargs: Any,
+    ):
+        super().__init__(params, base_optimizer, rho, adaptive=True, eta=eta, **kwargs)
+
+
+class UnifiedSAM(SharpnessAwareOptimizer):
+    r"""Unified SAM: between the normalised ascent of SAM and the plain one of USAM.
+
+    .. math:: e = \rho \left(1 - \lambda_t + \frac{\lambda_t}{\|g\| + 10^{-12}}\right) g
+
+    ``lam = 1`` is SAM and ``lam = 0`` is USAM, bit for bit. With ``adaptive`` groups :math:`g`
+    becomes :math:`T^2 g` and its norm :math:`\|T g\|`, as in :class:`SAM`.
+
+    Args:
+        params, base_optimizer: As in :class:`SAM`.
+        rho: Radius, at least 0. Default 0.05.
+        lam: A number in [0, 1]; ``"1/t"`` (from SAM to USAM) or ``"1-1/t"`` (from USAM to SAM); or
+            a callable that takes :math:`t` and gives a number in [0, 1]. :math:`t` counts steps
+            from 1, is saved with the state, and is in ``kept["t"]``. Default 0.5.
+        **kwargs: The other arguments of :class:`SAM`, and the base optimizer's.
+
+    Raises:
+        TypeError, ValueError, ImportError, RuntimeError: As :class:`SAM`; ValueError also for a
+            ``lam`` that is out of range or gives a value that is.
+
+    Reference: Oikonomou and Loizou, "Sharpness-aware minimization: general analysis and improved
+    rates", ICLR 2025, arXiv 2503.02225.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        base_optimizer: type[Optimizer],
+        rho: float | Tensor = 0.05,
+        lam: float | str | Callable[[int], float] = 0.5,
+        **kwargs: Any,
+    ):
+        if not (callable(lam) or lam in ("1/t", "1-1/t")):
+            check_lam(lam)
+        self.lam = lam
+        super().__init__(params, base_optimizer, rho=rho, **kwargs)
+
+    @property
+    def _is_static(self) -> bool:
+        return super()._is_static and not (isinstance(self.lam, str) or callable(self.lam))
+
+    def _next_lam(self) -> float:
+        t: int = self.kept["t"]
+        if self.lam == "1/t":
+            return 1 / t
+        if self.lam == "1-1/t":
+            return 1 - 1 / t
+        return check_lam(self.lam(t) if callable(self.lam) else self.lam)
+
+    @property
+    def metrics(self) -> dict[str, Tensor]:
+        values = dict(super().metrics)
+        if values and self._last is not None:
+            values["lam"] = values["rho"].new_full((), self._last.lam)
+        return values
+
+
+class USAM(UnifiedSAM):
+    r"""Unnormalised SAM: the perturbation is proportional to the gradient.
+
+    .. math:: e = \rho\, g
+
+    :class:`UnifiedSAM` with ``lam=0``. A gradient whose norm is not finite perturbs nothing.
+
+    Args:
+        params, base_optimizer: As in :class:`SAM`.
+        rho: Ascent step size, at least 0. Default 0.05.
+        **kwargs: The other arguments of :class:`SAM`, and the base optimizer's.
+
+    Raises:
+        TypeError, ValueError, ImportError, RuntimeError: As :class:`SAM`.
+
+    Reference: Andriushchenko and Flammarion, "Towards understanding sharpness-aware
+    minimization", ICML 2022.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        base_optimizer: type[Optimizer],
+        rho: float | Tensor = 0.05,
+        **kwargs: Any,
+    ):
+        super().__init__(params, base_optimizer, rho, lam=0.0, **kwargs)
+
+
+class SSAM(UnifiedSAM):
+    r"""Stable SAM: the second gradient is rescaled to the norm of the first.
+
+    .. math:: u = \gamma\, \tilde g, \qquad \gamma = \frac{\|g\|}{\|\tilde g\| + 10^{-12}}
+
+    One :math:`\gamma` for all groups. In adaptive groups both norms carry :math:`T`, the second
+    with the perturbed weights: :math:`\gamma = \|T(w) g\| / \|T(w + e)\, \tilde g\|`. The same
+    descent rule is ``renormalize=True`` on every other class; ``lam=0`` gives it to USAM, as in
+    the paper's runs.
+
+    Args:
+        params, base_optimizer: As in :class:`SAM`.
+        rho: Radius, at least 0. Default 0.05.
+        lam: As in :class:`UnifiedSAM`. Default 1: SAM's ascent.
+        adaptive: ASAM's element-wise scale. Default False.
+        **kwargs: The other arguments of :class:`SAM`, and the base optimizer's.
+
+    Raises:
+        TypeError, ValueError, ImportError, RuntimeError: As :class:`SAM`.
+
+    Reference: Tan, Zhang, Liu and Gong, "Stabilizing sharpness-aware minimization through a simple
+    renormalization strategy", JMLR 2025, arXiv 2401.07250.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        base_optimizer: type[Optimizer],
+        rho: float | Tensor = 0.05,
+        lam: float | str | Callable[[int], float] = 1.0,
+        adaptive: bool = False,
+        **kwargs: Any,
+    ):
+        kwargs.setdefault("renormalize", True)
+        super().__init__(params, base_optimizer, rho, lam, adaptive=adaptive, **kwargs)

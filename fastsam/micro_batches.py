@@ -1,0 +1,55 @@
+"""Steps in which every micro-batch has a perturbation of its own: m-sharpness."""
+
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .arithmetic import wide_dtype
+
+
+class GradientMean:
+    """The mean of the gradients that several backward passes leave, one after the other.
+
+    Args:
+        groups: Of the optimizer.
+        count: How many backward passes there are.
+    """
+
+    def __init__(self, groups: Sequence[dict[str, Any]], count: int) -> None:
+        self._groups, self._count = groups, count
+        self._total: dict[Tensor, Tensor] = {}
+        self._dtypes: dict[Tensor, torch.dtype] = {}
+
+    def add(self) -> None:
+        """Add the present gradients."""
+        for param in chain.from_iterable(group["params"] for group in self._groups):
+            if param.grad is not None:
+                share = param.grad.to(wide_dtype(param.grad)) / self._count
+                total = self._total.get(param)
+                self._total[param] = share if total is None else total + share
+                self._dtypes[param] = param.grad.dtype
+
+    def leave(self) -> None:
+        """Put the mean into ``.grad``."""
+        for param, grad in self._total.items():
+            param.grad = grad.to(self._dtypes[param])
+
+
+def check_closures(closures: Any, check: Callable[[Any], None]) -> list[Callable[[], Any]]:
+    """The closures of the micro-batches, as a list.
+
+    Raises:
+        TypeError: If it is one function, or one of them is none.
+        ValueError: If there is none.
+    """
+    if callable(closures):
+        raise TypeError("closures must be a sequence of functions, got a function")
+    found = list(closures)
+    if not found:
+        raise ValueError("closures must be at least one, got none")
+    for closure in found:
+        check(closure)
+    return found

@@ -1,0 +1,135 @@
+"""The tensors of one pass, and what passes have in common while nothing but gradients moves."""
+
+from collections.abc import Collection
+from dataclasses import dataclass, field, fields, replace
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .sharding import Sharding
+
+
+def identical(xs: Collection[Any], ys: Collection[Any]) -> bool:
+    """Whether both hold the same objects; ``==`` would compare tensors by their elements."""
+    return len(xs) == len(ys) and all(map(is_, xs, ys))
+
+
+@dataclass(eq=False)
+class Layout:
+    """What passes have in common while nothing moves but gradients (``collect.py``).
+
+    Attributes:
+        params: The parameters that have a gradient.
+        groups: Index of each parameter's group.
+        addresses: Where the parameters are.
+        sizes: Their numbers of elements.
+        dtypes: Of the parameters, then of the gradients.
+        strides: Of the parameters, then of the gradients.
+        contiguous: Whether all of them are.
+        ordered: The parameters of several dimensions.
+        owners: The optimizer's parameters, of which ``params`` may be shards.
+        shardings: How each is sharded over processes (``sharding.py``); None where none is.
+        has_empty: Whether one of them has no elements.
+        members: Positions of the parameters by their devices, these in a fixed order.
+        spreads: Whether the optimizer's parameters, also those not here, lie on several devices.
+        seen: Where the gradients were in the last pass.
+        token: Stands for this layout where the layout itself must not be kept alive.
+        operators: What the torch backend has worked out from this, by kind.
+        plans: The triton backend's launches, by pass.
+        parts: Layouts of each device's tensors.
+        prepared: The base's state, found complete (``state.py``).
+        held: The ascent's state, found complete (``state.py``).
+        places: Every parameter's place among all.
+        after: Token of the first pass's layout whose parameters are all here, unchanged.
+    """
+
+    params: list[Tensor]
+    groups: list[int]
+    addresses: list[int]
+    sizes: list[int]
+    dtypes: list[torch.dtype]
+    strides: list[tuple[int, ...]]
+    contiguous: bool
+    ordered: tuple[Tensor, ...]
+    owners: list[Tensor]
+    shardings: list[Sharding] | None
+    has_empty: bool
+    members: dict[torch.device, list[int]]
+    spreads: bool = False
+    seen: list[int] = field(default_factory=list)
+    token: object = field(default_factory=object)
+    operators: dict[Any, Any] = field(default_factory=dict)
+    plans: dict[str, Any] = field(default_factory=dict)
+    parts: "dict[torch.device, Layout]" = field(default_factory=dict)
+    prepared: Any = None
+    held: Any = None
+    places: list[int] | None = None
+    after: object = None
+
+    def of_device(self, device: torch.device) -> "Layout":
+        """The part that lies on one device."""
+        positions = self.members[device]
+        both = [*positions, *(len(self.params) + k for k in positions)]
+
+        def pick(xs: list[Any]) -> list[Any]:
+            return [xs[k] for k in (positions if len(xs) == len(self.params) else both)]
+
+        lists = {field.name: getattr(self, field.name) for field in fields(self)}
+        picked: Any = {name: pick(xs) for name, xs in lists.items() if isinstance(xs, list) and xs}
+        return replace(
+            self, **picked, members={device: list(range(len(positions)))}, token=object(),
+            operators={}, plans={}, parts={}, prepared=None, held=None, after=None,
+        )  # fmt: skip
+
+
+@dataclass(slots=True)
+class Batch:
+    """The parameters that take part in one pass, in the order of their groups.
+
+    A list has one entry per parameter. None stands for what is not there: in the place of a list,
+    where no parameter has it, and in a list.
+
+    Attributes:
+        params: The parameters; shards, where the optimizer's are sharded.
+        grads: Their gradients.
+        groups: Index of each parameter's group.
+        owners: What the optimizer holds.
+        shardings: How each is sharded.
+        states: Of the base.
+        fresh: Whether the state that starts from the gradient (a momentum buffer) is new.
+        ascent, next: The ascent rule's state before the step, and room for the one after it.
+        firsts: First gradients, in the second pass.
+        validation, training: LETS's gradients at the updated weights.
+        masters: Float32 weights behind 16-bit parameters.
+        places: Every parameter's place among all, which its random bits depend on.
+        layout: Where equal ones mean that what was worked out from them still holds.
+        prepared: The base's state as it was found complete; another object where it is another.
+        held: The ascent's state, where it is that of exactly these parameters.
+        part: Which of several devices' it is, by number; None where there is but one.
+    """
+
+    params: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+    groups: list[int] = field(default_factory=list)
+    owners: list[Tensor] = field(default_factory=list)
+    shardings: list[Sharding] | None = None
+    states: list[dict[str, Any]] | None = None
+    fresh: list[bool] | None = None
+    ascent: list[dict[str, Tensor] | None] | None = None
+    next: list[dict[str, Tensor] | None] | None = None
+    firsts: list[Tensor | None] | None = None
+    validation: list[Tensor | None] | None = None
+    training: list[Tensor | None] | None = None
+    masters: list[Tensor | None] | None = None
+    places: list[int] | None = None
+    layout: Layout | None = None
+    prepared: object = None
+    held: Any = None
+    part: int | None = None
+
+    @property
+    def leads(self) -> bool:
+        """Whether what is asked of the host once a step is asked here."""
+        return not self.part

@@ -1,0 +1,84 @@
+"""What lives from a step's first pass to its second."""
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .batch import Batch, identical
+from .scaling import LossScale
+from .state import AscentStates, States
+
+
+class Backup(Protocol):
+    """The unperturbed weights, from the first pass to the second."""
+
+    def restore(self) -> None:
+        """Copy every weight back, bit for bit."""
+
+
+@dataclass
+class InFlight:
+    """A step that has begun.
+
+    Attributes:
+        perturbs: Whether it has two passes.
+        lam: Unified SAM's weight of normalisation in it.
+        scale: The loss scale that its gradients carry.
+        replicas: The process group of replicas that have first gradients of their own.
+        backup: The unperturbed weights; None where nothing has been perturbed.
+        ascent: The ascent rule's state, old and new.
+        firsts: First gradients, where the second pass needs them, and whose they are.
+        saw_shards: Whether sharded parameters had a first gradient.
+        seen: Gradients that the first pass left: parameter, gradient, its version.
+    """
+
+    perturbs: bool
+    lam: float = 1.0
+    scale: LossScale | None = None
+    replicas: Any = None
+    backup: Backup | None = None
+    ascent: AscentStates | None = None
+    firsts: tuple[list[Tensor], list[Tensor]] | None = None
+    saw_shards: bool = False
+    seen: list[tuple[Tensor, "weakref.ref[Tensor]", int]] = field(default_factory=list)
+
+    def keep_firsts(self, batch: Batch, grads: list[Tensor]) -> None:
+        """Keep the first gradients for the second pass."""
+        self.firsts = batch.owners, grads
+
+    def note_gradients(self, batch: Batch) -> None:
+        """Remember the first and the last parameter's gradient, to know them again."""
+        ends: Sequence[Tensor] = batch.owners[:1] + batch.owners[-1:]
+        self.seen = [
+            (param, weakref.ref(param.grad), param.grad._version)
+            for param in ends
+            if param.grad is not None
+        ]
+
+    def give_to(self, batch: Batch) -> None:
+        """Let the second pass's batch have what the first pass left."""
+        if self.ascent is not None:
+            self.ascent.give_to(batch)
+        if self.firsts is not None:
+            owners, grads = self.firsts
+            if identical(owners, batch.owners):
+                batch.firsts = list(grads)
+            else:
+                by_owner = dict(zip(owners, grads, strict=True))
+                batch.firsts = [by_owner.get(param) for param in batch.owners]
+
+    def undo(self) -> None:
+        """Restore the weights. State has not changed yet."""
+        torch.clear_autocast_cache()  # of the perturbed weights, in a region around the step
+        if self.backup is not None:
+            self.backup.restore()
+
+    def commit(self, states: States, captured: bool) -> None:
+        """Let what the first pass computed be the optimizer's state."""
+        torch.clear_autocast_cache()
+        if self.ascent is not None:
+            self.ascent.commit(states, captured)

@@ -1,0 +1,108 @@
+"""What is refused or warned of in a step, before it goes wrong in silence."""
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+import torch
+
+from .batch import Batch
+from .flight import InFlight
+from .spec import Descent, Group
+
+#: The folders whose frames are not the user's: fastsam's and torch's.
+INSIDE = tuple(
+    os.path.dirname(os.path.abspath(path)) + os.sep
+    for path in (os.path.dirname(__file__), torch.__file__)
+)
+
+
+def warn_user(message: str) -> None:
+    """Warn at the caller's line, however many wrappers of torch's are in between."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(INSIDE):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
+
+
+class Warnings:
+    """Warnings of which each is given once."""
+
+    def __init__(self) -> None:
+        self.given: set[str] = set()
+
+    def once(self, of: str, message: str) -> None:
+        """Give a warning; ``of`` is what it is of."""
+        if of not in self.given:
+            self.given.add(of)
+            warn_user(message)
+
+
+def check_replicas(name: str, descent: Descent | None, renormalize: bool,
+                   groups: Sequence[Group]) -> None:  # fmt: skip
+    """The update of replicas with first gradients of their own is the same for all.
+
+    Raises:
+        RuntimeError: If it would not be.
+    """
+    if descent is not None:
+        raise RuntimeError(
+            f"{name} mixes the first gradient into the update, so ascent_context cannot leave "
+            "the replicas' gradients apart: their weights would be different from then on"
+        )
+    if renormalize and any(group["adaptive"] for group in groups):
+        raise RuntimeError(
+            f"{name} renormalizes, in adaptive groups, by norms that depend on each replica's "
+            "own w + e, so ascent_context cannot leave the replicas' gradients apart"
+        )
+
+
+#: Said where a closure has left none.
+NO_GRADIENTS = (
+    "the closure left no gradient in any parameter: it has to call backward() on the loss of the "
+    "model whose parameters are optimized"
+)
+#: Said where replicas would drift apart if the context is one that keeps gradients apart.
+UNKNOWN_CONTEXT = (
+    "ascent_context is none that is known to keep gradients apart. If it does, the replicas' "
+    "weights drift apart, as the update takes more of the first gradient than its direction: give "
+    "ascent_context=fastsam.per_replica(model) instead"
+)
+
+
+def check_reduced(batch: Batch, flight: InFlight) -> None:
+    """Sharded parameters that have a second gradient had a first one.
+
+    Raises:
+        RuntimeError: If not.
+    """
+    if batch.shardings is not None and any(batch.shardings) and not flight.saw_shards:
+        raise RuntimeError(
+            "the first pass left no gradients in sharded parameters and the second did: where "
+            "they are not reduced they are kept back, and added to the second ones. A rank "
+            "holds only its shard of the weights, and cannot perturb all of them along a "
+            "gradient of its own; on a mesh with replicas, "
+            "ascent_context=fastsam.per_replica(model) perturbs each replica along its own"
+        )
+
+
+def warn_of_stale_gradients(flight: InFlight, given: Warnings) -> None:
+    """Look at the first and the last parameter's gradient, where the first pass left them."""
+    seen, flight.seen = flight.seen, []
+    if not seen:
+        return
+    present = [(param.grad, old(), version) for param, old, version in seen]
+    if all(grad is not None and grad is old for grad, old, _ in present):
+        writes = {old._version - version for _, old, version in present if old is not None}
+        if writes <= {0}:
+            what = "still those"
+        elif writes <= {1}:
+            what = "the sum of its own and those"
+        else:
+            return
+        given.once(
+            "stale gradients",
+            f"second_step() seems to find gradients that are {what} of the first pass: zero "
+            "them after first_step (its argument zero_grad=True does) and call backward again",
+        )

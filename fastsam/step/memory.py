@@ -1,0 +1,79 @@
+"""How a tensor lies in memory, and who else holds it or sees that."""
+
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether the elements fill one block of memory without gaps or overlaps, in any order."""
+    return bool(torch.ops.aten.is_non_overlapping_and_dense(x))
+
+
+#: Not part of torch's public interface: without it no memory counts as alone.
+_use_count = getattr(torch._C, "_storage_Use_Count", None)
+
+
+def references(x: Tensor) -> int:
+    """How many tensors share the memory of ``x``, up to a constant."""
+    return 0 if _use_count is None else int(_use_count(x.untyped_storage()._cdata))
+
+
+#: What ``references`` gives where there is one.
+ALONE = references(torch.empty(1, device="cpu")) or -1
+
+
+def is_alone(x: Tensor) -> bool:
+    """Whether no other tensor shares the memory of ``x``."""
+    return references(x) == ALONE
+
+
+class Owned:
+    """Tensors that nobody else should hold, and a quick look at whether that is so.
+
+    Args:
+        tensors: Fresh ones. The caller keeps no other list of them.
+    """
+
+    def __init__(self, tensors: list[Tensor], holders: int = 0) -> None:
+        """``holders`` is how many references to each the caller has."""
+        self.tensors = tensors
+        self._storages = [x.untyped_storage() for x in tensors]
+        self._addresses = [storage._cdata for storage in self._storages]
+        self._holders = holders
+
+    def is_alone(self) -> bool:
+        """Whether nobody else holds one of the tensors or sees its memory."""
+        if _use_count is None:
+            return False
+        alone = UNHELD + self._holders
+        return set(map(sys.getrefcount, self.tensors)) <= {alone} and set(
+            map(_use_count, self._addresses)
+        ) <= {ALONE_WITH_STORAGE}
+
+
+def _of_owned() -> tuple[int, int]:
+    owned = Owned([torch.empty(1, device="cpu")])
+    counts = 0 if _use_count is None else int(_use_count(owned._addresses[0]))
+    return next(iter(set(map(sys.getrefcount, owned.tensors)))), counts
+
+
+#: What ``Owned`` finds where nobody else holds its tensors: references to one, and to its memory.
+UNHELD, ALONE_WITH_STORAGE = _of_owned()
+
+
+def holders(tensors: Sequence[Tensor], k: int) -> int:
+    """How often a tensor of a list is referred to, up to a constant of the interpreter's."""
+    return sys.getrefcount(tensors[k])
+
+
+def _of_a_gradient() -> int:
+    param = torch.empty(0, requires_grad=True, device="cpu")
+    param.grad = torch.empty_like(param)
+    return holders([param.grad], 0)
+
+
+#: What ``holders`` gives of a gradient that is a parameter's, and in one list.
+UNSHARED_GRADIENT = _of_a_gradient()

@@ -1,0 +1,103 @@
+"""Parameters in 16 bits: master weights, and what stochastic rounding depends on."""
+
+import warnings
+from collections.abc import Iterable
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .batch import Batch
+from .capture import is_captured, refuse
+from .sharding import coordinate_of, is_sharded, local
+from .spec import Group
+
+HALF = (torch.float16, torch.bfloat16)
+ROUNDINGS = ("nearest", "stochastic")
+#: The key of a parameter's master weights in its state.
+MASTER = "master_weight"
+
+
+def check_precision(master_weights: Any, rounding: Any, seed: Any, fused: bool) -> None:
+    """How 16-bit parameters are kept.
+
+    Raises:
+        ValueError: If something is out of range, or does not go together.
+    """
+    if rounding not in ROUNDINGS:
+        raise ValueError(
+            f"rounding must be one of {', '.join(map(repr, ROUNDINGS))}, got {rounding!r}"
+        )
+    if isinstance(seed, bool) or not (isinstance(seed, int) and 0 <= seed < 2**32):
+        raise ValueError(f"seed must be an integer of at least 0 and below 2**32, got {seed!r}")
+    if master_weights and rounding == "stochastic":
+        raise ValueError("rounding must be 'nearest' with master_weights, which lose nothing")
+    if master_weights and not fused:
+        raise ValueError("master_weights must be False with a base optimizer that is not fused")
+
+
+def check_dtypes(params: Iterable[Tensor], rounding: str) -> None:
+    """Raises ValueError for float16 parameters under stochastic rounding."""
+    if rounding == "stochastic" and any(param.dtype == torch.float16 for param in params):
+        raise ValueError(
+            "rounding='stochastic' is for bfloat16 parameters; use master_weights=True for float16"
+        )
+
+
+def warn_of_rounding(params: Iterable[Tensor]) -> None:
+    """Say what happens to 16-bit parameters that are neither."""
+    if any(param.dtype in HALF for param in params):
+        warnings.warn(
+            "some parameters are float16 or bfloat16: a perturbation of norm rho is mostly below "
+            "their resolution and is rounded away; use master_weights=True, or "
+            "rounding='stochastic' for bfloat16, or float32 parameters with torch.autocast",
+            stacklevel=4,
+        )
+
+
+def find_masters(name: str, batch: Batch, state: Any) -> list[Tensor | None]:
+    """The master weights of a batch's parameters, created where they are missing.
+
+    Raises:
+        RuntimeError: If one has not its parameter's shape, or would be created under capture.
+    """
+    masters: list[Tensor | None] = []
+    for param in batch.owners:
+        if param.dtype not in HALF:
+            masters.append(None)
+            continue
+        master = state[param].get(MASTER)
+        if master is None:
+            if is_captured(batch):
+                raise refuse(name, "it has no master weights yet: take a step outside")
+            master = torch.empty_like(param, dtype=torch.float32, requires_grad=False).copy_(param)
+        elif master.shape != param.shape:
+            raise RuntimeError(
+                f"state {MASTER!r} has shape {tuple(master.shape)} and its parameter "
+                f"{tuple(param.shape)}: the state dict was made for other parameters"
+            )
+        elif not is_sharded(param) and (
+            master.stride() != param.stride() or master.dtype != torch.float32
+        ):
+            like = torch.empty_like(param, dtype=torch.float32, requires_grad=False)
+            if (master.stride(), master.dtype) != (like.stride(), like.dtype):
+                master = like.copy_(master)
+        master = master.to(param.device)
+        state[param][MASTER] = master
+        masters.append(local(master))
+    return masters
+
+
+def find_places(batch: Batch, groups: Iterable[Group]) -> list[int]:
+    """Every parameter's place among all, in the order of the groups."""
+    layout = batch.layout
+    if layout is not None and layout.places is not None:
+        return layout.places
+    everyone = chain.from_iterable(group["params"] for group in groups)
+    place = {param: i for i, param in enumerate(dict.fromkeys(everyone))}
+    # shards of one parameter round by bits of their own
+    places = [place[param] + len(place) * coordinate_of(param) for param in batch.owners]
+    if layout is not None:
+        layout.places = places
+    return places

@@ -1,0 +1,117 @@
+"""Loss scaling: what ``torch.amp.GradScaler`` is to an optimizer that takes two gradients a step.
+
+The scaler's own ``unscale_`` and ``step`` count one gradient between two calls of ``update``. So
+neither is used: the inverse scale is one of the device scalars by which every gradient is
+multiplied as it is read, and what the step found is put down where ``update`` looks for it.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.amp.grad_scaler import GradScaler, OptState
+from torch.optim.optimizer import Optimizer
+
+from fastsam.arithmetic import wide_dtype
+from fastsam.kernels.layout import Scalar
+
+from .batch import Batch
+
+
+def check_scaler(
+    grad_scaler: Any, optimizer: Optimizer, zero_grad: Any = False
+) -> GradScaler | None:
+    """The scaler if it is one that is enabled, else None.
+
+    Raises:
+        TypeError: If it is something else, or was given in the place of ``zero_grad``.
+        RuntimeError: If its ``update`` has not been called since the optimizer's last step.
+    """
+    if isinstance(zero_grad, GradScaler):
+        raise TypeError("grad_scaler must be given by its name, as in grad_scaler=scaler")
+    if grad_scaler is None:
+        return None
+    if not isinstance(grad_scaler, GradScaler):
+        raise TypeError(f"grad_scaler must be a torch.amp.GradScaler or None, got {grad_scaler!r}")
+    if not grad_scaler.is_enabled():
+        return None
+    if grad_scaler._per_optimizer_states[id(optimizer)]["stage"] is OptState.STEPPED:
+        raise RuntimeError("grad_scaler.update() has to be called after every step")
+    return grad_scaler
+
+
+class LossScale:
+    """The loss scale of one step, given with a scaler or by torch's attributes of fused optimizers.
+
+    Args:
+        optimizer: Whose step it is.
+        grad_scaler: That the user gave, or None.
+    """
+
+    def __init__(self, optimizer: Optimizer, grad_scaler: GradScaler | None) -> None:
+        self._optimizer = optimizer
+        self.scaler = grad_scaler
+
+    def write(self, slot: Scalar, scalars: Tensor, opens_step: bool) -> None:
+        """Put the inverse scale of one pass's gradients, and what was found, among the scalars.
+
+        What others found in the first pass counts in the second, too.
+
+        Raises:
+            RuntimeError: If the scaler has not scaled a loss yet.
+        """
+        scale = getattr(self._optimizer, "grad_scale", None)
+        found = [getattr(self._optimizer, "found_inf", None)]
+        if self.scaler is not None:
+            state = self.scaler._per_optimizer_states[id(self._optimizer)]
+            if state["stage"] is OptState.UNSCALED:  # by the user; the next pass's are scaled again
+                state["stage"], scale = OptState.READY, None
+                found += state["found_inf_per_device"].values()
+            else:
+                scale = self.scaler._get_scale_async()
+                if scale is None:
+                    raise RuntimeError(
+                        "grad_scaler has scaled no loss yet: call "
+                        "grad_scaler.scale(loss).backward()"
+                    )
+        if scale is None:
+            scalars[slot].fill_(1)
+        else:
+            scale = torch.as_tensor(scale, dtype=scalars.dtype)
+            scalars[slot] = scale.to(scalars.device, non_blocking=True).reciprocal()
+        if opens_step:
+            scalars[Scalar.FOUND_INF].zero_()
+        for x in found:
+            if x is not None:  # a ShardedGradScaler's has one dimension
+                x = torch.as_tensor(x, dtype=scalars.dtype).reshape(())
+                scalars[Scalar.FOUND_INF] += x.to(scalars.device, non_blocking=True)
+
+    def record(self, scalars: Tensor, found_inf: Tensor) -> None:
+        """Tell the scaler, whose ``update`` comes next, whether the step was accepted.
+
+        ``found_inf`` is memory for a float32.
+        """
+        if self.scaler is None:
+            return
+        state = self.scaler._per_optimizer_states[id(self._optimizer)]
+        torch.eq(scalars[Scalar.ACCEPTED], 0, out=found_inf)
+        state["found_inf_per_device"] = {scalars.device: found_inf}
+        state["stage"] = OptState.STEPPED
+
+
+def find_scale(optimizer: Optimizer, grad_scaler: GradScaler | None) -> LossScale | None:
+    """The loss scale of a step; None where nobody scales the loss, nor looks for overflows."""
+    attributes = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
+    if grad_scaler is None and all(x is None for x in attributes):
+        return None
+    return LossScale(optimizer, grad_scaler)
+
+
+def unscaled(batch: Batch, inverse: Tensor) -> Batch:
+    """The batch with gradients that carry no scale, in the dtype of the arithmetic."""
+    grads = []
+    for param, grad in zip(batch.params, batch.grads, strict=True):
+        dtype = torch.promote_types(wide_dtype(param), wide_dtype(grad))
+        grads.append(grad.to(dtype) * inverse.to(grad.device, dtype, non_blocking=True))
+    return replace(batch, grads=grads, layout=None)

@@ -1,0 +1,339 @@
+"""A step as data: its ascent, its descent and its base update, and what a rule declares.
+
+A rule consists of a kernel file (``kernels/ascent/``, ``kernels/descent/``, ``kernels/base/``, or a
+file of the user's) and a declaration here: an :class:`Ascent`, a :class:`Descent` or a
+:class:`Base`. Methods declare rules, backends run them, and neither knows the other.
+"""
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from fastsam.kernels.layout import ASCENT_STATES, BASE_STATES, DESCENT_SCALARS
+
+Group = dict[str, Any]
+#: Hyper-parameters of a rule by the names that its kernel file gives to columns.
+Columns = dict[str, Any]
+#: Sums over all elements that a descent rule may ask for: squared norms of both gradients, their
+#: dot product, and <g + g~, e> / 2.
+SUMS = ("first", "second", "product", "sharpness")
+
+#: Numbers that an optimizer keeps of its own, and that no descent rule may call its scalars.
+RESERVED = ("t", "squared_norms", "ascent_squared_norms", "rounding_step")
+
+# functions with names, not lambdas: an optimizer that holds them can be pickled
+
+
+def _no_ascent_columns(group: Group, lam: float) -> Columns:
+    return {}
+
+
+def _no_columns(group: Group) -> Columns:
+    return {}
+
+
+def _no_states(group: Group) -> dict[str, float]:
+    return {}
+
+
+def along_gradient(g: Tensor, state: dict[str, Tensor], h: Columns) -> Tensor:
+    """The direction of most rules: the gradient itself."""
+    return g
+
+
+@dataclass(frozen=True, eq=False)
+class Ascent:
+    r"""How the perturbation follows from the first gradient: :math:`e = r\, T^2 d`.
+
+    The equations work on any number of elements, in float32 or float64, and write to nothing.
+    ``h`` holds what ``columns`` gives, ``state`` the state tensors by name.
+
+    Args:
+        name: Of the rule, for messages.
+        kernel: Module with its Triton functions (``fastsam.kernels.ascent`` lists them); imported
+            when the triton backend first needs it.
+        radius: ``(rho, norm, total, h)`` to :math:`r`. Numbers or 0-dim tensors: ``norm`` is what
+            the argument of that name says, ``total`` the accumulator with this step's norm.
+        direction: ``(g, state, h)`` to :math:`d`. Default: the gradient.
+        advance: ``(g, state, h)`` to the state after this gradient. With state.
+        usable: ``(state, norm)`` to whether the new state may replace the old. With state.
+        accumulate: ``(total, norm)`` to the accumulator after this step.
+        accumulator: Where the accumulator starts, from the first group. None: there is none.
+        columns: ``(group, lam)`` to the rule's hyper-parameters, at most three; ``lam`` is what
+            the optimizer's ``_next_lam`` gave for this step.
+        states: ``(group)`` to the names of state tensors, at most two, each with what it holds
+            before the first gradient. They are in float32, or float64 for float64 parameters.
+            Names begin with ``ascent_``, so that no base optimizer has them.
+        norm: ``"gradient"`` or ``"direction"``: of which the global norm is taken, with ``T``.
+            None: none is needed. A direction whose norm is taken is 0 where gradient and state are.
+        scales: Whether ASAM's element-wise scale is defined for it.
+        check: Raises ValueError for a group whose hyper-parameters are out of range.
+        eager: For torch's operators on a CPU, ``"module:name"`` of a fast path. Default: none, the
+            equations run piece by piece.
+
+    Raises:
+        ValueError: If something is missing, or there is too much of it.
+    """
+
+    name: str
+    kernel: str
+    radius: Callable[[Any, Any, Any, Columns], Any]
+    direction: Callable[[Tensor, dict[str, Tensor], Columns], Tensor] = along_gradient
+    advance: Callable[[Tensor, dict[str, Tensor], Columns], dict[str, Tensor]] | None = None
+    usable: Callable[[dict[str, Tensor], Tensor], Tensor] | None = None
+    accumulate: Callable[[Tensor, Tensor], Tensor] | None = None
+    accumulator: Callable[[Group], float] | None = None
+    columns: Callable[[Group, float], Columns] = _no_ascent_columns
+    states: Callable[[Group], dict[str, float]] = _no_states
+    norm: str | None = "gradient"
+    scales: bool = True
+    check: Callable[[Mapping[str, Any]], None] | None = None
+    eager: str = ""
+
+    def __post_init__(self) -> None:
+        _check_kernel(self)
+        if self.norm not in ("gradient", "direction", None):
+            raise ValueError(
+                f"norm of ascent {self.name!r} must be 'gradient', 'direction' or None, got "
+                f"{self.norm!r}"
+            )
+        together = ("advance", "usable"), ("accumulate", "accumulator")
+        for first, second in together:
+            for has, lacks in ((first, second), (second, first)):
+                if getattr(self, has) is not None and getattr(self, lacks) is None:
+                    raise ValueError(f"ascent {self.name!r} has {has} and needs {lacks} with it")
+        if self.states is not _no_states and self.advance is None:
+            raise ValueError(f"ascent {self.name!r} has states and needs advance with them")
+
+    def state_names(self, group: Group) -> dict[str, float]:
+        """The state of a group's parameters, checked.
+
+        Raises:
+            ValueError: If there is more than the tables have rows for, or a name is not allowed.
+        """
+        names = self.states(group)
+        if len(names) > ASCENT_STATES:
+            raise ValueError(
+                f"ascent {self.name!r} may have {ASCENT_STATES} states, got {', '.join(names)}"
+            )
+        if wrong := [name for name in names if not name.startswith("ascent_")]:
+            raise ValueError(
+                f"states of ascent {self.name!r} must have names that begin with 'ascent_', got "
+                f"{wrong[0]!r}"
+            )
+        if names and self.advance is None:
+            raise ValueError(f"ascent {self.name!r} has states and needs advance with them")
+        return names
+
+
+@dataclass(frozen=True, eq=False)
+class Descent:
+    r"""What the base update takes: :math:`u = c\, \tilde g + c_1\, g`.
+
+    The equations work on 0-dim tensors. ``state`` and ``sums`` are dicts by name, ``h`` is what
+    ``columns`` gives.
+
+    Args:
+        name: Of the rule, for messages.
+        kernel: Module with its Triton functions (``fastsam.kernels.descent`` lists them).
+        coefficients: ``(state, sums, h)`` to :math:`c` and :math:`c_1`. Where the first gradient is
+            not finite they are not used: :math:`u = \tilde g` then.
+        sums: Which of ``SUMS`` the rule needs: ``"first"``, ``"second"`` and ``"product"`` for the
+            coefficients, ``"sharpness"`` for ``adapt``. :math:`\tilde g` counts as rescaled where
+            ``renormalize`` asks for that.
+        columns: ``(group)``, of the first group, to the rule's hyper-parameters, at most four.
+        scalars: Numbers that the rule keeps from step to step, at most two, each with its start.
+        adapt: ``(state, sharpness, h)`` to the scalars after this step. They stay as they were
+            where the step was rejected or nothing was perturbed.
+        adapts_on_host: Whether ``adapt`` runs in torch on every backend, as a user's function does.
+        check: Raises ValueError for a group whose hyper-parameters are out of range.
+
+    Raises:
+        ValueError: If something is missing or unknown, or there is too much of it.
+    """
+
+    name: str
+    kernel: str
+    coefficients: Callable[[dict[str, Tensor], dict[str, Tensor], Columns], tuple[Any, Any]]
+    sums: Sequence[str] = ()
+    columns: Callable[[Group], Columns] = _no_columns
+    scalars: Mapping[str, float] = field(default_factory=dict)
+    adapt: Callable[[dict[str, Tensor], Tensor, Columns], dict[str, Any]] | None = None
+    adapts_on_host: bool = False
+    check: Callable[[Mapping[str, Any]], None] | None = None
+
+    def __post_init__(self) -> None:
+        _check_kernel(self)
+        if unknown := [name for name in self.sums if name not in SUMS]:
+            raise ValueError(
+                f"sums of descent {self.name!r} must be among {', '.join(map(repr, SUMS))}, got "
+                f"{unknown[0]!r}"
+            )
+        if len(self.scalars) > DESCENT_SCALARS:
+            raise ValueError(
+                f"descent {self.name!r} may have {DESCENT_SCALARS} scalars, got "
+                f"{', '.join(self.scalars)}"
+            )
+        if clash := [name for name in self.scalars if name in RESERVED]:
+            raise ValueError(
+                f"scalars of descent {self.name!r} must have none of the names "
+                f"{', '.join(RESERVED)}, got {clash[0]!r}"
+            )
+        if self.adapt is not None and not (self.scalars and "sharpness" in self.sums):
+            raise ValueError(
+                f"descent {self.name!r} has adapt and needs scalars, and 'sharpness' among its sums"
+            )
+
+    @property
+    def needs_perturbation(self) -> bool:
+        """Whether its sums need the perturbation once more."""
+        return "sharpness" in self.sums
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """A base optimizer whose update runs inside fastsam's own update pass.
+
+    Args:
+        name: Of the rule, for messages.
+        kernel: Module with its Triton function ``update`` (``fastsam.kernels.base`` describes it).
+        update: ``(w, u, state, group, step, fresh, squared_norms)``: changes ``w`` and the tensors
+            in ``state`` in place, in the dtype of the arithmetic. ``step`` is the count from 1,
+            ``fresh`` whether ``starts_from_gradient`` is new, ``squared_norms`` the sum of the
+            squared norms of ``u`` so far; each for updates that declare it.
+        columns: ``(group)`` to its hyper-parameters, at most twelve.
+        states: ``(group)`` to the names of state tensors, at most three, each with its start, named
+            as ``torch.optim`` does.
+        starts_from_gradient: The state that begins as the first gradient itself and has its dtype,
+            as torch's momentum buffer.
+        counts_steps: Whether parameters carry torch's ``step`` count.
+        accumulator: Where the sum of the squared norms of ``u`` starts, if the update takes it:
+            ``(group)``, of the first group, to a number.
+        wide: Whether state is in float32 whatever the parameter's dtype (float64 for float64).
+        check: Raises ValueError for a group whose hyper-parameters are out of range.
+        eager: For torch's operators on a CPU, ``"module:name"`` of a fast path. Default: none, the
+            equation runs tensor by tensor.
+
+    Raises:
+        ValueError: If something is missing.
+    """
+
+    name: str
+    kernel: str
+    update: Callable[..., None]
+    columns: Callable[[Group], Columns] = _no_columns
+    states: Callable[[Group], dict[str, float]] = _no_states
+    starts_from_gradient: str = ""
+    counts_steps: bool = False
+    accumulator: Callable[[Group], float] | None = None
+    wide: bool = False
+    check: Callable[[Mapping[str, Any]], None] | None = None
+    eager: str = ""
+
+    def __post_init__(self) -> None:
+        _check_kernel(self)
+
+    def state_names(self, group: Group) -> dict[str, float]:
+        """The state of a group's parameters, checked.
+
+        Raises:
+            ValueError: If there is more than the tables have rows for.
+        """
+        names = self.states(group)
+        if len(names) > BASE_STATES:
+            raise ValueError(
+                f"base {self.name!r} may have {BASE_STATES} states, got {', '.join(names)}"
+            )
+        return names
+
+    @property
+    def needs_norm(self) -> bool:
+        """Whether the update uses the global norm of ``u``."""
+        return self.accumulator is not None
+
+
+_DECLARED: "weakref.WeakSet[Ascent | Descent | Base]" = weakref.WeakSet()
+
+
+def declared() -> "list[Ascent | Descent | Base]":
+    """Every rule that has been declared and is still there, the library's and others, by name."""
+    return sorted(_DECLARED, key=lambda rule: (type(rule).__name__, rule.name, rule.kernel))
+
+
+def _check_kernel(rule: Ascent | Descent | Base) -> None:
+    for key in ("name", "kernel"):
+        value = getattr(rule, key)
+        if not (isinstance(value, str) and value):
+            raise ValueError(f"{key} of a rule must be a string, got {value!r}")
+    _DECLARED.add(rule)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class StepSpec:
+    """One pass, as the backends see it.
+
+    Attributes:
+        groups: The optimizer's parameter groups.
+        ascent: The rule of the perturbation.
+        descent: The rule of ``u``; None is the second gradient itself.
+        base: The fused base update; None leaves the update to a base that is not fused.
+        perturbs: Whether the step has two passes.
+        lam: Unified SAM's weight of normalisation in this step.
+        renormalize: Whether the second gradient is rescaled to the norm of the first (SSAM).
+        max_grad_norm: Bound on the norm of ``u``.
+        skip_nonfinite: Whether a non-finite second gradient leaves weights and state alone.
+        skip_first: With that, whether a non-finite first gradient does as well.
+        is_scaled: Whether gradients carry a loss scale, whose inverse is among the scalars.
+        has_masters: Whether 16-bit parameters have float32 master weights.
+        is_static: Whether the host decides nothing anew in every step.
+        seed: Of stochastic rounding; None rounds to nearest.
+        keeps_weights: Whether the copy of the weights is needed after the update (LETS).
+        adaptive: Whether some group has ASAM's element-wise scale.
+        rescales: Whether ``u`` may differ from the second gradient.
+        key: What launches are specialised for; equal for two passes that may share them.
+    """
+
+    groups: Sequence[Group]
+    ascent: Ascent
+    base: Base | None
+    descent: Descent | None = None
+    perturbs: bool = True
+    lam: float = 1.0
+    renormalize: bool = False
+    max_grad_norm: float | None = None
+    skip_nonfinite: bool = False
+    skip_first: bool = False
+    is_scaled: bool = False
+    has_masters: bool = False
+    is_static: bool = True
+    seed: int | None = None
+    keeps_weights: bool = False
+    adaptive: bool = field(init=False)
+    rescales: bool = field(init=False)
+    key: tuple[Any, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        put = object.__setattr__
+        clips = self.max_grad_norm is not None
+        put(self, "adaptive", any([group["adaptive"] for group in self.groups]))
+        put(
+            self, "rescales", self.renormalize or self.is_scaled or clips
+            or self.descent is not None,
+        )  # fmt: skip
+        put(self, "key", (
+            self.ascent, self.descent, self.base, self.adaptive, self.renormalize, clips,
+            self.skip_nonfinite, self.skip_first, self.is_scaled, self.seed is None,
+        ))  # fmt: skip
+
+    @property
+    def needs_ascent_norm(self) -> bool:
+        rules = self.ascent.norm is not None or self.renormalize or self.descent is not None
+        return rules or self.skip_first
+
+    @property
+    def needs_descent_norm(self) -> bool:
+        needs_norm = self.base is not None and self.base.needs_norm
+        return self.rescales or self.skip_nonfinite or needs_norm

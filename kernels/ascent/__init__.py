@@ -1,0 +1,16 @@
+"""Ascent rules, one a file: ``e = radius * T^2 * direction``.
+
+A file has ``Columns``, the rule's hyper-parameters as its declaration names them, at most three,
+and these functions. Elements are in the dtype of the arithmetic; ``state`` is a tuple of the rule's
+state tensors in the order of their declaration, and ``h`` points to the hyper-parameters.
+
+| function | gives | needed |
+| --- | --- | --- |
+| ``direction(g, state, h)`` | the direction, from the new state | always |
+| ``radius(rho, norm, total, h)`` | what the direction is multiplied by | always |
+| ``advance(g, state, h)`` | the state after gradient ``g``, a tuple | with state |
+| ``usable(state, norm)`` | whether the new state may replace the old | with state |
+| ``accumulate(total, squared_norm)`` | the accumulator after this step | with an accumulator |
+
+``norm`` is the norm that the declaration asks for, ``total`` the accumulator with this step's norm.
+"""

@@ -1,0 +1,14 @@
+"""Descent rules, one a file: ``u = c * g~ + c1 * g``.
+
+A file has ``Columns``, the rule's hyper-parameters as its declaration names them, at most four,
+and these functions, which one thread runs in float64 when the sums are known. ``state`` is a tuple
+of two: the rule's scalars, in the order of their declaration.
+
+| function | gives | needed |
+| --- | --- | --- |
+| ``coefficients(state, first, second, product, h)`` | ``c, c1`` | always |
+| ``adapt(state, sharpness, h)`` | the scalars after this step, a tuple of two | with ``adapt`` |
+
+``first`` is the first gradient's squared norm, ``second`` the second's, after SSAM's rescaling if
+that is asked for, and ``product`` their dot product. ``sharpness`` is ``<g + g~, e> / 2``.
+"""
