@@ -136,16 +136,21 @@ def _value(name: Any) -> Any:
     return name
 
 
+def rules() -> list[Any]:
+    """The library's own rules."""
+    return [rule for rule in declared() if rule.kernel.startswith("fastsam.")]
+
+
 def variants() -> list[Variant]:
     """Every variant of the rules that the library declares, on tensors of dtypes in ``TYPES``."""
-    ascents = [rule for rule in declared() if isinstance(rule, Ascent)]
+    ascents = [rule for rule in rules() if isinstance(rule, Ascent)]
     found: list[Variant] = []
     for types in dict.fromkeys((param, grad) for param, grad, _ in TYPES):
         for ascent, adaptive in itertools.product(ascents, (False, True)):
             if not adaptive or ascent.scales:
                 found += _of_ascent(types, _spec(ascent, adaptive))
         found += _of_descent(types)
-    for base, group in itertools.product(declared(), GROUPS):
+    for base, group in itertools.product(rules(), GROUPS):
         if isinstance(base, Base):
             for types in TYPES:
                 found += _of_base(types, base, group)
@@ -166,7 +171,7 @@ def _of_ascent(types: Sequence[str], spec: StepSpec) -> Iterator[Variant]:
 
 
 def _of_descent(types: Sequence[str]) -> Iterator[Variant]:
-    descents = [rule for rule in declared() if isinstance(rule, Descent)]
+    descents = [rule for rule in rules() if isinstance(rule, Descent)]
     flags = (False, True)
     for rule, adaptive, scaled, clips in itertools.product((None, *descents), flags, flags, flags):
         spec = _spec(

@@ -139,13 +139,13 @@ class SharpnessAwareOptimizer(SharedState):
         self.backend = backend
         self._owner = SimpleNamespace()  # until the base is there
         super().__init__(params, own)
-        self._check_groups()
         # The base validates its own arguments and completes the groups, which are its own then.
         # A fused base is never stepped; its mathematics runs in the update pass.
         self.base_optimizer = base_optimizer(self.param_groups, **base_kwargs)
         check_keys(self.base_optimizer, tuple(own))
         self._owner = self.base_optimizer
         self.defaults.update(self.base_optimizer.defaults)
+        self._check_groups()  # now that they are complete
         if self._base is not None:  # Adagrad's begins here; ours where it is needed, all at once
             self.state.clear()
             check_states(self._base, self.ascent, (MASTER,), self.param_groups)
@@ -622,6 +622,8 @@ class SharpnessAwareOptimizer(SharedState):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_group(group, self._base is not None, self.ascent.scales)
+        if not hasattr(self, "base_optimizer"):  # which will complete the groups
+            return
         for rule in (self.ascent, self.descent, self._base):
             if rule is not None and rule.check is not None:
                 rule.check(group)
@@ -665,7 +667,7 @@ class SharpnessAwareOptimizer(SharedState):
                 "expected second_step: an optimizer cannot be copied or pickled between passes"
             )
         # hooks stay behind as in torch, and so does the wrapper that an LR scheduler puts on step
-        left = (*self._TRANSIENT, "step", "base_optimizer")
+        left = (*self._TRANSIENT, "step", "base_optimizer", "_base")
         kept = {k: x for k, x in self.__dict__.items() if k not in left and k[-6:] != "_hooks"}
         return kept | {"_base_parts": parts_of(self.base_optimizer)}
 
@@ -675,6 +677,7 @@ class SharpnessAwareOptimizer(SharedState):
         parts = {**parts, **{k: state.pop(k) for k in ("state", "param_groups") if k in state}}
         if base is not None:  # a copy, not load_state_dict
             self.base_optimizer = self._owner = base.__new__(base)
+            self._base = find_base(base)
         super().__setstate__(state)
         groups = (self.defaults | group for group in parts.get("param_groups", ()))
         own = {MASTER}.union(*map(self.ascent.states, groups))

@@ -4,8 +4,10 @@ A rule is a few Triton functions and a declaration. ``docs/adding_a_method.md`` 
 examples; ``fastsam.testing.check_method`` checks a method made of them.
 """
 
+from .arithmetic import gives_direction, over_root, where
 from .bases import register_base
 from .optimizer import SharpnessAwareOptimizer
 from .step.spec import Ascent, Base, Descent
 
-__all__ = ["Ascent", "Base", "Descent", "SharpnessAwareOptimizer", "register_base"]
+__all__ = ["Ascent", "Base", "Descent", "SharpnessAwareOptimizer", "gives_direction", "over_root",
+           "register_base", "where"]  # fmt: skip

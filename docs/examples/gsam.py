@@ -36,7 +36,7 @@ def coefficients(state, first, second, product, h):
 
 
 def _coefficients(state, sums, h):
-    alpha = torch.full_like(sums["second"], h["ALPHA"])
+    alpha = h["ALPHA"]
     projection = torch.where(sums["second"] > 0, sums["product"] / sums["second"], 0.0)
     return 1 + alpha * projection, -alpha
 

@@ -1,17 +1,15 @@
 """PowerSAM: an ascent rule of one's own. Not from a paper."""
 
-import math
 from enum import IntEnum
 from numbers import Real
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from fastsam.rules import Ascent, SharpnessAwareOptimizer
+from fastsam.rules import Ascent, SharpnessAwareOptimizer, gives_direction, where
 
 
 class Columns(IntEnum):  # the hyper-parameters, as the kernels number them
@@ -40,11 +38,7 @@ def radius(rho, norm, total, h):
 
 
 def _radius(rho, norm, total, h):
-    usable = (norm > 0) & (norm < math.inf)
-    scale = rho / (norm + 1e-12) ** h["POWER"]
-    if isinstance(norm, Tensor):
-        return torch.where(usable, scale, 0.0)
-    return scale if usable else 0.0
+    return where(gives_direction(norm), rho / (norm + 1e-12) ** h["POWER"])
 
 
 def _columns(group, lam):

@@ -27,7 +27,10 @@ def radius(spec: StepSpec, group: Group, scalars: Sequence[float] | Tensor) -> A
     if isinstance(rho, Tensor) and not isinstance(scalars, Tensor):
         rho = float(rho)  # else a 0-dim float32 would round what is a number here
     norm, total = scalars[Scalar.ASCENT_NORM], scalars[Scalar.NEXT_ACCUMULATED]
-    return spec.ascent.radius(rho, norm, total, columns_of(spec, group))
+    found = spec.ascent.radius(rho, norm, total, columns_of(spec, group))
+    if isinstance(scalars, Tensor) and not isinstance(found, Tensor):
+        return torch.full_like(scalars[0], found)
+    return found
 
 
 def perturbation(w: Tensor, d: Tensor, group: Group, scale: Tensor) -> Tensor:

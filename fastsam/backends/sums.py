@@ -137,7 +137,9 @@ def finish_descent(
         state = _scalars_of(rule, scalars)
         scalars[Scalar.USED_DESCENT0] = scalars[Scalar.DESCENT0]
         given = sums | {"second": norm.square(), "product": gamma * sums["product"]}
-        c, c1 = rule.coefficients(state, given, rule.columns(spec.groups[0]))
+        given = {name: x for name, x in given.items() if name in rule.sums}
+        found = rule.coefficients(state, given, rule.columns(spec.groups[0]))
+        c, c1 = (x + torch.zeros_like(n) for x in found)  # they may be numbers
         # a first gradient that is not finite stays out of u, as it stayed out of the perturbation
         first = torch.where(n.isfinite(), c1, 0.0)
         coefficient = torch.where(n.isfinite(), c * gamma, gamma)

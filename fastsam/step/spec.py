@@ -139,11 +139,11 @@ class Descent:
     Args:
         name: Of the rule, for messages.
         kernel: Module with its Triton functions (``fastsam.kernels.descent`` lists them).
-        coefficients: ``(state, sums, h)`` to :math:`c` and :math:`c_1`. Where the first gradient is
-            not finite they are not used: :math:`u = \tilde g` then.
-        sums: Which of ``SUMS`` the rule needs: ``"first"``, ``"second"`` and ``"product"`` for the
-            coefficients, ``"sharpness"`` for ``adapt``. :math:`\tilde g` counts as rescaled where
-            ``renormalize`` asks for that.
+        coefficients: ``(state, sums, h)`` to :math:`c` and :math:`c_1`, tensors or numbers. Where
+            the first gradient is not finite they are not used: :math:`u = \tilde g` then.
+        sums: Which of ``SUMS`` the rule is given: ``"first"``, ``"second"`` and ``"product"`` for
+            the coefficients, ``"sharpness"`` for ``adapt``. :math:`\tilde g` counts as rescaled
+            where ``renormalize`` asks for that.
         columns: ``(group)``, of the first group, to the rule's hyper-parameters, at most four.
         scalars: Numbers that the rule keeps from step to step, at most two, each with its start.
         adapt: ``(state, sharpness, h)`` to the scalars after this step. They stay as they were
@@ -246,6 +246,10 @@ class Base:
         if len(names) > BASE_STATES:
             raise ValueError(
                 f"base {self.name!r} may have {BASE_STATES} states, got {', '.join(names)}"
+            )
+        if "step" in names:
+            raise ValueError(
+                f"base {self.name!r} must have no state 'step', which counts_steps gives it"
             )
         return names
 

@@ -338,7 +338,7 @@ IN_KERNEL = ["triton"]
     ("example", "old", "new", "message"),
     [
         ("power_sam", "tl.log(norm + 1e-12)", "tl.log(norm + 1e-6)", AGREES),
-        ("power_sam", "usable = (norm > 0)", "norm = norm * 1.001; usable = (norm > 0)", AGREES),
+        ("power_sam", "rho / (norm + 1e-12) **", "rho / (1.001 * norm + 1e-12) **", AGREES),
         ("gsam", "tl.where(second > 0, product / second, 0.0)", "product / first", AGREES),
         ("lion", " * (1 - lr * tl.load(h + WEIGHT_DECAY))", "", AGREES),
         ("lion", "w.mul_(1 - ", "w.mul(1 - ", AGREES),

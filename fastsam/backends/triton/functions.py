@@ -1,10 +1,10 @@
 """A rule's Triton functions, found by the module that it declares, and checked."""
 
-import functools
 import importlib
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
@@ -15,6 +15,9 @@ from fastsam.step.spec import Ascent, Base, Columns, Descent
 Rule = Ascent | Descent | Base
 #: What ``@triton.jit`` makes of a function, compiled or interpreted.
 TRITON = (JITFunction, InterpretedFunction)
+#: What has been found, as long as the rule is there.
+_FUNCTIONS: "WeakKeyDictionary[Rule, dict[str, Any]]" = WeakKeyDictionary()
+_NAMES: "WeakKeyDictionary[Rule, tuple[str, ...]]" = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,6 @@ def _needed(rule: Rule) -> list[str]:
     return ["update"]
 
 
-@functools.cache
 def functions_of(rule: Rule, kind: Kind) -> dict[str, Any]:
     """The functions by name, None for those that the rule does not need.
 
@@ -50,6 +52,12 @@ def functions_of(rule: Rule, kind: Kind) -> dict[str, Any]:
         AttributeError: If it has not all that the declaration needs.
         TypeError: If something of that name is not a Triton function.
     """
+    if rule not in _FUNCTIONS:
+        _FUNCTIONS[rule] = _find_functions(rule, kind)
+    return _FUNCTIONS[rule]
+
+
+def _find_functions(rule: Rule, kind: Kind) -> dict[str, Any]:
     module = importlib.import_module(rule.kernel)
     needed = _needed(rule)
     if missing := [name for name in needed if not hasattr(module, name)]:
@@ -69,8 +77,7 @@ def functions_of(rule: Rule, kind: Kind) -> dict[str, Any]:
     return found
 
 
-@functools.cache
-def _names(rule: Rule, kind: Kind) -> tuple[str, ...]:
+def _find_names(rule: Rule, kind: Kind) -> tuple[str, ...]:
     columns = getattr(importlib.import_module(rule.kernel), "Columns", None)
     if columns is None:
         return ()
@@ -90,7 +97,9 @@ def ordered(rule: Rule, kind: Kind, columns: Columns) -> list[Any]:
     Raises:
         ValueError: If the names are not the same.
     """
-    names = _names(rule, kind)
+    if rule not in _NAMES:
+        _NAMES[rule] = _find_names(rule, kind)
+    names = _NAMES[rule]
     if columns.keys() != set(names):
         wrong = sorted(columns.keys() ^ set(names))
         raise ValueError(
