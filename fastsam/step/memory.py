@@ -1,4 +1,4 @@
-"""How a tensor lies in memory, and who else holds it or sees that."""
+"""How a tensor lies in memory, and whether another tensor or variable refers to it."""
 
 import sys
 from collections.abc import Sequence
@@ -35,10 +35,10 @@ class Owned:
 
     Args:
         tensors: Fresh ones. The caller keeps no other list of them.
+        holders: How many references to each the caller has otherwise.
     """
 
     def __init__(self, tensors: list[Tensor], holders: int = 0) -> None:
-        """``holders`` is how many references to each the caller has."""
         self.tensors = tensors
         self._storages = [x.untyped_storage() for x in tensors]
         self._addresses = [storage._cdata for storage in self._storages]

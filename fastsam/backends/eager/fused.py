@@ -123,7 +123,7 @@ class Update:
             self.update(weights, u, streams, steps)
 
     def update(self, weights: Tensors, u: Tensors, states: list[Tensors], steps: Tensors) -> None:
-        """The equation, in place, of one block."""
+        """The equation, in place, of one block; every subclass has its own."""
         raise NotImplementedError
 
     #: The same on another device, or None: of the lists of parameters, gradients, states by name
