@@ -97,7 +97,7 @@ class SharpnessAwareOptimizer(SharedState):
 
     #: What ``_start`` makes: it lives only as long as this process, and nothing of it is saved.
     _TRANSIENT = ("_owner", "_passes", "_flight", "_last", "_warnings", "_loading", "_replicas",
-                  "_inside_step", "_inside_closure")  # fmt: skip
+                  "_inside_step", "_inside_closure", "_mode")  # fmt: skip
 
     def __init__(
         self,
@@ -188,6 +188,7 @@ class SharpnessAwareOptimizer(SharedState):
         self._last: StepSpec | None = None  # of the present step, or the last
         self._warnings = Warnings()
         self._inside_step = self._inside_closure = False
+        self._mode = ""  # that ``train`` or ``eval`` has set last
         self._replicas: Any = None  # that ``step`` found for the pass that comes
         this = weakref.ref(self)  # no cycle, so that an optimizer is gone when it is dropped
         self._loading = Loading(
@@ -446,6 +447,38 @@ class SharpnessAwareOptimizer(SharedState):
                 flight.undo()
             else:
                 torch.clear_autocast_cache()
+
+    # --- modes ---
+
+    def train(self) -> None:
+        """Let the base show the weights to train, where it has two kinds (schedule-free ones do).
+
+        Other bases are left alone. In a step that is under way a loop may call it once more, as
+        Hugging Face's does before every pass.
+
+        Raises:
+            RuntimeError: If it changes the mode between ``first_step`` and ``second_step`` or
+                inside a closure.
+        """
+        self._set_mode("train")
+
+    def eval(self) -> None:
+        """Let the base show the weights to evaluate and save; the other side of ``train``.
+
+        Raises:
+            RuntimeError: Between ``first_step`` and ``second_step`` or inside a closure.
+        """
+        self._set_mode("eval")
+
+    def _set_mode(self, mode: str) -> None:
+        change = getattr(self.base_optimizer, mode, None)
+        if mode == "train" and (change is None or self._mode == mode):
+            if self._flight is not None or self._inside_closure:
+                return  # nothing would change
+        self._expect("first_step", mode)
+        if change is not None:
+            change()
+        self._mode = mode
 
     # --- parts of a step ---
 

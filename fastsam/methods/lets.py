@@ -200,6 +200,14 @@ class LETS(SharedState):
         state = self.rho_optimizer.state.get(self._nu, {})
         return {"": self._nu} | {k: v for k, v in state.items() if isinstance(v, Tensor)}
 
+    def train(self) -> None:
+        """As the wrapped optimizer's: schedule-free bases have a mode for training."""
+        self.optimizer.train()
+
+    def eval(self) -> None:
+        """The other mode; raises as the wrapped optimizer's."""
+        self.optimizer.eval()
+
     # --- the radius ---
 
     def _adopt_rho(self) -> None:
