@@ -77,7 +77,7 @@ class AcceleratedSAM(AcceleratedOptimizer):  # type: ignore[misc,unused-ignore]
         sam, scaler = self.optimizer, self.scaler
         skipped = 0.0 if scaler is None else _skipped(sam)
         loss = None
-        if closure is None and sam._between_passes:
+        if closure is None and sam.between_passes:
             sam.second_step(grad_scaler=scaler)
         elif closure is None and not sam.perturbs_next:
             sam.plain_step(grad_scaler=scaler)

@@ -18,6 +18,7 @@ from . import backends
 from .bases import find_base
 from .micro_batches import GradientMean, check_closures
 from .passes import Passes
+from .randomness import RepeatedRandom
 from .replicas import is_distributed, replicas_of
 from .step import hooks
 from .step.batch import Batch
@@ -25,6 +26,7 @@ from .step.checkpoint import Loading, SharedState, parts_of, set_parts, write_ke
 from .step.checks import (
     check_base,
     check_closure,
+    check_flag,
     check_group,
     check_keys,
     check_max_grad_norm,
@@ -97,7 +99,7 @@ class SharpnessAwareOptimizer(SharedState):
 
     #: What ``_start`` makes: it lives only as long as this process, and nothing of it is saved.
     _TRANSIENT = ("_owner", "_passes", "_flight", "_last", "_warnings", "_loading", "_replicas",
-                  "_inside_step", "_inside_closure", "_mode")  # fmt: skip
+                  "_inside_step", "_inside_closure", "_mode", "_random")  # fmt: skip
 
     def __init__(
         self,
@@ -116,6 +118,7 @@ class SharpnessAwareOptimizer(SharedState):
         master_weights: bool = False,
         rounding: str = "nearest",
         seed: int = 0,
+        repeat_random: bool = False,
         ascent_context: Context | None = None,
         descent_context: Context | None = None,
         backend: str = "auto",
@@ -125,6 +128,7 @@ class SharpnessAwareOptimizer(SharedState):
         """``own`` holds a subclass's further group keys and their defaults."""
         check_base(base_optimizer, not_below=SharpnessAwareOptimizer)
         check_max_grad_norm(max_grad_norm)
+        check_flag("repeat_random", repeat_random)
         own = {"rho": rho, "adaptive": adaptive, "eta": eta, **(own or {})}
         self._base = find_base(base_optimizer)
         check_precision(master_weights, rounding, seed, self._base is not None)
@@ -135,6 +139,7 @@ class SharpnessAwareOptimizer(SharedState):
         self.perturb_every, self.start, self.stop = perturb_every, start, stop
         self.master_weights = master_weights
         self.rounding, self.seed = rounding, seed
+        self.repeat_random = repeat_random
         self.ascent_context, self.descent_context = ascent_context, descent_context
         self.backend = backend
         self._owner = SimpleNamespace()  # until the base is there
@@ -187,6 +192,7 @@ class SharpnessAwareOptimizer(SharedState):
         self._flight: InFlight | None = None  # None between two steps
         self._last: StepSpec | None = None  # of the present step, or the last
         self._warnings = Warnings()
+        self._random = RepeatedRandom(type(self).__name__)
         self._inside_step = self._inside_closure = False
         self._mode = ""  # that ``train`` or ``eval`` has set last
         self._replicas: Any = None  # that ``step`` found for the pass that comes
@@ -238,12 +244,13 @@ class SharpnessAwareOptimizer(SharedState):
         try:
             perturbs = self._needs_two_passes
             # a gradient that the base takes as it is has to be synchronised, for one
-            loss = self._call(closure, self.ascent_context if perturbs else None)
+            repeats = self.repeat_random and perturbs
+            loss = self._call(closure, self.ascent_context if perturbs else None, repeats)
             if not perturbs:
                 self.plain_step(grad_scaler=grad_scaler)
                 return loss
             self.first_step(zero_grad=True, grad_scaler=grad_scaler)
-            self._call(closure, self.descent_context)
+            self._call(closure, self.descent_context, repeats)
             self.second_step(grad_scaler=grad_scaler)
         except BaseException:
             self.restore()
@@ -286,15 +293,17 @@ class SharpnessAwareOptimizer(SharedState):
         self._check_groups()
         hooks.run_own(self, "pre")
         perturbs = self._needs_two_passes
+        repeats = self.repeat_random and perturbs
         self._inside_step = True
         losses: list[Any] = []
         mean = GradientMean(self.param_groups, len(closures))
         try:
             for closure in closures:
-                losses.append(self._call(closure, self.ascent_context if perturbs else None))
+                context = self.ascent_context if perturbs else None
+                losses.append(self._call(closure, context, repeats))
                 if perturbs:
                     self.first_step(zero_grad=True)
-                    self._call(closure, self.descent_context)
+                    self._call(closure, self.descent_context, repeats)
                     assert self._flight is not None
                     spec = self._spec(self._flight)
                     check_reduced(self._passes.collect_second(spec, self.state), self._flight)
@@ -326,6 +335,29 @@ class SharpnessAwareOptimizer(SharedState):
     def between_passes(self) -> bool:
         """Whether ``second_step`` is due: the model holds perturbed weights."""
         return self._flight is not None
+
+    def repeated_random(self) -> AbstractContextManager[None]:
+        """Equal random numbers in all passes of a step, for loops that call ``backward``.
+
+        To be put around forward and backward of each pass, all its micro-batches together::
+
+            with optimizer.repeated_random():
+                loss_fn(model(x), y).backward()
+            optimizer.first_step(zero_grad=True)
+            with optimizer.repeated_random():
+                loss_fn(model(x), y).backward()
+            optimizer.second_step(zero_grad=True)
+
+        In the first pass it notes where the generators stand. In the others it sets them there, and
+        at its end, also where an exception ends it, to where they stood before. Which generators,
+        and what else there is to know, is said at ``repeat_random`` of ``SAM``, which does
+        this in ``step``.
+
+        Raises:
+            RuntimeError: On entry, if it was not around the first pass of this step, or has been
+                around this pass already; under capture in a CUDA graph.
+        """
+        return self._repeated("repeated_random()")
 
     # --- explicit passes ---
 
@@ -572,15 +604,23 @@ class SharpnessAwareOptimizer(SharedState):
 
     # --- closures and hooks ---
 
-    def _call(self, closure: Any, context: Context | None) -> Any:
-        """What the closure returns, called as one pass."""
+    def _repeated(self, call: str) -> AbstractContextManager[None]:
+        number = 0 if self._flight is None else 1
+        return self._random.around(self.param_groups, self.kept["t"], number, call)
+
+    def _call(self, closure: Any, context: Context | None, repeats: bool = False) -> Any:
+        """What the closure returns, called as one pass.
+
+        ``repeats`` says whether it draws the random numbers of the step's first pass.
+        """
         self.zero_grad()
         manager = nullcontext() if context is None else entered(context)
         if context is self.ascent_context:
             self._replicas = None if context is None else replicas_of(manager)
         try:
             self._inside_closure = True
-            with manager, torch.enable_grad():
+            random = self._repeated("repeat_random") if repeats else nullcontext()
+            with manager, random, torch.enable_grad():
                 return closure()
         finally:
             self._inside_closure = False

@@ -58,6 +58,12 @@ class SAM(SharpnessAwareOptimizer):
         seed: Of the random bits, in [0, 2^32). They depend on it, the step, the pass, the place of
             the parameter in the optimizer and of the element in the parameter, and on nothing
             else. Default 0.
+        repeat_random: Let both calls of the closure draw the same random numbers (dropout's masks,
+            augmentation on the device), by putting the states of torch's default generators back:
+            the CPU's and those of the devices that hold parameters. Afterwards they stand where
+            the first call has left them, also where the second fails, as if there had been one
+            pass. Nothing is seeded and no device waited for; generators of one's own, and those of
+            Python and numpy, go on. Refused in a CUDA graph. Default False: new numbers.
         ascent_context, descent_context: Functions without arguments that give a context manager:
             ``step`` enters it for its first or second call of the closure, as
             ``descent_context=lambda: fastsam.frozen_batch_norm(model)``. Default None.
@@ -93,6 +99,7 @@ class SAM(SharpnessAwareOptimizer):
         master_weights: bool = False,
         rounding: str = "nearest",
         seed: int = 0,
+        repeat_random: bool = False,
         ascent_context: Context | None = None,
         descent_context: Context | None = None,
         backend: str = "auto",
@@ -102,8 +109,9 @@ class SAM(SharpnessAwareOptimizer):
             params, base_optimizer, rho=rho, adaptive=adaptive, eta=eta, renormalize=renormalize,
             max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite,
             perturb_every=perturb_every, start=start, stop=stop, master_weights=master_weights,
-            rounding=rounding, seed=seed, ascent_context=ascent_context,
-            descent_context=descent_context, backend=backend, **base_kwargs,
+            rounding=rounding, seed=seed, repeat_random=repeat_random,
+            ascent_context=ascent_context, descent_context=descent_context, backend=backend,
+            **base_kwargs,
         )  # fmt: skip
 
 

@@ -70,6 +70,12 @@ def check_max_grad_norm(value: Any) -> None:
         raise ValueError(f"max_grad_norm must be None or above 0, got {value!r}")
 
 
+def check_flag(name: str, value: Any) -> None:
+    """A switch: ``"False"`` would count as true."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
 def check_schedule(perturb_every: Any, start: Any, stop: Any) -> None:
     """Which steps are sharpness-aware."""
     for name, value, least in (("perturb_every", perturb_every, 1), ("start", start, 0)):
@@ -147,8 +153,8 @@ def check_rule(rule: Any, known: Iterable[str]) -> None:
 def check_common(kwargs: Mapping[str, Any], cls: type) -> None:
     """What methods with an update of their own take besides their named arguments."""
     allowed = ("renormalize", "max_grad_norm", "skip_nonfinite", "perturb_every", "start", "stop",
-               "master_weights", "rounding", "seed", "ascent_context",
-               "descent_context")  # fmt: skip
+               "master_weights", "rounding", "seed", "repeat_random",
+               "ascent_context", "descent_context")  # fmt: skip
     if unknown := [key for key in kwargs if key not in allowed]:
         raise TypeError(
             f"{cls.__name__} got an unexpected argument {unknown[0]!r}; besides its own it takes "
