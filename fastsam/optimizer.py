@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from .randomness import RepeatedRandom
 from .replicas import is_distributed, replicas_of
 from .step import hooks
 from .step.batch import Batch
-from .step.checkpoint import Loading, SharedState, parts_of, set_parts, write_kept
+from .step.checkpoint import Loading, SharedState, parts_of, read_kept, set_parts, write_kept
 from .step.checks import (
     check_base,
     check_closure,
@@ -50,7 +50,11 @@ from .step.recording import Recording
 from .step.scalars import DeviceScalars
 from .step.scaling import check_scaler, find_scale
 from .step.spec import Ascent, Descent, StepSpec
+from .step.takeover import TakenOver, take_over
 from .unified import UNIFIED
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 #: Gives a context manager, for one pass.
@@ -126,11 +130,13 @@ class SharpnessAwareOptimizer(SharedState):
         **base_kwargs: Any,
     ):
         """``own`` holds a subclass's further group keys and their defaults."""
-        check_base(base_optimizer, not_below=SharpnessAwareOptimizer)
+        taken = base_optimizer if isinstance(base_optimizer, TakenOver) else None
+        cls = base_optimizer if taken is None else type(taken.optimizer)
+        check_base(cls, not_below=SharpnessAwareOptimizer)
         check_max_grad_norm(max_grad_norm)
         check_flag("repeat_random", repeat_random)
         own = {"rho": rho, "adaptive": adaptive, "eta": eta, **(own or {})}
-        self._base = find_base(base_optimizer)
+        self._base = find_base(cls)
         check_precision(master_weights, rounding, seed, self._base is not None)
         check_group(own | base_kwargs, self._base is not None, self.ascent.scales)
         self.renormalize = renormalize
@@ -152,16 +158,44 @@ class SharpnessAwareOptimizer(SharedState):
         self.defaults.update(self.base_optimizer.defaults)
         self._check_groups()  # now that they are complete
         if self._base is not None:  # Adagrad's begins here; ours where it is needed, all at once
-            self.state.clear()
+            if taken is None:
+                self.state.clear()
             check_states(self._base, self.ascent, (MASTER,), self.param_groups)
         self.kept: dict[str, Any] = {"t": 1}
         self._slots = self._find_slots()
+        if taken is not None:  # it may have loaded a state dict of ours
+            read_kept(taken.groups, self.kept)
+            self.kept |= getattr(self.base_optimizer, "kept", {})
         write_kept(self.param_groups, self.kept)
         self._start()
         params_ = [p for group in self.param_groups for p in group["params"]]
         backends.resolve(backend, params_[0].device if params_ else torch.device("cpu"))
         if rounding == "nearest" and not master_weights:
             warn_of_rounding(params_)
+
+    @classmethod
+    def from_optimizer(cls, optimizer: Optimizer, *args: Any, **kwargs: Any) -> "Self":
+        """Make one of an optimizer that exists, as a factory gives it or a resumed run has it.
+
+        ``SAM.from_optimizer(optimizer, rho=0.05)`` steps with that optimizer's groups, with all
+        their keys, and goes on with its state. Nothing is copied: the optimizer becomes
+        ``base_optimizer``. LR schedulers and hooks that it has keep working; its own ``step``
+        raises from then on. It is fused where its class is.
+
+        Args:
+            optimizer: An instance of a ``torch.optim.Optimizer``. Keys of its groups count before
+                arguments: a group that has a ``rho`` keeps it.
+            *args: Of the constructor, after ``base_optimizer``.
+            **kwargs: The constructor's, but for the base optimizer's own.
+
+        Raises:
+            TypeError: For an argument of the base optimizer's; if ``optimizer`` is something else
+                or one of fastsam's; for classes with an update of their own (``AdaSAM``,
+                ``LightSAM``).
+            ValueError: If ``optimizer`` is the base of another of fastsam's already. The others
+                are the constructor's. The optimizer is as it was then.
+        """
+        return take_over(cls, optimizer, args, kwargs)
 
     def _find_slots(self) -> dict[str, Scalar]:
         """Begin the optimizer's own numbers that live on the device; their slots, by name."""

@@ -29,6 +29,7 @@ from .step.state import (
     find_base_state,
     forget_fresh,
 )
+from .step.takeover import stepped_from_here
 
 
 class Passes:
@@ -198,7 +199,8 @@ class Passes:
         """Create what a first step would, of parameters that have a gradient."""
         batch = self.collect_other(spec, states)
         if spec.base is None:
-            base.step()
+            with stepped_from_here(base):
+                base.step()
         elif batch.params:
             find_base_state(batch, spec.base, spec.groups, states)
         for param, i in zip(batch.owners, batch.groups, strict=True):
@@ -265,7 +267,8 @@ def _step_unfused(base: Optimizer, spec: StepSpec, states: States) -> None:
         if isinstance(param, Tensor)  # hooks may keep something under other keys
     }
     try:
-        base.step()
+        with stepped_from_here(base):
+            base.step()
     finally:
         for param, state in own.items():
             states[param].update(state)

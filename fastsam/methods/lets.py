@@ -88,7 +88,12 @@ class LETS(SharedState):
         **rho_kwargs: Any,
     ):
         if not isinstance(optimizer, SharpnessAwareOptimizer):
-            raise TypeError(f"optimizer must be one of fastsam's with a radius, got {optimizer!r}")
+            hint = ""
+            if isinstance(optimizer, Optimizer):
+                hint = "; make one of it with fastsam.SAM.from_optimizer(optimizer)"
+            raise TypeError(
+                f"optimizer must be one of fastsam's with a radius, got {optimizer!r}{hint}"
+            )
         if optimizer.master_weights:
             raise ValueError("optimizer must have master_weights=False to learn its radius")
         check_lets(rho_lr, hessian, interval, rho_optimizer, optimizer.param_groups)

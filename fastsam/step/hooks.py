@@ -5,6 +5,8 @@ from typing import Any
 from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import Optimizer
 
+from .takeover import Guard
+
 
 def run_own(optimizer: Optimizer, when: str) -> None:
     """Run the global step hooks and the optimizer's, in torch's order; ``"pre"`` or ``"post"``."""
@@ -21,4 +23,5 @@ def run_own(optimizer: Optimizer, when: str) -> None:
 def run_of_base(base: Optimizer, when: str) -> None:
     """Run the step hooks of a base whose ``step`` is not called."""
     for hook in getattr(base, f"_optimizer_step_{when}_hooks").values():
-        hook(base, (), {})
+        if not isinstance(hook, Guard):
+            hook(base, (), {})
