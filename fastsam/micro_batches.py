@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .arithmetic import wide_dtype
+from .step.gradients import put_back
 
 
 class GradientMean:
@@ -33,9 +34,8 @@ class GradientMean:
                 self._dtypes[param] = param.grad.dtype
 
     def leave(self) -> None:
-        """Put the mean into ``.grad``."""
-        for param, grad in self._total.items():
-            param.grad = grad.to(self._dtypes[param])
+        """Put the mean into ``.grad``, which is None or zero."""
+        put_back({p: grad.to(self._dtypes[p]) for p, grad in self._total.items()})
 
 
 def check_closures(closures: Any, check: Callable[[Any], None]) -> list[Callable[[], Any]]:

@@ -36,6 +36,7 @@ from .step.checks import (
     entered,
 )
 from .step.flight import InFlight
+from .step.gradients import zeroes_as_torch
 from .step.guards import (
     NO_GRADIENTS,
     UNKNOWN_CONTEXT,
@@ -125,6 +126,7 @@ class SharpnessAwareOptimizer(SharedState):
         repeat_random: bool = False,
         ascent_context: Context | None = None,
         descent_context: Context | None = None,
+        set_to_none: bool = True,
         backend: str = "auto",
         own: Mapping[str, Any] | None = None,
         **base_kwargs: Any,
@@ -135,6 +137,7 @@ class SharpnessAwareOptimizer(SharedState):
         check_base(cls, not_below=SharpnessAwareOptimizer)
         check_max_grad_norm(max_grad_norm)
         check_flag("repeat_random", repeat_random)
+        check_flag("set_to_none", set_to_none)
         own = {"rho": rho, "adaptive": adaptive, "eta": eta, **(own or {})}
         self._base = find_base(cls)
         check_precision(master_weights, rounding, seed, self._base is not None)
@@ -147,6 +150,7 @@ class SharpnessAwareOptimizer(SharedState):
         self.rounding, self.seed = rounding, seed
         self.repeat_random = repeat_random
         self.ascent_context, self.descent_context = ascent_context, descent_context
+        self.set_to_none = set_to_none
         self.backend = backend
         self._owner = SimpleNamespace()  # until the base is there
         super().__init__(params, own)
@@ -253,7 +257,7 @@ class SharpnessAwareOptimizer(SharedState):
                 ``torch.optim.LBFGS``). It may run several micro-batches, if it runs the same in
                 both calls. It is called twice; once in a step of the base, and where every ``rho``
                 is 0, unless the first pass has state to keep. Gradients are zeroed before each
-                call. One that leaves no gradient is warned of, once.
+                call, as ``set_to_none`` says. One that leaves no gradient is warned of, once.
             grad_scaler: A ``torch.amp.GradScaler`` with which the closure scales the loss that it
                 calls ``backward`` on. A gradient that is not finite in either pass restores the
                 weights and skips the step; ``grad_scaler.update()`` is to be called after it, and
@@ -343,7 +347,7 @@ class SharpnessAwareOptimizer(SharedState):
                     check_reduced(self._passes.collect_second(spec, self.state), self._flight)
                 mean.add()
                 self.restore()
-            self.zero_grad()
+            self._zero_gradients()
             mean.leave()
             self._plain(None)
             if perturbs:  # the gradients were those of perturbed weights
@@ -420,7 +424,7 @@ class SharpnessAwareOptimizer(SharedState):
         try:
             with uninterrupted():  # nothing may come between perturbing and remembering it
                 batch = self._passes.first(
-                    spec, flight, self.state, self.backend, cleared=zero_grad
+                    spec, flight, self.state, self.backend, zero_grad and self._sets_to_none
                 )
                 self._flight = flight
             if flight.replicas is not None:
@@ -428,7 +432,7 @@ class SharpnessAwareOptimizer(SharedState):
             if not batch.params and self._inside_step:
                 self._warnings.once("no gradients", NO_GRADIENTS)
             if zero_grad:
-                self.zero_grad()
+                self._zero_gradients()
             elif not self._inside_step and "stale gradients" not in self._warnings.given:
                 flight.note_gradients(batch)
         except BaseException:
@@ -647,7 +651,7 @@ class SharpnessAwareOptimizer(SharedState):
 
         ``repeats`` says whether it draws the random numbers of the step's first pass.
         """
-        self.zero_grad()
+        self._zero_gradients()
         manager = nullcontext() if context is None else entered(context)
         if context is self.ascent_context:
             self._replicas = None if context is None else replicas_of(manager)
@@ -658,6 +662,18 @@ class SharpnessAwareOptimizer(SharedState):
                 return closure()
         finally:
             self._inside_closure = False
+
+    def _zero_gradients(self) -> None:
+        """Zero the gradients as a part of the step."""
+        if self.set_to_none:
+            self.zero_grad()  # a subclass's may do otherwise, and take no argument
+        else:
+            self.zero_grad(set_to_none=False)
+
+    @property
+    def _sets_to_none(self) -> bool:
+        """Whether what zeroes the gradients leaves them to whoever has them otherwise."""
+        return self.set_to_none and zeroes_as_torch(self)
 
     def _find_replicas(self) -> Any:
         """The process group of the replicas whose gradients ``ascent_context`` keeps apart."""
@@ -694,7 +710,7 @@ class SharpnessAwareOptimizer(SharedState):
 
     def _after_step(self, zero_grad: bool) -> None:
         if zero_grad:
-            self.zero_grad()
+            self._zero_gradients()
         if not self._inside_step:  # where torch runs them
             hooks.run_own(self, "post")
 
@@ -810,7 +826,8 @@ class SharpnessAwareOptimizer(SharedState):
             run=lambda closure: self._call(closure, self.descent_context),
             collect=lambda: passes.collect_other(spec, self.state),
             hypergradient=partial(passes.hypergradient, self.backend),
-            clear=self.zero_grad,
+            clear=self._zero_gradients,
+            cleared=self._sets_to_none,
         )
         try:
             yield passes.recording

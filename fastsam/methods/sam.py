@@ -67,6 +67,10 @@ class SAM(SharpnessAwareOptimizer):
         ascent_context, descent_context: Functions without arguments that give a context manager:
             ``step`` enters it for its first or second call of the closure, as
             ``descent_context=lambda: fastsam.frozen_batch_norm(model)``. Default None.
+        set_to_none: How a step zeroes gradients, as in ``zero_grad``. Default True. With False
+            they keep their memory, for flat buffers of which every ``.grad`` is a part; a
+            parameter that the loss does not depend on then has a gradient of zeros, with which it
+            is updated.
         backend: ``"triton"``, ``"torch"``, ``"reference"`` or ``"auto"`` (the default: triton on
             a GPU it serves, else torch).
         **base_kwargs: Arguments of the base optimizer: ``lr=0.1, momentum=0.9`` ...
@@ -102,6 +106,7 @@ class SAM(SharpnessAwareOptimizer):
         repeat_random: bool = False,
         ascent_context: Context | None = None,
         descent_context: Context | None = None,
+        set_to_none: bool = True,
         backend: str = "auto",
         **base_kwargs: Any,
     ):
@@ -110,7 +115,8 @@ class SAM(SharpnessAwareOptimizer):
             max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite,
             perturb_every=perturb_every, start=start, stop=stop, master_weights=master_weights,
             rounding=rounding, seed=seed, repeat_random=repeat_random,
-            ascent_context=ascent_context, descent_context=descent_context, backend=backend,
+            ascent_context=ascent_context, descent_context=descent_context,
+            set_to_none=set_to_none, backend=backend,
             **base_kwargs,
         )  # fmt: skip
 

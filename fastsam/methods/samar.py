@@ -103,8 +103,8 @@ class SAMAR(SharpnessAwareOptimizer):
     :math:`\tilde g` is rescaled before it is mixed; ``max_grad_norm`` bounds the norm of :math:`u`.
 
     Cost: that of :class:`SAM`, and a second reduction over both gradients; the first is kept until
-    the update, in its own memory where ``zero_grad=True`` (as in ``step``) leaves it to the
-    optimizer, else as a copy. With SGD and momentum 52 bytes per element in float32 (reduce 4,
+    the update, in its own memory where the step sets it to None (``zero_grad=True``, as in
+    ``step``), else as a copy. With SGD and momentum 52 bytes per element in float32 (reduce 4,
     perturb 16, reduce 8, update 24), four launches. :math:`\lambda` and :math:`s_{k-1}` stay on the
     device; they are saved with the state, and are in ``kept["lam"]`` and ``kept["sharpness"]``.
     ``metrics`` has the lam of the last step and the sharpness that it measured.

@@ -154,7 +154,7 @@ def check_common(kwargs: Mapping[str, Any], cls: type) -> None:
     """What methods with an update of their own take besides their named arguments."""
     allowed = ("renormalize", "max_grad_norm", "skip_nonfinite", "perturb_every", "start", "stop",
                "master_weights", "rounding", "seed", "repeat_random",
-               "ascent_context", "descent_context")  # fmt: skip
+               "ascent_context", "descent_context", "set_to_none")  # fmt: skip
     if unknown := [key for key in kwargs if key not in allowed]:
         raise TypeError(
             f"{cls.__name__} got an unexpected argument {unknown[0]!r}; besides its own it takes "

@@ -1,8 +1,9 @@
 """Gradients of one pass that are kept while the next pass makes others."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
+from torch.optim.optimizer import Optimizer
 
 from .batch import Batch
 from .memory import UNSHARED_GRADIENT, holders, is_alone
@@ -35,7 +36,26 @@ def take_over(batch: Batch, cleared: bool, ours: Iterable[Tensor] = ()) -> list[
     return kept
 
 
-def set_aside(batch: Batch, ours: Iterable[Tensor]) -> dict[Tensor, Tensor]:
-    """The present gradients by parameter, such that no backward pass writes to them."""
+def set_aside(batch: Batch, cleared: bool, ours: Iterable[Tensor]) -> dict[Tensor, Tensor]:
+    """The present gradients by parameter, such that no backward pass writes to them.
+
+    The arguments are those of :func:`take_over`.
+    """
+    if not cleared:
+        return {p: p.grad.clone() for p in batch.owners if p.grad is not None}
     kept = zip(batch.owners, take_over(batch, cleared=True, ours=ours), strict=True)
     return {p: p.grad if is_sharded(p) and p.grad is not None else x for p, x in kept}
+
+
+def put_back(grads: Mapping[Tensor, Tensor]) -> None:
+    """Leave gradients in ``.grad``: in the tensors that are there, or else themselves."""
+    for param, grad in grads.items():
+        if param.grad is None:
+            param.grad = grad
+        else:  # somebody keeps it, as a part of a larger buffer perhaps
+            param.grad.copy_(grad)
+
+
+def zeroes_as_torch(optimizer: Optimizer) -> bool:
+    """Whether ``optimizer.zero_grad`` is torch's own, and sets to None when it is told to."""
+    return type(optimizer).zero_grad is Optimizer.zero_grad and "zero_grad" not in vars(optimizer)

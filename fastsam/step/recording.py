@@ -11,7 +11,7 @@ from fastsam.replicas import average
 
 from .batch import Batch
 from .flight import Backup
-from .gradients import set_aside, take_over
+from .gradients import put_back, set_aside, take_over
 from .spec import StepSpec
 
 
@@ -24,7 +24,8 @@ class Recording:
         run: Calls a closure as the second pass does: gradients zeroed, in its context.
         collect: Gives the batch of the present gradients.
         hypergradient: The backend's, of the batch, the backup, the approximation and the spec.
-        clear: Sets all gradients to None.
+        clear: Zeroes all gradients, as the step does between its passes.
+        cleared: Whether that sets them to None.
     """
 
     hessian: str
@@ -32,6 +33,7 @@ class Recording:
     collect: Callable[[], Batch]
     hypergradient: Callable[[Batch, Backup | None, str, StepSpec], Tensor]
     clear: Callable[[], None]
+    cleared: bool
     batch: Batch | None = None
     backup: Backup | None = None
     spec: StepSpec | None = None
@@ -57,19 +59,19 @@ class Recording:
         """
         assert self.batch is not None
         batch = self.batch
-        left = set_aside(self.collect(), ours=batch.grads)
-        batch.grads = take_over(batch, cleared=True, ours=left.values())
+        left = set_aside(self.collect(), self.cleared, ours=batch.grads)
+        batch.grads = take_over(batch, self.cleared, ours=left.values())
         results, grads = [], []
         try:
             for closure in closures:
                 results.append(self.run(closure))
                 present = self.collect()
-                kept = dict(zip(present.owners, take_over(present, cleared=True), strict=True))
+                taken = take_over(present, self.cleared)
+                kept = dict(zip(present.owners, taken, strict=True))
                 grads.append([kept.get(param) for param in batch.owners])
         finally:
             self.clear()
-            for param, grad in left.items():
-                param.grad = grad
+            put_back(left)
         batch.training, batch.validation = grads
         return results
 

@@ -438,12 +438,13 @@ def told(rank, size, options, branches, own, cases):
     for method, base in cases:
         modules = [Branches() if branches else Scale() for _ in range(2)]
         modules[1].load_state_dict(modules[0].state_dict())
-        model = wrapped(modules[0], **options)
+        model = wrapped(modules[0], **{k: x for k, x in options.items() if k != "set_to_none"})
+        kept = {k: x for k, x in options.items() if k == "set_to_none"}
         context = model.no_sync if own else None
         # with static_graph torch wants gradients of the first pass ever to be synchronised
         start = int(own and "static_graph" in options)
         optimizer = create(
-            method, model.parameters(), "torch", base, ascent_context=context, start=start
+            method, model.parameters(), "torch", base, ascent_context=context, start=start, **kept
         )
         whole = create(method, modules[1].parameters(), "torch", base)
 
@@ -477,6 +478,7 @@ MIXING = [("samar", "adagrad_norm"), ("samar-callable", "adamw")]
     ("options", "branches"),
     [
         ({"gradient_as_bucket_view": True}, None),
+        ({"gradient_as_bucket_view": True, "set_to_none": False}, None),
         ({"static_graph": True}, None),
         ({"find_unused_parameters": True}, "same"),
         ({"find_unused_parameters": True}, "differ"),
