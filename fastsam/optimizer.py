@@ -104,7 +104,8 @@ class SharpnessAwareOptimizer(SharedState):
 
     #: What ``_start`` makes: it lives only as long as this process, and nothing of it is saved.
     _TRANSIENT = ("_owner", "_passes", "_flight", "_last", "_warnings", "_loading", "_replicas",
-                  "_inside_step", "_inside_closure", "_mode", "_random")  # fmt: skip
+                  "_inside_step", "_inside_closure", "_mode", "_random",
+                  "_unperturbed")  # fmt: skip
 
     def __init__(
         self,
@@ -232,6 +233,7 @@ class SharpnessAwareOptimizer(SharedState):
         self._warnings = Warnings()
         self._random = RepeatedRandom(type(self).__name__)
         self._inside_step = self._inside_closure = False
+        self._unperturbed = 0  # blocks of ``unperturbed`` that are open
         self._mode = ""  # that ``train`` or ``eval`` has set last
         self._replicas: Any = None  # that ``step`` found for the pass that comes
         this = weakref.ref(self)  # no cycle, so that an optimizer is gone when it is dropped
@@ -373,6 +375,39 @@ class SharpnessAwareOptimizer(SharedState):
     def between_passes(self) -> bool:
         """Whether ``second_step`` is due: the model holds perturbed weights."""
         return self._flight is not None
+
+    @contextmanager
+    def unperturbed(self) -> Iterator[None]:
+        """Have the weights ``w`` in the model inside the block, between the passes of a step.
+
+        For whoever saves or evaluates in the middle of a step, as in the second call of a closure.
+        At the end of the block, also where an exception ends it, the perturbed weights are there
+        again, bit for bit, and what was written to weights inside is gone. At other times the
+        block does nothing. Blocks nest.
+
+        Put neither a backward pass inside, which would add to the gradients, nor the block between
+        a forward pass and its backward pass, which autograd refuses. ``between_passes`` stays as it
+        is. :meth:`restore` undoes the step here, too; the block then ends with ``w``.
+
+        Cost: one more copy of the weights for as long as it lasts, and two copies back and forth.
+        The device is not waited for.
+
+        Raises:
+            RuntimeError: By ``step``, ``first_step`` and the others, if they are called inside.
+        """
+        flight = self._flight
+        swaps = flight is not None and self._unperturbed == 0
+        self._unperturbed += 1
+        try:
+            if flight is not None and swaps:
+                with uninterrupted(), torch.no_grad():
+                    flight.suspend()
+            yield
+        finally:
+            with uninterrupted(), torch.no_grad():
+                self._unperturbed -= 1
+                if flight is not None and swaps and self._flight is flight:
+                    flight.resume()
 
     def repeated_random(self) -> AbstractContextManager[None]:
         """Equal random numbers in all passes of a step, for loops that call ``backward``.
@@ -696,6 +731,10 @@ class SharpnessAwareOptimizer(SharedState):
         call = call or due
         if self._inside_closure:
             raise RuntimeError(f"{call} cannot be called from inside a closure given to step")
+        if self._unperturbed:
+            raise RuntimeError(
+                f"{call} cannot be called inside unperturbed(): end that block first"
+            )
         if (due == "second_step") != (self._flight is not None):
             due = "first_step" if self._flight is None else "second_step"
             raise RuntimeError(

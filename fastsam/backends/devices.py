@@ -30,6 +30,10 @@ class SplitBackup:
         for backup in self.parts.values():
             backup.restore()
 
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """See ``Backup.pairs``."""
+        return [pair for backup in self.parts.values() for pair in backup.pairs()]
+
 
 class SeveralDevices:
     """See the module's docstring.

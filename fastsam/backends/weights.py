@@ -19,6 +19,10 @@ class ListBackup:
         for param, copy in self.copies.items():
             param.copy_(copy)
 
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """See ``Backup.pairs``."""
+        return list(self.copies.items())
+
 
 def weight(batch: Batch, k: int) -> Tensor:
     """Parameter ``k``, or the master weights behind it."""

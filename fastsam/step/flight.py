@@ -19,6 +19,9 @@ class Backup(Protocol):
     def restore(self) -> None:
         """Copy every weight back, bit for bit."""
 
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """Every perturbed parameter, with its unperturbed weights."""
+
 
 @dataclass
 class InFlight:
@@ -34,6 +37,7 @@ class InFlight:
         firsts: First gradients, where the second pass needs them, and whose they are.
         saw_shards: Whether sharded parameters had a first gradient.
         seen: Gradients that the first pass left: parameter, gradient, its version.
+        perturbed: Copies of the perturbed weights, while the unperturbed are in their place.
     """
 
     perturbs: bool
@@ -45,6 +49,7 @@ class InFlight:
     firsts: tuple[list[Tensor], list[Tensor]] | None = None
     saw_shards: bool = False
     seen: list[tuple[Tensor, "weakref.ref[Tensor]", int]] = field(default_factory=list)
+    perturbed: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def keep_firsts(self, batch: Batch, grads: list[Tensor]) -> None:
         """Keep the first gradients for the second pass."""
@@ -71,6 +76,20 @@ class InFlight:
                 by_owner = dict(zip(owners, grads, strict=True))
                 batch.firsts = [by_owner.get(param) for param in batch.owners]
 
+    def suspend(self) -> None:
+        """Have the unperturbed weights in the parameters, until :meth:`resume`.
+
+        The backup stays as it is. A parameter's memory, too: on a CPU it may be scratch memory.
+        """
+        pairs = [] if self.backup is None else self.backup.pairs()
+        self.perturbed = [(param, param.detach().clone()) for param, _ in pairs]
+        _write(pairs)
+
+    def resume(self) -> None:
+        """Have the perturbed weights in the parameters again."""
+        pairs, self.perturbed = self.perturbed, []
+        _write(pairs)
+
     def undo(self) -> None:
         """Restore the weights. State has not changed yet."""
         torch.clear_autocast_cache()  # of the perturbed weights, in a region around the step
@@ -82,3 +101,10 @@ class InFlight:
         torch.clear_autocast_cache()
         if self.ascent is not None:
             self.ascent.commit(states, captured)
+
+
+def _write(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """Let parameters take values, in whatever shape they have by now."""
+    torch.clear_autocast_cache()
+    for param, x in pairs:
+        param.copy_(x if x.shape == param.shape else x.reshape(param.shape))

@@ -121,6 +121,27 @@ def test_devices_without_gradients(missing, method, backend, spread):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_unperturbed_weights_on_every_device(backend, spread):
+    ends = []
+    for looks in (True, False):
+        problem, params = problem_of()
+        optimizer = create("sam", spread(params), backend)
+        before = numpy(params)
+        set_grads(params, problem.grad(before), FP64)
+        optimizer.first_step()
+        perturbed = numpy(params)
+        if looks:
+            with optimizer.unperturbed():
+                close(numpy(params), before, 0)
+            close(numpy(params), perturbed, 0)
+        set_grads(params, problem.grad(perturbed), FP64)
+        optimizer.second_step()
+        ends.append(numpy(params))
+    assert is_spread(optimizer)
+    close(*ends, 0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("method", ["sam", "ssam-adaptive-clip", "vasso", "lightsam-1", "samar"])
 def test_an_overflow_on_one_device_skips_the_step_on_all(method, backend, spread):
     problem, params = problem_of()

@@ -364,6 +364,31 @@ def test_failures_on_all_ranks_change_nothing(when):
         assert processes.run(2, failing, kind, method, when) == [True, True]
 
 
+def looking(rank, size, kind, backend):
+    """What the unperturbed weights are in the middle of a step, and how it ends."""
+    ends, found = [], []
+    for looks in (True, False):
+        model = sharded(network(), kind)
+        optimizer = made("sam", "adamw", model.parameters(), backend)
+        before = snapshot(model, optimizer)[: len(list(model.parameters()))]
+        squared_error(model, data(rank, size)).backward()
+        optimizer.first_step(zero_grad=True)
+        perturbed = [x.clone() for x in shards_of(model)]
+        if looks:
+            with optimizer.unperturbed():
+                found.append(same(before, shards_of(model)))
+            found += [same(perturbed, shards_of(model)), not same(perturbed, before)]
+        squared_error(model, data(rank, size)).backward()
+        optimizer.second_step()
+        ends.append(snapshot(model, optimizer))
+    return all(found) and same(*ends)
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=INTERPRETED)])
+def test_unperturbed_shards(backend):
+    assert processes.run(2, looking, "sharded", backend) == [True, True]
+
+
 # --- replicas that perturb for themselves ---------------------------------------------------------
 
 

@@ -102,17 +102,23 @@ class FlatBackup:
 
     def restore(self, params: Iterable[Tensor] | None = None) -> None:
         """Copy weights back: those of ``params``, or all that have been copied."""
+        for param, w in self.pairs(params):
+            # shapes differ where somebody has reshaped the parameter
+            param.copy_(w if param.shape == w.shape else w.reshape(param.shape))
+
+    def pairs(self, params: Iterable[Tensor] | None = None) -> list[tuple[Tensor, Tensor]]:
+        """See ``Backup.pairs``; of ``params``, or of all that have been copied."""
+        found = []
         for param in [*self.places, *self.masters] if params is None else params:
             if param in self.masters:
-                param.copy_(self.masters[param])
+                found.append((param, self.masters[param]))
                 continue
             i, start = self.places[param]
             if i < self.written:
                 form = self._forms[param]
                 part = self.flats[i][start : start + form.shape.numel()]
-                copy = part.as_strided(form.shape, form.strides)
-                # shapes differ where somebody has reshaped the parameter
-                param.copy_(copy if param.shape == form.shape else copy.reshape(param.shape))
+                found.append((param, part.as_strided(form.shape, form.strides)))
+        return found
 
 
 def offsets(params: list[Tensor]) -> tuple[list[int], int]:
