@@ -5,6 +5,7 @@ from .analysis.flatness import sharpness
 from .analysis.landscape import Landscape, loss_landscape
 from .bases.adagrad_norm import AdaGradNorm
 from .batch_norm import frozen_batch_norm
+from .frozen import frozen_updates
 from .methods.adasam import AdaSAM
 from .methods.lets import LETS
 from .methods.lightsam import LightSAM
@@ -17,4 +18,5 @@ from .replicas import per_replica
 __version__ = "0.1.0"
 __all__ = ["ASAM", "LETS", "SAM", "SAMAR", "SSAM", "USAM", "AdaGradNorm", "AdaSAM", "Landscape",
            "LightSAM", "SharpnessRatio", "UnifiedSAM", "VaSSO", "frozen_batch_norm",
-           "loss_landscape", "per_replica", "rules", "sharpness", "theory"]  # fmt: skip
+           "frozen_updates", "loss_landscape", "per_replica", "rules", "sharpness",
+           "theory"]  # fmt: skip

@@ -1,21 +1,16 @@
 """Running statistics of batch normalisation, kept out of one of a step's two passes."""
 
-from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
-import torch
-from torch import Tensor
 from torch.nn import Module
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from .step.interrupts import uninterrupted
+from .step.snapshot import Place, Snapshot
 
 #: The buffers of torch's own classes, and of most that were written after them.
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-
-#: A buffer at the start of a block: its module and name, itself, a copy, and autograd's version.
-Held = tuple[Module, str, Tensor, Tensor, int]
 
 
 class frozen_batch_norm:  # noqa: N801 - used like a function
@@ -82,40 +77,25 @@ class frozen_batch_norm:  # noqa: N801 - used like a function
                 )
         self.model = model
         self.buffers = buffers
-        self._open: list[list[Held]] = []  # by the blocks that are open, the innermost last
+        self._open: list[Snapshot] = []  # by the blocks that are open, the innermost last
 
     def __call__(self) -> "frozen_batch_norm":
         return self
 
-    @torch.no_grad()
     def __enter__(self) -> "frozen_batch_norm":
         names = tuple(dict.fromkeys((*STATISTICS, *self.buffers)))
-        held: list[Held] = []
+        places: list[Place] = []
         for module in self.model.modules():
             if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
                 continue
-            for name in names:
-                x = module._buffers[name] if name in module._buffers else None
-                if x is not None:
-                    held.append((module, name, x, torch.empty_like(x), _version(x)))
-        _copy((value, x) for _, _, x, value, _ in held)
-        self._open.append(held)
+            held = module._buffers
+            places += [(module, held, x) for x in names if x in held and held[x] is not None]
+        self._open.append(Snapshot(places))
         return self
 
     def __exit__(self, *exception: object) -> None:
-        with uninterrupted(), torch.no_grad():
-            pairs = []
-            for module, name, x, value, version in self._open.pop():
-                # A write that autograd hears of would forbid the backward of a graph from inside
-                # the block. BatchNorm's own is silent, too: no graph reads what it writes. Where
-                # others were heard a graph may have read the result, and autograd has to object.
-                pairs.append((x.data if _version(x) == version else x, value))
-                now = module._buffers[name] if name in module._buffers else x
-                if now is None or (now is not x and _is_like(now, x)):
-                    setattr(module, name, x)
-                elif now is not x:  # the model was moved, or is another one by now
-                    pairs.append((now, value))
-            _copy(pairs)
+        with uninterrupted():
+            self._open.pop().put_back()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.model, self.buffers)  # open blocks stay behind
@@ -123,28 +103,3 @@ class frozen_batch_norm:  # noqa: N801 - used like a function
     def __repr__(self) -> str:
         also = f", buffers={self.buffers!r}" if self.buffers else ""
         return f"{type(self).__name__}({type(self.model).__name__}{also})"
-
-
-def _version(x: Tensor) -> int:
-    """How often autograd has heard of a write; it does not listen to inference tensors."""
-    return -1 if x.is_inference() else x._version
-
-
-def _is_like(x: Tensor, y: Tensor) -> bool:
-    return (x.shape, x.dtype, x.device) == (y.shape, y.dtype, y.device)
-
-
-def _copy(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Copy the second of each pair into the first, where the shapes are equal."""
-    groups = defaultdict[Any, tuple[list[Tensor], list[Tensor]]](lambda: ([], []))
-    for target, source in pairs:
-        if target.shape != source.shape:
-            continue
-        if type(target) is type(source) is Tensor:
-            same = groups[target.dtype, source.dtype, target.device, source.device]
-            same[0].append(target)
-            same[1].append(source)
-        else:  # a DTensor has no operator for lists
-            target.copy_(source)
-    for group in groups.values():
-        torch._foreach_copy_(*group)

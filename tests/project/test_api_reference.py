@@ -30,7 +30,8 @@ LOOPS = ("accelerate", "huggingface", "lightning")
 #: What users are given and do not make, so that it refuses nothing.
 RESULTS = ("fastsam.Landscape", "fastsam.theory.StepSizes")
 #: What no paper describes; the docstring of the module names the one of fastsam.theory.
-NO_PAPER = ("fastsam.Landscape", "fastsam.SharpnessRatio", "fastsam.frozen_batch_norm")
+NO_PAPER = ("fastsam.Landscape", "fastsam.SharpnessRatio", "fastsam.frozen_batch_norm",
+            "fastsam.frozen_updates")  # fmt: skip
 
 SECTION = r"^{}:\n((?:(?: .*)?\n)+)"
 
