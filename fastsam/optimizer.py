@@ -88,7 +88,8 @@ class SharpnessAwareOptimizer(SharedState):
     In the equations of the subclasses :math:`g` is the gradient at :math:`w`, :math:`\tilde g` the
     one at :math:`w + e`, and :math:`\|\cdot\|` the norm over every element of every group. A step
     costs two forward and backward passes, one copy of the weights between them, and the bytes that
-    a class gives for itself.
+    a class gives for itself. In groups with ``maximize`` both count as gradients of the negative
+    objective, which is minimised: the perturbation goes to where the objective is lower.
 
     Attributes:
         ascent: The rule of the perturbation; a subclass sets its own.

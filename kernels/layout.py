@@ -40,7 +40,7 @@ class Launches:
 
 
 #: Columns of the hyper-parameter table: one width, so that no kernel depends on the base.
-WIDTH = 24
+WIDTH = 25
 #: State tensors per parameter that the tables have rows for, and scalars of a descent rule.
 BASE_STATES = 3
 ASCENT_STATES = 2
@@ -89,8 +89,9 @@ class Hyper(IntEnum):
     MAX_GRAD_NORM = 3  # the same in every row
     DESCENT = 4  # four columns, the same in every row
     ASCENT = 8  # three columns
-    LR = 11  # for LETS; negative where the base maximizes
-    BASE = 12  # twelve columns
+    LR = 11  # for LETS
+    SIGN = 12  # -1 where the base maximizes: rules are given the gradient of what is minimised
+    BASE = 13  # twelve columns
 
 
 class Scalar(IntEnum):

@@ -27,6 +27,7 @@ from .stream import (
 RHO = tl.constexpr(int(Hyper.RHO))
 IS_ADAPTIVE = tl.constexpr(int(Hyper.ADAPTIVE))
 ETA = tl.constexpr(int(Hyper.ETA))
+SIGN = tl.constexpr(int(Hyper.SIGN))
 ASCENT = tl.constexpr(int(Hyper.ASCENT))
 ASCENT_NORM = tl.constexpr(int(Scalar.ASCENT_NORM))
 NEXT_ACCUMULATED = tl.constexpr(int(Scalar.NEXT_ACCUMULATED))
@@ -59,7 +60,8 @@ def _perturb(table, columns, tensor, start, offsets, mask, row, scalars, origin,
     param = stream(table, PARAM, columns, tensor, start, P, ALIGNED) + offsets
     grad = stream(table, GRAD, columns, tensor, start, G, ALIGNED) + offsets
     stored = tl.load(param, mask=mask)
-    g = tl.load(grad, mask=mask).to(ACC) * tl.load(scalars + FIRST_INVERSE_SCALE).to(ACC)
+    inverse_scale = tl.load(scalars + FIRST_INVERSE_SCALE).to(ACC) * tl.load(row + SIGN)
+    g = tl.load(grad, mask=mask).to(ACC) * inverse_scale
     if HAS_MASTER:  # it is the backup; written to only where it has to follow the parameter
         master = stream(table, MASTER, columns, tensor, start, ACC, ALIGNED) + offsets
         held = tl.load(master, mask=mask)

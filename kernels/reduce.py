@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .finish import COEFFICIENT, INVERSE_SCALE
 from .layout import Hyper, Scalar, Task
-from .perturb import ASCENT, FIRST_INVERSE_SCALE, element_scale, length
+from .perturb import ASCENT, FIRST_INVERSE_SCALE, SIGN, element_scale, length
 from .stream import (
     ASCENT0,
     ASCENT1,
@@ -49,7 +49,12 @@ def _terms(table, columns, tensor, start, offsets, mask, row, scalars, origin,
     """What is summed, element by element: the streams that ``TERMS`` combines."""
     grad = stream(table, GRAD, columns, tensor, start, G, ALIGNED) + offsets
     SCALE: tl.constexpr = FIRST_INVERSE_SCALE if ASCENDS else INVERSE_SCALE
-    present = tl.load(grad, mask=mask, other=0.0).to(ACC) * tl.load(scalars + SCALE).to(ACC)
+    sign = 1.0
+    if DIRECTION is not None or BOTH:  # else squares alone
+        sign = tl.load(row + SIGN)
+    present = tl.load(grad, mask=mask, other=0.0).to(ACC) * (
+        tl.load(scalars + SCALE).to(ACC) * sign
+    )
     here = 1.0
     if SCALED:
         param = stream(table, PARAM, columns, tensor, start, P, ALIGNED) + offsets
@@ -77,7 +82,7 @@ def _terms(table, columns, tensor, start, offsets, mask, row, scalars, origin,
         perturbed = where_present(table, FIRST_GRAD, columns, tensor, mask)
         first_grad = stream(table, FIRST_GRAD, columns, tensor, start, G, ALIGNED) + offsets
         g = tl.load(first_grad, mask=perturbed, other=0.0).to(ACC)
-        g *= tl.load(scalars + FIRST_INVERSE_SCALE).to(ACC)
+        g *= tl.load(scalars + FIRST_INVERSE_SCALE).to(ACC) * sign
         if RADIUS is not None:
             later = ()
             if STATES > 0:

@@ -8,12 +8,30 @@ from torch import Tensor
 
 from fastsam.arithmetic import wide
 from fastsam.kernels.layout import Scalar
-from fastsam.step.spec import Columns, Group, StepSpec
+from fastsam.step.spec import Columns, Group, StepSpec, is_perturbed, sign_of
 
 
 def columns_of(spec: StepSpec, group: Group) -> Columns:
     """The ascent rule's hyper-parameters in one group."""
     return spec.ascent.columns(group, spec.lam)
+
+
+def signed(grad: Tensor, group: Group) -> Tensor:
+    """The gradient of what a group minimises, in the dtype of the arithmetic."""
+    return -wide(grad) if sign_of(group) < 0 else wide(grad)
+
+
+def learning_rate(group: Group) -> Any:
+    """A number or a 0-dim tensor; 0 where the base has none."""
+    lr = group.get("lr")
+    if isinstance(lr, Tensor):
+        return lr.reshape(())
+    return 0.0 if lr is None else lr
+
+
+def radius_of(group: Group) -> Any:
+    """``rho``, or 0 in a group that is not perturbed."""
+    return group["rho"] if is_perturbed(group) else 0.0
 
 
 def element_scale(w: Tensor, group: Group) -> Tensor | float:
@@ -23,7 +41,7 @@ def element_scale(w: Tensor, group: Group) -> Tensor | float:
 
 def radius(spec: StepSpec, group: Group, scalars: Sequence[float] | Tensor) -> Any:
     """What the direction is multiplied by; a number where the scalars are numbers."""
-    rho = group["rho"]
+    rho = radius_of(group)
     if isinstance(rho, Tensor) and not isinstance(scalars, Tensor):
         rho = float(rho)  # else a 0-dim float32 would round what is a number here
     norm, total = scalars[Scalar.ASCENT_NORM], scalars[Scalar.NEXT_ACCUMULATED]

@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from fastsam.arithmetic import wide
-from fastsam.bases.torch_optim import signed_lr
 from fastsam.kernels.layout import Scalar
 from fastsam.step.batch import Batch
 from fastsam.step.sharding import total
 from fastsam.step.spec import StepSpec
 
 from .base import DeviceBackend, Pass
-from .equations import columns_of, perturbation, radius
+from .equations import columns_of, learning_rate, perturbation, radius, signed
 from .rounding import rounded
 from .sums import (
     descent_sums,
@@ -35,8 +34,8 @@ from .weights import ListBackup, at_weights, follow_parameters, weight
 
 def advance_one(batch: Batch, k: int, spec: StepSpec) -> Tensor:
     """Write the next ascent state of parameter ``k``; the direction that follows from it."""
-    rule, g = spec.ascent, wide(batch.grads[k])
-    h = columns_of(spec, spec.groups[batch.groups[k]])
+    group = spec.groups[batch.groups[k]]
+    rule, g, h = spec.ascent, signed(batch.grads[k], group), columns_of(spec, group)
     old, new = state_of(batch, k)
     if rule.advance is not None and old:
         for name, value in rule.advance(g, old, h).items():
@@ -212,16 +211,19 @@ class ReferenceBackend(DeviceBackend):
         perturbations = first_passes(batch, backup, spec, scalars) if hessian == "diag" else None
         for k, grad in enumerate(batch.grads):
             first = None if batch.firsts is None else batch.firsts[k]
-            second = wide(grad)
+            group = spec.groups[batch.groups[k]]
+            second = signed(grad, group)
             if perturbations is not None:
                 product = second * second * next(perturbations)[1]
             else:
-                product = torch.zeros_like(second) if first is None else second - wide(first)
+                product = (
+                    torch.zeros_like(second) if first is None else second - signed(first, group)
+                )
             validation, training = (
                 torch.zeros_like(second) if xs is None or xs[k] is None else wide(xs[k])  # type: ignore[arg-type]
                 for xs in (batch.validation, batch.training)
             )
-            lr = signed_lr(spec.groups[batch.groups[k]]) * torch.ones_like(scalars[0])
+            lr = learning_rate(group) * torch.ones_like(scalars[0])
             parts.append(lr * ((validation - training) * product).sum(dtype=scalars.dtype))
         slope = total(parts, batch.shardings)
         yield slope

@@ -13,7 +13,7 @@ from fastsam.step.sharding import Sharding, total
 from fastsam.step.spec import Descent, StepSpec
 
 from .base import Pass
-from .equations import columns_of, element_scale, perturbation, radius
+from .equations import columns_of, element_scale, perturbation, radius, signed
 from .weights import ListBackup
 
 #: Where a descent rule's scalars are, in the order of their declaration.
@@ -65,7 +65,7 @@ def finish_ascent(n: Tensor, direction_norm: Tensor, spec: StepSpec, scalars: Te
 def first_passes(
     batch: Batch, backup: ListBackup | None, spec: StepSpec, scalars: Tensor
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """First gradients and the perturbations made of them, before these were rounded."""
+    """First gradients, of what is minimised, and the perturbations made of them, unrounded."""
     for k, grad in enumerate(batch.grads):
         first = None if batch.firsts is None else batch.firsts[k]
         if first is None:  # counts as zeros
@@ -75,8 +75,9 @@ def first_passes(
         param, group = batch.params[k], spec.groups[batch.groups[k]]
         w = param if backup is None else backup.copies.get(param, param)
         state = None if batch.next is None else batch.next[k]
-        d = spec.ascent.direction(wide(first), state or {}, columns_of(spec, group))
-        yield wide(first), perturbation(w, d, group, radius(spec, group, scalars))
+        g = signed(first, group)
+        d = spec.ascent.direction(g, state or {}, columns_of(spec, group))
+        yield g, perturbation(w, d, group, radius(spec, group, scalars))
 
 
 @contextmanager
@@ -99,11 +100,12 @@ def descent_sums(
         return {}
     parts = []
     passes = first_passes(batch, backup, spec, scalars)
-    for (g, e), second in zip(passes, batch.grads, strict=True):
+    for (g, e), grad, i in zip(passes, batch.grads, batch.groups, strict=True):
+        second = signed(grad, spec.groups[i])
         found = [torch.linalg.vector_norm(g, dtype=scalars.dtype).square()]
-        found.append((g * wide(second)).sum(dtype=scalars.dtype))
+        found.append((g * second).sum(dtype=scalars.dtype))
         if rule.needs_perturbation:
-            found.append(((g + wide(second)) * e).sum(dtype=scalars.dtype) / 2)
+            found.append(((g + second) * e).sum(dtype=scalars.dtype) / 2)
         parts.append(torch.stack(found).to(scalars.device))
     sums = total(parts, batch.shardings)
     yield sums

@@ -10,9 +10,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from fastsam.arithmetic import narrowed
 from fastsam.step.checkpoint import Loading, write_kept
 from fastsam.step.checks import check_tensors
-from fastsam.step.spec import Base, Columns, Group
-
-from .torch_optim import sign_of
+from fastsam.step.spec import Base, Columns, Group, sign_of
 
 
 class AdaGradNorm(Optimizer):

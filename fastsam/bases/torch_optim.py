@@ -11,20 +11,7 @@ import torch
 from torch import Tensor
 
 from fastsam.arithmetic import narrowed
-from fastsam.step.spec import Base, Columns, Group
-
-
-def sign_of(group: Group) -> float:
-    """-1 where the base maximizes, else 1."""
-    return -1.0 if group.get("maximize") else 1.0
-
-
-def signed_lr(group: Group) -> Any:
-    """The learning rate, negative where the base maximizes; 0 where it has none."""
-    lr = group.get("lr")
-    if isinstance(lr, Tensor):
-        lr = lr.reshape(())
-    return 0.0 if lr is None else sign_of(group) * lr
+from fastsam.step.spec import Base, Columns, Group, sign_of
 
 
 def _add_weight_decay(w: Tensor, u: Tensor, group: Group) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from fastsam.arithmetic import narrowed, over_root
-from fastsam.step.spec import Base, Columns, Group
+from fastsam.step.spec import Base, Columns, Group, sign_of
 
 from .torch_optim import adam_states
 
@@ -50,10 +50,11 @@ class Uncorrected(Optimizer):
         weight_decay: float,
         betas: tuple[float, float] = (0.9, 0.999),
         amsgrad: bool = False,
+        maximize: bool = False,
     ):
         check_uncorrected({"lr": lr, "eps": eps, "weight_decay": weight_decay, "betas": betas})
-        super().__init__(params, {"lr": lr, "eps": eps, "weight_decay": weight_decay,
-                                  "betas": betas, "amsgrad": amsgrad})  # fmt: skip
+        defaults = dict(lr=lr, eps=eps, weight_decay=weight_decay, betas=betas, amsgrad=amsgrad)
+        super().__init__(params, defaults | {"maximize": maximize})
 
 
 class UncorrectedAdam(Uncorrected):
@@ -77,6 +78,7 @@ def _adam_columns(group: Group) -> Columns:
     return {
         "LR": group["lr"], "ONE_MINUS_BETA1": 1 - beta1, "BETA2": beta2,
         "ONE_MINUS_BETA2": 1 - beta2, "WEIGHT_DECAY": group["weight_decay"],
+        "SIGN": sign_of(group),
     }  # fmt: skip
 
 
@@ -90,7 +92,7 @@ def _adam(
     squared_norms: Tensor,
 ) -> None:  # fmt: skip
     beta1, beta2 = group["betas"]
-    lr = narrowed(group["lr"], w)
+    lr, u = narrowed(group["lr"], w), -u if group["maximize"] else u
     w.mul_(1 - lr * group["weight_decay"])
     state["exp_avg"].lerp_(u, 1 - beta1)
     state["exp_avg_sq"].mul_(beta2).addcmul_(u, u, value=1 - beta2)
@@ -101,7 +103,7 @@ def _adam(
 
 
 def _adagrad_columns(group: Group) -> Columns:
-    return {"LR": group["lr"], "WEIGHT_DECAY": group["weight_decay"]}
+    return {"LR": group["lr"], "WEIGHT_DECAY": group["weight_decay"], "SIGN": sign_of(group)}
 
 
 def _adagrad_states(group: Group) -> dict[str, float]:
@@ -112,7 +114,7 @@ def _adagrad(
     w: Tensor, u: Tensor, state: dict[str, Tensor], group: Group, step: Any, fresh: bool,
     squared_norms: Tensor,
 ) -> None:  # fmt: skip
-    lr = narrowed(group["lr"], w)
+    lr, u = narrowed(group["lr"], w), -u if group["maximize"] else u
     w.mul_(1 - lr * group["weight_decay"])
     state["sum"].addcmul_(u, u)
     w.sub_(lr * over_root(u, state["sum"]))

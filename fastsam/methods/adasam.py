@@ -36,6 +36,7 @@ class AdaSAM(SharpnessAwareOptimizer):
         eps: Square root of where the accumulators start, at least 1e-18. Default 1e-8.
         weight_decay: Decoupled weight decay, at least 0; not in the paper. Default 0.
         backend: As in :class:`SAM`.
+        maximize: Maximize the objective, as in ``torch.optim``. Default False.
         **kwargs: ``renormalize`` and what follows it among the arguments of :class:`SAM`.
 
     Raises:
@@ -56,10 +57,11 @@ class AdaSAM(SharpnessAwareOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         backend: str = "auto",
+        maximize: bool = False,
         **kwargs: Any,
     ):
         check_common(kwargs, type(self))
         super().__init__(
             params, UncorrectedAdam, rho=rho, backend=backend, lr=lr, betas=betas, eps=eps,
-            weight_decay=weight_decay, amsgrad=True, **kwargs,
+            weight_decay=weight_decay, amsgrad=True, maximize=maximize, **kwargs,
         )  # fmt: skip

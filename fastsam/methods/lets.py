@@ -17,6 +17,7 @@ from fastsam.step.checkpoint import SharedState
 from fastsam.step.checks import check_closure, check_lets, check_loss
 from fastsam.step.interrupts import uninterrupted
 from fastsam.step.recording import Recording
+from fastsam.step.spec import sign_of
 
 
 class LETS(SharedState):
@@ -43,11 +44,10 @@ class LETS(SharedState):
     :math:`\rho` stays positive. Groups with different radii keep their ratios: what is learned is
     the first one's, and a common factor for all.
 
-    The update counts as :math:`w^+ = w - lr\, c\, \tilde g`, or plus that where the base maximizes,
-    whatever else the base does; :math:`c` is what renormalisation, clipping or SAMAR multiply
-    :math:`\tilde g` by, and counts as a constant.
-    That the scheme has this structure is sure; the diagonal form and the parametrisation by
-    :math:`\nu` were read with less certainty.
+    The update counts as :math:`w^+ = w - lr\, c\, \tilde g`, whatever else the base does; :math:`c`
+    is what renormalisation, clipping or SAMAR multiply :math:`\tilde g` by, and counts as a
+    constant. That the scheme has this structure is sure; the diagonal form and the parametrisation
+    by :math:`\nu` were read with less certainty.
 
     Cost: two forward and backward passes and one reduction over the four gradients (16 bytes per
     element in float32; with ``"diag"`` 4 more for the weights in adaptive groups, and for each of
@@ -179,7 +179,10 @@ class LETS(SharedState):
         slope = -gap * total.to(self._nu)  # rho h, the derivative by nu
         measured &= slope.isfinite()
         with uninterrupted():
-            self._measured = {"hypergradient": slope / self._nu.exp(), "validation_gap": gap}
+            sign = sign_of(self.param_groups[0])  # the gap is that of what is minimised
+            self._measured = {
+                "hypergradient": slope / self._nu.exp(), "validation_gap": sign * gap
+            }  # fmt: skip
             self._descend(slope, measured)
             self._write_rho()
 

@@ -175,6 +175,7 @@ class LightSAM(SharpnessAwareOptimizer):
         eps: Square root of where the accumulators start, at least 1e-18. Default 1e-8.
         weight_decay: Decoupled weight decay, at least 0; not in the paper. Default 0.
         backend: As in :class:`SAM`.
+        maximize: Maximize the objective, as in ``torch.optim``. Default False.
         **kwargs: ``renormalize`` and what follows it among the arguments of :class:`SAM`.
 
     Raises:
@@ -196,6 +197,7 @@ class LightSAM(SharpnessAwareOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         backend: str = "auto",
+        maximize: bool = False,
         **kwargs: Any,
     ):
         check_rule(rule, RULES)
@@ -204,5 +206,6 @@ class LightSAM(SharpnessAwareOptimizer):
         self.ascent, base = RULES[rule]
         super().__init__(
             params, base, rho=rho, backend=backend,
-            lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **kwargs,
+            lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize,
+            **kwargs,
         )  # fmt: skip

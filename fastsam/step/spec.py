@@ -24,6 +24,17 @@ SUMS = ("first", "second", "product", "sharpness")
 #: Numbers that an optimizer keeps of its own, and that no descent rule may call its scalars.
 RESERVED = ("t", "squared_norms", "ascent_squared_norms", "rounding_step")
 
+
+def sign_of(group: Mapping[str, Any]) -> float:
+    """-1 where the base maximizes, else 1: a rule is given the gradient of what is minimised."""
+    return -1.0 if group.get("maximize") else 1.0
+
+
+def is_perturbed(group: Mapping[str, Any]) -> bool:
+    """Whether a group takes part in the perturbation and its norm: its key ``perturb``."""
+    return bool(group.get("perturb", True))
+
+
 # functions with names, not lambdas: an optimizer that holds them can be pickled
 
 
@@ -48,8 +59,9 @@ def along_gradient(g: Tensor, state: dict[str, Tensor], h: Columns) -> Tensor:
 class Ascent:
     r"""How the perturbation follows from the first gradient: :math:`e = r\, T^2 d`.
 
-    The equations work on any number of elements, in float32 or float64, and write to nothing.
-    ``h`` holds what ``columns`` gives, ``state`` the state tensors by name.
+    The equations work on any number of elements, in float32 or float64, and write to nothing. ``g``
+    is the gradient of what is minimised: where a group maximizes its sign has been changed. ``h``
+    holds what ``columns`` gives, ``state`` the state tensors by name.
 
     Args:
         name: Of the rule, for messages.

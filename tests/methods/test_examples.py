@@ -81,11 +81,11 @@ def gsam(weights, gradient, steps, alpha=0.4):
     return with_momentum(weights, gradient, steps, u_of)
 
 
-def sam_on_lion(weights, gradient, steps, maximize=False):
+def sam_on_lion(weights, gradient, steps, sign=1.0):
     averages = [torch.zeros_like(w) for w in weights]
     for _ in range(steps):
-        us = gradient(perturbed(weights, gradient(weights)))
-        us = [-u for u in us] if maximize else us
+        gs = [sign * g for g in gradient(weights)]  # of what is minimised
+        us = [sign * u for u in gradient(perturbed(weights, gs))]
         cs = [0.9 * m + 0.1 * u for m, u in zip(averages, us, strict=True)]
         averages = [0.99 * m + 0.01 * u for m, u in zip(averages, us, strict=True)]
         weights = [w - 0.01 * (c.sign() + 0.1 * w) for w, c in zip(weights, cs, strict=True)]
@@ -103,7 +103,7 @@ CASES = {
     "lion": (fastsam.SAM, (Lion,), LION, sam_on_lion),
     "lion, up": (
         fastsam.SAM, (Lion,), LION | {"maximize": True},
-        lambda *args: sam_on_lion(*args, maximize=True),
+        lambda *args: sam_on_lion(*args, sign=-1.0),
     ),
 }  # fmt: skip
 #: Absolute, for weights up to about 3; as in ``test_methods.py``.

@@ -58,7 +58,9 @@ class Ratio:
 class Oracle:
     """One optimizer over several weights: an ascent rule, a descent rule and a base update.
 
-    Norms are over all groups; T = |w| + eta in adaptive groups, else 1. The ascent rules:
+    Norms are over all groups; T = |w| + eta in adaptive groups, else 1. Where a group maximizes, g
+    and g~ are the negatives of the gradients given, which makes its objective one to minimise. The
+    ascent rules:
 
     - "unified": e = rho (1 - lam_t + lam_t / (n + eps)) T^2 g, n = ||T g||. lam = 1 is SAM (Foret
       et al. 2021), with T ASAM (Kwon et al. 2021); lam = 0 is USAM (Andriushchenko & Flammarion
@@ -150,7 +152,8 @@ class Oracle:
                 self.state[i] = {"step": 0, "sum": self._store_state(total)}
 
     def _present(self, grads: Grads) -> dict[int, Array]:
-        return {i: self._store_grad(g) for i, g in enumerate(grads) if g is not None}
+        signs = {i: -1.0 if h["maximize"] else 1.0 for i, h in self._group.items()}
+        return {i: signs[i] * self._store_grad(g) for i, g in enumerate(grads) if g is not None}
 
     def _scale(self, w: Array, i: int) -> Array | float:
         """T of the i-th weight at w."""
@@ -266,7 +269,7 @@ class Oracle:
             us = {i: u / math.sqrt(self.b2) for i, u in us.items()}
         for i, u in us.items():
             h = self._group[i]
-            w, state = self._update(self.weights[i], -u if h["maximize"] else u, self.state[i], h)
+            w, state = self._update(self.weights[i], u, self.state[i], h)
             self.weights[i] = self._store(w)
             for name, x in state.items():
                 self.state[i][name] = x if name == "step" else self._store_state(x)

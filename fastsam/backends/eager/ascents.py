@@ -13,9 +13,9 @@ from torch import Tensor
 from fastsam.arithmetic import SMALLEST
 from fastsam.kernels.layout import Scalar
 from fastsam.step.batch import Batch
-from fastsam.step.spec import Ascent, Group, StepSpec
+from fastsam.step.spec import Ascent, Group, StepSpec, sign_of
 
-from ..equations import columns_of, perturbation, radius
+from ..equations import columns_of, perturbation, radius, signed
 from .blocks import LARGE, blocks
 from .fused import Part, extremes, find, fused_adagrad, fused_adam
 from .norms import element_scales
@@ -26,6 +26,9 @@ Tensors = list[Tensor]
 
 class AlongGradient:
     """Rules whose direction is the gradient."""
+
+    #: Whether directions have the sign of the gradients as they are, also in groups that maximize.
+    is_raw = True
 
     def directions(
         self, batch: Batch, parts: list[Part], spec: StepSpec, others: dict[int, Tensor]
@@ -43,6 +46,7 @@ class AlongGradient:
         """Write ``w + e`` to the targets."""
         weights, group = part.of(batch.params), part.group
         scale = float(radius(spec, group, scalars.tolist()))
+        scale *= sign_of(group) if self.is_raw else 1.0
         if scale == 0:  # the direction may hold infinities
             torch._foreach_copy_(targets, weights)
         elif group["adaptive"]:
@@ -61,6 +65,8 @@ class AlongGradient:
 class AlongAverage(AlongGradient):
     """VaSSO's: the direction is an average of the gradients."""
 
+    is_raw = False
+
     def directions(
         self, batch: Batch, parts: list[Part], spec: StepSpec, others: dict[int, Tensor]
     ) -> Sequence[Tensor]:
@@ -75,7 +81,8 @@ class AlongAverage(AlongGradient):
         assert batch.ascent is not None and batch.next is not None
         for part in parts:
             old, new = (part.column(x, "ascent_ema") for x in (batch.ascent, batch.next))
-            for ema, g, result in zip(old, part.of(batch.grads), new, strict=True):
+            for ema, grad, result in zip(old, part.of(batch.grads), new, strict=True):
+                g = signed(grad, part.group)
                 if starting:
                     h = columns_of(spec, part.group)
                     assert spec.ascent.advance is not None
@@ -108,7 +115,7 @@ class ByEquations(AlongGradient):
             h = columns_of(spec, part.group)
             for k in part.members:
                 new = self._advance(batch, k, spec, h)
-                found[k] = spec.ascent.direction(batch.grads[k], new, h)
+                found[k] = spec.ascent.direction(signed(batch.grads[k], part.group), new, h)
         return [found[k] for k in range(len(batch.grads))]
 
     def _advance(self, batch: Batch, k: int, spec: StepSpec, h: Any) -> dict[str, Tensor]:
@@ -116,7 +123,8 @@ class ByEquations(AlongGradient):
         old = (batch.ascent[k] if batch.ascent is not None else None) or {}
         new = (batch.next[k] if batch.next is not None else None) or {}
         if spec.ascent.advance is not None and old:
-            for name, x in spec.ascent.advance(batch.grads[k], old, h).items():
+            g = signed(batch.grads[k], spec.groups[batch.groups[k]])
+            for name, x in spec.ascent.advance(g, old, h).items():
                 new[name].copy_(x)
         return new
 
@@ -133,7 +141,8 @@ class ByEquations(AlongGradient):
         scale = radius(spec, group, scalars)
         h = columns_of(spec, group)
         for _, lists in blocks(*streams):
-            for w, g, x, *rest in zip(*lists, strict=True):
+            for w, grad, x, *rest in zip(*lists, strict=True):
+                g = signed(grad, group)
                 d = rest.pop(0) if along else None
                 old = dict(zip(names, rest[: len(names)], strict=True))
                 new = dict(zip(names, rest[len(names) :], strict=True))
@@ -177,6 +186,7 @@ class ByFused(AlongGradient):
     ) -> None:  # fmt: skip
         rule, names = spec.ascent, list(spec.ascent.states(group))
         assert rule.advance is not None and rule.usable is not None
+        grads = [signed(grad, group) for grad in grads]
         old, new = states[: len(names)], states[len(names) :]
         for before, after in zip(old, new, strict=True):
             torch._foreach_copy_(after, before)

@@ -21,6 +21,7 @@ from fastsam.step.spec import StepSpec
 
 from .. import reference, sums
 from ..base import Pass
+from ..equations import signed
 from ..weights import ListBackup, at_weights, follow_parameters
 from . import cpu
 from .ascents import along_gradient, path_of
@@ -70,7 +71,8 @@ class TorchBackend(reference.ReferenceBackend):
             torch._foreach_copy_(copies, copied)
             backup.copies.update(zip(copied, copies, strict=True))
             for k in range(len(batch.params)):
-                reference.perturb_one(batch, k, batch.grads[k], spec, scalars)
+                d = signed(batch.grads[k], spec.groups[batch.groups[k]])
+                reference.perturb_one(batch, k, d, spec, scalars)
         except BaseException:
             backup.restore()
             raise

@@ -21,7 +21,7 @@ from .. import reference, sums
 from ..base import Pass
 from ..equations import radius
 from ..weights import at_weights, follow_parameters
-from .ascents import AlongGradient, path_of
+from .ascents import along_gradient, path_of
 from .blocks import dots
 from .fused import Part, Update, update_of
 from .norms import norm, served, span_norms, total
@@ -165,7 +165,7 @@ def descent_sums(
     if spec.descent is None:
         return {}
     is_part = batch.shardings is not None and any(batch.shardings)
-    along = isinstance(path_of(spec.ascent), AlongGradient) and spec.ascent.advance is None
+    along = path_of(spec.ascent) is along_gradient
     if others or spec.adaptive or not along or is_part or batch.part is not None:
         return (yield from sums.descent_sums(batch, backup, spec, scalars))
     squared = torch.zeros_like(plain)  # of the first gradient

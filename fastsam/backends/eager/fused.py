@@ -17,7 +17,7 @@ from torch import Tensor
 from fastsam.arithmetic import SMALLEST
 from fastsam.kernels.layout import Scalar
 from fastsam.step.batch import Batch
-from fastsam.step.spec import Base, Group, StepSpec
+from fastsam.step.spec import Base, Group, StepSpec, sign_of
 
 from .blocks import blocks, flat
 from .scratch import Memory, Room
@@ -57,12 +57,14 @@ class Update:
         numbers, flags: The hyper-parameters that the operator takes.
         is_one_operator: Whether torch has it as one.
         needs_spare: Whether it needs memory for an intermediate result.
+        is_unsigned: Whether it is given the negative of the gradient where the group maximizes.
     """
 
     numbers: tuple[str, ...] = ("lr",)
     flags: tuple[str, ...] = ()
     is_one_operator = False
     needs_spare = False
+    is_unsigned = False
 
     def __init__(
         self, batch: Batch, part: Part, spec: StepSpec, scalars: Tensor, memory: Memory,
@@ -78,6 +80,9 @@ class Update:
             self.betas = tuple(map(float, group["betas"]))
         self.first = float(scalars[Scalar.FIRST_COEFFICIENT]) if part.mixed else 0.0
         self.coefficient = float(scalars[Scalar.COEFFICIENT]) if spec.rescales else 1.0
+        if self.is_unsigned:
+            self.first *= sign_of(group)
+            self.coefficient *= sign_of(group)
         self.squared_norms = float(scalars[Scalar.SQUARED_NORMS])
         names = list(spec.base.states(group))
         self.steps = part.column(batch.states, "step") if spec.base.counts_steps else []
@@ -210,13 +215,14 @@ class AdaGradNorm(Update):
     def update(self, weights: Tensors, u: Tensors, states: list[Tensors], steps: Tensors) -> None:
         self._decay(weights)
         scale = self.hyper["lr"] / self.squared_norms**0.5 if self.squared_norms != 0 else 0.0
-        torch._foreach_add_(weights, u, alpha=scale if self.group.get("maximize") else -scale)
+        torch._foreach_add_(weights, u, alpha=-sign_of(self.group) * scale)
 
 
 class Uncorrected(Update):
     """What LightSAM's and AdaSAM's have in common."""
 
     needs_spare = True
+    is_unsigned = True
 
     def _each(self, weights: Tensors, u: Tensors, states: list[Tensors]) -> None:
         """One tensor at a time, so that none is computed otherwise because of its neighbours."""

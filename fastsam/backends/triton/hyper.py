@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsam.bases.torch_optim import signed_lr
 from fastsam.kernels.layout import Hyper
 from fastsam.step.checkpoint import is_own
-from fastsam.step.spec import Group, StepSpec
+from fastsam.step.spec import Group, StepSpec, sign_of
 
+from ..equations import learning_rate, radius_of
 from .functions import ASCENT, BASE, DESCENT, ordered
 
 #: Keys of groups that no row holds.
@@ -51,9 +51,9 @@ def hyper_rows(
     shared += [0.0] * (Hyper.ASCENT - Hyper.MAX_GRAD_NORM - len(shared))
     rows, on_device = [], []
     for i, group in enumerate(spec.groups):
-        row = [group["rho"], group["adaptive"], group["eta"], *shared]
+        row = [radius_of(group), group["adaptive"], group["eta"], *shared]
         row += ordered(spec.ascent, ASCENT, spec.ascent.columns(group, spec.lam))
-        row += [0.0] * (Hyper.LR - len(row)) + [signed_lr(group)]
+        row += [0.0] * (Hyper.LR - len(row)) + [learning_rate(group), sign_of(group)]
         if spec.base is not None:
             row += ordered(spec.base, BASE, spec.base.columns(group))
         for j, x in enumerate(row):
