@@ -1,6 +1,7 @@
 """Sharpness-aware minimization for PyTorch, as fused Triton kernels with a torch reference."""
 
 from . import rules, theory
+from .agreement import compare_ranks
 from .analysis.flatness import sharpness
 from .analysis.landscape import Landscape, loss_landscape
 from .bases.adagrad_norm import AdaGradNorm
@@ -17,6 +18,6 @@ from .replicas import per_replica
 
 __version__ = "0.1.0"
 __all__ = ["ASAM", "LETS", "SAM", "SAMAR", "SSAM", "USAM", "AdaGradNorm", "AdaSAM", "Landscape",
-           "LightSAM", "SharpnessRatio", "UnifiedSAM", "VaSSO", "frozen_batch_norm",
-           "frozen_updates", "loss_landscape", "per_replica", "rules", "sharpness",
-           "theory"]  # fmt: skip
+           "LightSAM", "SharpnessRatio", "UnifiedSAM", "VaSSO", "compare_ranks",
+           "frozen_batch_norm", "frozen_updates", "loss_landscape", "per_replica", "rules",
+           "sharpness", "theory"]  # fmt: skip

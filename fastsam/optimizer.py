@@ -15,6 +15,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from fastsam.kernels.layout import Scalar
 
 from . import backends
+from .agreement import Agreement
 from .bases import find_base
 from .micro_batches import GradientMean, check_closures
 from .passes import Passes
@@ -105,7 +106,7 @@ class SharpnessAwareOptimizer(SharedState):
 
     #: What ``_start`` makes: it lives only as long as this process, and nothing of it is saved.
     _TRANSIENT = ("_owner", "_passes", "_flight", "_last", "_warnings", "_loading", "_replicas",
-                  "_inside_step", "_inside_closure", "_mode", "_random",
+                  "_agreement", "_inside_step", "_inside_closure", "_mode", "_random",
                   "_unperturbed")  # fmt: skip
 
     def __init__(
@@ -233,6 +234,7 @@ class SharpnessAwareOptimizer(SharedState):
         self._last: StepSpec | None = None  # of the present step, or the last
         self._warnings = Warnings()
         self._random = RepeatedRandom(type(self).__name__)
+        self._agreement = Agreement()
         self._inside_step = self._inside_closure = False
         self._unperturbed = 0  # blocks of ``unperturbed`` that are open
         self._mode = ""  # that ``train`` or ``eval`` has set last
@@ -281,6 +283,7 @@ class SharpnessAwareOptimizer(SharedState):
         check_closure(type(self).__name__, closure)
         self._expect("first_step", "step")
         self._check_groups()
+        self._check_ranks()
         self._inside_step = True
         try:
             perturbs = self._needs_two_passes
@@ -293,8 +296,9 @@ class SharpnessAwareOptimizer(SharedState):
             self.first_step(zero_grad=True, grad_scaler=grad_scaler)
             self._call(closure, self.descent_context, repeats)
             self.second_step(grad_scaler=grad_scaler)
-        except BaseException:
+        except BaseException as error:
             self.restore()
+            self._agreement.note(self, error)
             raise
         finally:
             self._inside_step = False
@@ -332,6 +336,7 @@ class SharpnessAwareOptimizer(SharedState):
         closures = check_closures(closures, lambda closure: check_closure(name, closure))
         self._expect("first_step", "step_micro_batches")
         self._check_groups()
+        self._check_ranks()
         hooks.run_own(self, "pre")
         perturbs = self._needs_two_passes
         repeats = self.repeat_random and perturbs
@@ -355,8 +360,9 @@ class SharpnessAwareOptimizer(SharedState):
             self._plain(None)
             if perturbs:  # the gradients were those of perturbed weights
                 self._last = self._spec(InFlight(True))
-        except BaseException:
+        except BaseException as error:
             self.restore()
+            self._agreement.note(self, error)
             raise
         finally:
             self._inside_step = False
@@ -455,6 +461,7 @@ class SharpnessAwareOptimizer(SharedState):
         if not self._inside_step:  # which has done both
             hooks.run_own(self, "pre")
             self._check_groups()
+            self._check_ranks()
         flight = self._begin(True, scaler)
         spec = self._last = self._spec(flight)
         try:
@@ -540,6 +547,7 @@ class SharpnessAwareOptimizer(SharedState):
         if not self._inside_step:  # which has done both
             hooks.run_own(self, "pre")
             self._check_groups()
+            self._check_ranks()
         self._plain(scaler)
         self._after_step(zero_grad)
 
@@ -782,6 +790,10 @@ class SharpnessAwareOptimizer(SharedState):
                 for key, value in self.defaults.items():
                     group.setdefault(key, value)
             self._check_group(group)
+
+    def _check_ranks(self) -> None:
+        if self._agreement.needed:
+            self._agreement.check(self)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_group(group, self._base is not None, self.ascent.scales)

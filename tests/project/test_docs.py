@@ -9,7 +9,6 @@ quotes the error or warning that it has to give. ``python torchrun`` blocks run 
 import os
 import re
 import shlex
-import subprocess
 import sys
 import warnings
 import weakref
@@ -26,6 +25,8 @@ import fastsam.testing
 from fastsam import bases
 from fastsam.step import spec
 from fastsam.step.checks import CLOSURELESS
+
+import processes
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = {str(p.relative_to(ROOT)): p for p in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
@@ -166,12 +167,17 @@ def test_python_runs_in_two_processes(name, user, tmp_path):
     """All of a page's blocks as one script, as torchrun starts it."""
     script = tmp_path / "script.py"
     script.write_text("".join(block.body for block in blocks(PAGES[name], "python torchrun")))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    # where it listens is its own choice, so no port can be taken; and the name of this machine
+    # need not be known anywhere
+    options = "--standalone", "--nproc-per-node=2", "--local-addr=127.0.0.1"
+    command = [sys.executable, "-m", "torch.distributed.run", *options, str(script)]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     if sys.platform == "linux":
         env["GLOO_SOCKET_IFNAME"] = "lo"
-    done = subprocess.run([*command, script], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
+    code, output, errors = processes.run_command(command, env)
+    assert code == 0, errors[-4000:]
+    # what a process writes last is not lost, though it ends without Python's clean-up
+    assert sorted(output.splitlines()) == [f"rank {rank} is done" for rank in range(2)]
 
 
 # --- what is shown of files -----------------------------------------------------------------------

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -28,6 +29,8 @@ from torch import Tensor, nn
 
 #: Seconds for one case, of which one process may take the rest where another has failed.
 TIMEOUT, GRACE = 300.0, 3.0
+#: Seconds in which a process is gone once its pipe is closed, on a machine that has much to do.
+GONE = 60.0
 
 # Children are forked from a process that has imported all this and done nothing with it.
 _PRELOADED = ["pytest", "torch", "torch._dynamo", "torch.distributed.checkpoint.state_dict",
@@ -91,7 +94,7 @@ class Team:
                 try:
                     good, result = pickle.loads(pipe.recv_bytes())
                 except EOFError:
-                    self.members[rank].process.join(GRACE)
+                    self.members[rank].process.join(GONE)
                     code = self.members[rank].process.exitcode
                     good, result = False, f"it ended with exit code {code}"
                 (results if good else failures)[rank] = result
@@ -167,6 +170,22 @@ def run(
     except BaseException:  # the others may be in the middle of something
         _teams.pop((size, backend)).end(grace=0)
         raise
+
+
+def run_command(
+    command: Sequence[str], env: dict[str, str], timeout: float = TIMEOUT
+) -> tuple[int, str, str]:
+    """A command's exit status, output and errors; nothing that it has started outlives it."""
+    with subprocess.Popen(
+        command, env=env, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        try:
+            output, errors = process.communicate(timeout=timeout)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, output, errors
 
 
 def close() -> None:
