@@ -364,10 +364,11 @@ def find_wrapped(params: Sequence[Tensor]) -> Any:
     if known is not None:
         return known
     # by type(): isinstance would ask objects that stand for others for their __class__
-    kind = DistributedDataParallel
-    found = [x for x in gc.get_objects() if issubclass(type(x), kind) and hasattr(x, "reducer")]
-    _wrapped.update(found)
-    return among(found)
+    objects = gc.get_objects()
+    kinds = {kind for kind in set(map(type, objects)) if issubclass(kind, DistributedDataParallel)}
+    if kinds:
+        _wrapped.update(x for x in objects if type(x) in kinds and hasattr(x, "reducer"))
+    return among(list(_wrapped))
 
 
 def keys_of(optimizer: Any) -> set[str]:
