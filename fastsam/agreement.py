@@ -39,7 +39,7 @@ LOOK_AGAIN = 10.0
 #: Attributes that ranks have to have alike, where an optimizer has them.
 ATTRIBUTES = ("renormalize", "max_grad_norm", "skip_nonfinite", "perturb_every", "start", "stop",
               "master_weights", "rounding", "seed", "ascent_context", "descent_context", "backend",
-              "lam", "rule", "_rule")  # fmt: skip
+              "lam", "rule", "_rule", "norm", "ascent_steps")  # fmt: skip
 #: Group keys that change how something is computed and not what.
 FREE = ("params", "foreach", "fused", "capturable", "differentiable")
 
@@ -373,7 +373,7 @@ def find_wrapped(params: Sequence[Tensor]) -> Any:
 
 def keys_of(optimizer: Any) -> set[str]:
     """Group keys that have to be the same."""
-    return {key for key in optimizer.defaults if key not in FREE}
+    return {key for key in (*optimizer.defaults, "perturb", "base_optimizer") if key not in FREE}
 
 
 def settings_of(optimizer: Any, reads_device: bool = False) -> Settings:
