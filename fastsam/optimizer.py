@@ -32,6 +32,7 @@ from .step.checks import (
     check_keys,
     check_max_grad_norm,
     check_partitioned,
+    check_perturb,
     check_schedule,
     check_states,
     entered,
@@ -51,7 +52,7 @@ from .step.precision import MASTER, check_dtypes, check_precision, warn_of_round
 from .step.recording import Recording
 from .step.scalars import DeviceScalars
 from .step.scaling import check_scaler, find_scale
-from .step.spec import Ascent, Descent, StepSpec
+from .step.spec import Ascent, Descent, StepSpec, is_perturbed
 from .step.takeover import TakenOver, take_over
 from .unified import UNIFIED
 
@@ -141,7 +142,7 @@ class SharpnessAwareOptimizer(SharedState):
         check_max_grad_norm(max_grad_norm)
         check_flag("repeat_random", repeat_random)
         check_flag("set_to_none", set_to_none)
-        own = {"rho": rho, "adaptive": adaptive, "eta": eta, **(own or {})}
+        own = {"rho": rho, "adaptive": adaptive, "eta": eta, "perturb": True, **(own or {})}
         self._base = find_base(cls)
         check_precision(master_weights, rounding, seed, self._base is not None)
         check_group(own | base_kwargs, self._base is not None, self.ascent.scales)
@@ -352,7 +353,8 @@ class SharpnessAwareOptimizer(SharedState):
                     self._call(closure, self.descent_context, repeats)
                     assert self._flight is not None
                     spec = self._spec(self._flight)
-                    check_reduced(self._passes.collect_second(spec, self.state), self._flight)
+                    batch = self._passes.collect_second(spec, self.state)
+                    check_reduced(batch, self._flight, self.param_groups)
                 mean.add()
                 self.restore()
             self._zero_gradients()
@@ -519,7 +521,7 @@ class SharpnessAwareOptimizer(SharedState):
                     "the second pass left no gradients: backward has to be called on the loss at "
                     "the perturbed weights as well; the step changes nothing",
                 )
-            check_reduced(batch, flight)
+            check_reduced(batch, flight, self.param_groups)
             self._finish(batch, spec, flight)
         except BaseException:
             self.restore()
@@ -658,10 +660,11 @@ class SharpnessAwareOptimizer(SharedState):
     def _needs_two_passes(self) -> bool:
         if self._has_schedule and not self.perturbs_next:
             return False
-        for group in self.param_groups:
+        perturbed = [group for group in self.param_groups if is_perturbed(group)]
+        for group in perturbed:
             if isinstance(group["rho"], Tensor) or group["rho"] != 0:
                 return True
-        return not self._is_memoryless
+        return bool(perturbed) and not self._is_memoryless
 
     def _spec(self, flight: InFlight) -> StepSpec:
         perturbs, is_scaled = flight.perturbs, flight.scale is not None
@@ -797,6 +800,7 @@ class SharpnessAwareOptimizer(SharedState):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_group(group, self._base is not None, self.ascent.scales)
+        check_perturb(group, self.renormalize)
         if not hasattr(self, "base_optimizer"):  # which will complete the groups
             return
         for rule in (self.ascent, self.descent, self._base):

@@ -21,7 +21,7 @@ from .step.precision import find_masters, find_places
 from .step.recording import Recording
 from .step.scalars import DeviceScalars
 from .step.scaling import unscaled
-from .step.spec import StepSpec
+from .step.spec import StepSpec, is_perturbed
 from .step.state import (
     States,
     ascent_state,
@@ -81,7 +81,10 @@ class Passes:
         if flight.scale is not None or self.scalars.carries_scale:
             batch = self._scale(batch, Scalar.FIRST_INVERSE_SCALE, spec, flight, backend)
         if spec.descent is not None or self.recording is not None:
-            flight.keep_firsts(batch, take_over(batch, cleared))
+            everyone, ours = batch, []
+            if not all(map(is_perturbed, spec.groups)):
+                everyone, ours = self._every_first(spec, flight, backend), batch.grads
+            flight.keep_firsts(everyone, take_over(everyone, cleared, ours))
         if batch.params:
             serving = self.backends.serving(backend, batch)
             flight.backup = serving.ascend(batch, spec, scalars)
@@ -92,6 +95,13 @@ class Passes:
         flight.saw_shards = batch.shardings is not None and any(batch.shardings)
         torch.clear_autocast_cache()  # of the weights as they were
         return batch
+
+    def _every_first(self, spec: StepSpec, flight: InFlight, backend: str) -> Batch:
+        """First gradients also of what is not perturbed, as the batch of the others has them."""
+        batch = self.collector.other(spec.groups, self._name)
+        if flight.scale is None or self.backends.serving(backend, batch).takes_scaled:
+            return batch
+        return unscaled(batch, self.scalars.on_device_of(batch)[Scalar.FIRST_INVERSE_SCALE])
 
     def agree(self, spec: StepSpec, flight: InFlight) -> None:
         """Let replicas with first gradients of their own agree on what the update takes of them."""
@@ -205,6 +215,8 @@ class Passes:
             find_base_state(batch, spec.base, spec.groups, states)
         for param, i in zip(batch.owners, batch.groups, strict=True):
             held = states.get(param, {})
+            if not is_perturbed(spec.groups[i]):
+                continue
             if state := ascent_state(spec.ascent, held, param, spec.groups[i]):
                 states[param].update(state)
         self.scalars.on_device_of(batch)

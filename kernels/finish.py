@@ -74,8 +74,9 @@ def finish_descent(hyper, scalars, measured_squared, plain_squared, sharpness, p
                              gamma * gamma * plain_squared, gamma * product,
                              hyper + DESCENT)  # fmt: skip
         # a first gradient that is not finite stays out of u, as it stayed out of the perturbation
-        first = tl.where(is_finite(n), c1, 0.0)
-        coefficient = tl.where(is_finite(n), c * gamma, gamma)
+        usable = is_finite(n) & is_finite(first_squared)  # n is that of what is perturbed
+        first = tl.where(usable, c1, 0.0)
+        coefficient = tl.where(usable, c * gamma, gamma)
         cross = 2 * first * coefficient * product
         squared = coefficient * coefficient * plain_squared + cross
         squared += tl.where(first != 0, first * first * first_squared, 0.0)

@@ -87,10 +87,12 @@ def _terms(table, columns, tensor, start, offsets, mask, row, scalars, origin,
             later = ()
             if STATES > 0:
                 next0 = stream(table, NEXT0, columns, tensor, start, ACC, ALIGNED) + offsets
-                later = later + (tl.load(next0, mask=perturbed, other=0.0),)
+                # a gradient without state is one of a group that is not perturbed
+                stateful = where_present(table, NEXT0, columns, tensor, perturbed)
+                later = later + (tl.load(next0, mask=stateful, other=0.0),)
             if STATES > 1:
                 next1 = stream(table, NEXT1, columns, tensor, start, ACC, ALIGNED) + offsets
-                later = later + (tl.load(next1, mask=perturbed, other=0.0),)
+                later = later + (tl.load(next1, mask=stateful, other=0.0),)
             t = 1.0
             if ADAPTIVE:
                 if HAS_MASTER:

@@ -10,7 +10,7 @@ from fastsam.arithmetic import EPS, wide
 from fastsam.kernels.layout import Scalar
 from fastsam.step.batch import Batch
 from fastsam.step.sharding import Sharding, total
-from fastsam.step.spec import Descent, StepSpec
+from fastsam.step.spec import Descent, StepSpec, is_perturbed
 
 from .base import Pass
 from .equations import columns_of, element_scale, perturbation, radius, signed
@@ -68,11 +68,14 @@ def first_passes(
     """First gradients, of what is minimised, and the perturbations made of them, unrounded."""
     for k, grad in enumerate(batch.grads):
         first = None if batch.firsts is None else batch.firsts[k]
+        zeros = torch.zeros_like(wide(grad))
         if first is None:  # counts as zeros
-            zeros = torch.zeros_like(wide(grad))
             yield zeros, zeros
             continue
         param, group = batch.params[k], spec.groups[batch.groups[k]]
+        if not is_perturbed(group):
+            yield signed(first, group), zeros
+            continue
         w = param if backup is None else backup.copies.get(param, param)
         state = None if batch.next is None else batch.next[k]
         g = signed(first, group)
@@ -143,8 +146,9 @@ def finish_descent(
         found = rule.coefficients(state, given, rule.columns(spec.groups[0]))
         c, c1 = (x + torch.zeros_like(n) for x in found)  # they may be numbers
         # a first gradient that is not finite stays out of u, as it stayed out of the perturbation
-        first = torch.where(n.isfinite(), c1, 0.0)
-        coefficient = torch.where(n.isfinite(), c * gamma, gamma)
+        usable = n.isfinite() & sums["first"].isfinite()  # n is that of what is perturbed
+        first = torch.where(usable, c1, 0.0)
+        coefficient = torch.where(usable, c * gamma, gamma)
         squared = (coefficient * plain).square() + 2 * first * coefficient * sums["product"]
         squared = squared + torch.where(first != 0, first.square() * sums["first"], 0.0)
         # with g alone or g~ alone there is nothing to cancel, nor NaN from what is left out

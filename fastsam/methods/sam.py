@@ -25,13 +25,16 @@ class SAM(SharpnessAwareOptimizer):
 
     Args:
         params: Parameters, named parameters or parameter groups, as in ``torch.optim``. Groups
-            may set ``rho``, ``adaptive`` and ``eta`` for themselves.
+            may set ``rho``, ``adaptive`` and ``eta`` for themselves. One with ``perturb=False`` is
+            not perturbed and not part of the norm, only updated; it costs nothing in the first
+            pass, and has no state of the ascent. ``renormalize`` refuses it.
         base_optimizer: Optimizer class for the update. ``torch.optim.SGD``, ``Adam``, ``AdamW``,
             ``Adagrad`` and ``fastsam.AdaGradNorm`` run fused with the rest of the step; any other
             class is stepped by itself, with the final gradient in ``.grad``.
         rho: Radius of the perturbation, at least 0; a 0-dim tensor stays on its device.
-            Default 0.05. Where it is 0 in every group, ``step`` is the base optimizer's and calls
-            the closure once.
+            Default 0.05. A group whose ``rho`` is 0 stays part of the norm, so that the others
+            are perturbed by less than theirs; ``perturb=False`` is the way out. Where it is 0 in
+            every group, ``step`` is the base optimizer's and calls the closure once.
         adaptive: ASAM's element-wise scale. Default False.
         eta: Added to ``|w|`` in the adaptive scale, at least 0. Default 0.
         renormalize: SSAM's rescaling of the second gradient, see :class:`SSAM`. Default False.

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastsam.kernels import table
 
 from .batch import Batch
-from .spec import StepSpec
+from .spec import StepSpec, is_perturbed
 
 
 def is_captured(batch: Batch) -> bool:
@@ -51,7 +51,7 @@ def check_capture(
         raise refuse(name, "it has taken no step outside, which creates its state")
     names = []
     for group in spec.groups:
-        own = [*spec.ascent.states(group)]
+        own = [*spec.ascent.states(group)] if is_perturbed(group) else []
         if spec.base is not None:
             own += [*spec.base.states(group), *["step"] * spec.base.counts_steps]
         names.append(own)

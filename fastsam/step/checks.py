@@ -64,6 +64,20 @@ def check_group(group: Mapping[str, Any], fused: bool, scales: bool) -> None:
         raise ValueError("differentiable must be False with a fused base optimizer")
 
 
+def check_perturb(group: Mapping[str, Any], renormalize: bool) -> None:
+    """Whether a group is perturbed."""
+    value = group.get("perturb", True)
+    if value is True:
+        return
+    if value is not False:
+        raise ValueError(f"perturb must be True or False, got {value!r}")
+    if renormalize:
+        raise ValueError(
+            "perturb must be True in every group with renormalize=True, which compares the norms "
+            "of both gradients over all of them"
+        )
+
+
 def check_max_grad_norm(value: Any) -> None:
     """The bound on the final gradient's norm."""
     if value is not None and not (isinstance(value, Real) and float(value) > 0):

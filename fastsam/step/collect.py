@@ -15,7 +15,7 @@ from torch import Tensor
 from .batch import Batch, Layout, identical
 from .checks import check_partitioned, check_tensors
 from .sharding import is_sharded, local, local_grad, sharding_of
-from .spec import Group
+from .spec import Group, is_perturbed
 
 #: Patterns of missing gradients that are remembered.
 PATTERNS = 8
@@ -32,18 +32,24 @@ class Sweep:
         self.layouts: dict[bytes | None, Layout] = {}
         self.made = 0  # how many layouts so far
 
-    def collect(self, groups: Sequence[Group], name: str, before: "Sweep | None" = None) -> Batch:
+    def collect(
+        self, groups: Sequence[Group], name: str, before: "Sweep | None" = None,
+        perturbs: bool = False,
+    ) -> Batch:  # fmt: skip
         """The parameters that have a gradient, each once, in the order of their groups, checked.
 
         Args:
             groups: The optimizer's parameter groups.
             name: The optimizer's.
             before: The sweep that looked at the parameters earlier in this step.
+            perturbs: Leave out the groups that are not perturbed.
 
         Raises:
             RuntimeError: For tensors that ``name`` does not serve (``check_tensors``).
         """
         lists = [group["params"] for group in groups]
+        if perturbs:
+            lists = [xs if is_perturbed(x) else [] for xs, x in zip(lists, groups, strict=True)]
         if not self._has(lists, before):
             params = list(chain.from_iterable(lists))
             index = chain.from_iterable(map(repeat, range(len(lists)), map(len, lists)))
@@ -164,20 +170,20 @@ class Collector:
         self._made = 0  # layouts of the first pass that the second pass's sweep knows of
 
     def first(self, groups: Sequence[Group], name: str) -> Batch:
-        """The parameters that have a gradient in a step's first pass, checked; see ``Sweep``."""
-        batch = self._sweeps["first"].collect(groups, name)
+        """The perturbed parameters that have a first gradient, checked; see ``Sweep``."""
+        batch = self._sweeps["first"].collect(groups, name, perturbs=True)
         if self._sweeps["first"].made != self._made:
             self._sweeps["second"] = Sweep()  # which does not look at everything again
             self._made = self._sweeps["first"].made
         return batch
 
     def second(self, groups: Sequence[Group], name: str, after_first: bool) -> Batch:
-        """The same of the second pass, or with ``after_first=False`` of a step's only one."""
+        """All that have a second gradient, or with ``after_first=False`` a step's only one."""
         before = self._sweeps["first"] if after_first else None
         return self._sweeps["second"].collect(groups, name, before)
 
     def other(self, groups: Sequence[Group], name: str) -> Batch:
-        """The same at another time."""
+        """All that have a gradient, at another time."""
         return self._sweeps["other"].collect(groups, name)
 
     def layouts(self) -> Iterator[Layout]:

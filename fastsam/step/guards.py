@@ -4,12 +4,13 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from itertools import compress
 
 import torch
 
 from .batch import Batch
 from .flight import InFlight
-from .spec import Descent, Group
+from .spec import Descent, Group, is_perturbed
 
 #: The folders whose frames are not the user's: fastsam's and torch's.
 INSIDE = tuple(
@@ -71,13 +72,16 @@ UNKNOWN_CONTEXT = (
 )
 
 
-def check_reduced(batch: Batch, flight: InFlight) -> None:
-    """Sharded parameters that have a second gradient had a first one.
+def check_reduced(batch: Batch, flight: InFlight, groups: Sequence[Group]) -> None:
+    """Sharded parameters that are perturbed and have a second gradient had a first one.
 
     Raises:
         RuntimeError: If not.
     """
-    if batch.shardings is not None and any(batch.shardings) and not flight.saw_shards:
+    if flight.saw_shards or batch.shardings is None:
+        return
+    perturbed = [is_perturbed(groups[i]) for i in batch.groups]
+    if any(compress(batch.shardings, perturbed)):
         raise RuntimeError(
             "the first pass left no gradients in sharded parameters and the second did: where "
             "they are not reduced they are kept back, and added to the second ones. A rank "
