@@ -118,6 +118,8 @@ class Agreement:
             self.needed = self._meeting is not None
         if self._meeting is None:
             return
+        if self._meeting.is_joining:
+            return
         due = self._has_changed(optimizer) or self._due
         try:
             found = self._meeting.verdicts()
@@ -185,13 +187,15 @@ class Meeting:
         store: The process group's.
         ranks: Those that train the model.
         key: Of the optimizer: the same on each of them.
+        model: The DDP model, if it is one.
     """
 
-    def __init__(self, store: Any, ranks: Sequence[int], key: str) -> None:
+    def __init__(self, store: Any, ranks: Sequence[int], key: str, model: Any = None) -> None:
         c10d: Any = dist
         self._store = c10d.PrefixStore(key, store)
         self._timeout = store.timeout.total_seconds()
         self._ranks, self._rank = ranks, dist.get_rank()
+        self._model = (lambda: None) if model is None else weakref.ref(model)
         self._number = 0  # of the next comparison
         self._posted = -1  # the last that this rank has come to
         self._all_came = False  # to some comparison
@@ -216,9 +220,17 @@ class Meeting:
                 meeting._number, meeting._open = 0, []
                 known[i] = weakref.ref(optimizer), meeting
                 return meeting
-        meeting = cls(find_store(), ranks, f"{what}/{len(known)}")
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        model = None if any(map(is_sharded, params)) else find_wrapped(params)
+        meeting = cls(find_store(), ranks, f"{what}/{len(known)}", model)
         known.append((weakref.ref(optimizer), meeting))
         return meeting
+
+    @property
+    def is_joining(self) -> bool:
+        """Whether the ranks may take different numbers of steps: DDP's ``join`` has been used."""
+        config = getattr(self._model(), "_join_config", None)
+        return bool(getattr(config, "enable", False))
 
     def compare(self, mine: Settings, agreed: Mapping[str, str]) -> str | None:
         """Come to the next comparison with this rank's settings.
@@ -383,9 +395,11 @@ def settings_of(optimizer: Any, reads_device: bool = False) -> Settings:
     found = {
         "method": type(optimizer).__name__,
         "base_optimizer": type(base).__name__,
-        "steps": str(optimizer.kept["t"] - 1),
         "parameters by group": str([len(group["params"]) for group in groups]),
     }
+    lam = getattr(optimizer, "lam", 0.0)
+    if optimizer._has_schedule or optimizer.rounding != "nearest" or not isinstance(lam, Real):
+        found["steps"] = str(optimizer.kept["t"] - 1)  # what the next step is depends on it
     for name in ATTRIBUTES:
         if hasattr(optimizer, name):
             value = getattr(optimizer, name)
@@ -449,7 +463,7 @@ def differences(settings: Mapping[int, Settings]) -> str | None:
         by_value: dict[str, list[int]] = {}
         for rank, found in settings.items():
             by_value.setdefault(found.get(name, "not there"), []).append(rank)
-        if len(by_value) > 1:
+        if len(by_value) > 1 and not (name == "steps" and "not there" in by_value):
             each = (f"{value} on {_named(ranks)}" for value, ranks in by_value.items())
             lines.append(f"{name} is {' and '.join(each)}")
     if not lines:

@@ -295,6 +295,25 @@ def test_late_ranks():
     )
 
 
+def uneven(rank, size):
+    """Rank 0 has more batches than rank 1, and a schedule."""
+    model = wrapped(small_network())
+    optimizer = fastsam.SAM(model.parameters(), **SGD)
+    closure = closure_for(model, rank, size)
+    optimizer.step(closure)
+    with quick(0.1, 0.1) as seen, model.join():
+        for i in range(3 - rank):
+            optimizer.param_groups[0]["lr"] = 0.1 / (i + 2)
+            optimizer.step(closure)
+    return [str(one.message) for one in seen], are_equal_everywhere(list(model.parameters()))
+
+
+def test_ranks_that_end_early():
+    for seen, same in processes.run(2, uneven):
+        assert not [one for one in seen if "rank" in one]
+        assert same  # join hands out the weights of a rank that went on to the end
+
+
 def by_function(rank, size):
     """Models that only the training loop connects."""
     model = small_network()
