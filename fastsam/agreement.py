@@ -63,16 +63,20 @@ def compare_ranks(optimizer: Optimizer, group: Any = None) -> None:
         group: The process group; None is the default one.
 
     Raises:
+        TypeError: If ``optimizer`` is another.
         RuntimeError: On every rank, if settings differ; the message has each value and its ranks.
     """
-    if not is_distributed():
-        return
     mine: Settings = {}
+    outer = optimizer
     while not hasattr(optimizer, "kept"):  # LETS, or a framework's
+        if not hasattr(optimizer, "optimizer"):
+            raise TypeError(f"optimizer must be one of fastsam's, got {type(outer).__name__}")
         for name in ("interval", "hessian"):
             if hasattr(optimizer, name):
                 mine[name] = described(getattr(optimizer, name))
-        optimizer = optimizer.optimizer  # type: ignore[attr-defined]
+        optimizer = optimizer.optimizer
+    if not is_distributed():
+        return
     mine |= settings_of(optimizer, reads_device=True)
     ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
     everyone: list[Any] = [None] * len(ranks)
@@ -116,9 +120,7 @@ class Agreement:
         if self._meeting is None:
             self._meeting = Meeting.of(optimizer)
             self.needed = self._meeting is not None
-        if self._meeting is None:
-            return
-        if self._meeting.is_joining:
+        if self._meeting is None or self._meeting.is_joining:
             return
         due = self._has_changed(optimizer) or self._due
         try:
@@ -127,7 +129,8 @@ class Agreement:
                 self._due = True  # until it is settled, if something comes between
                 mine = settings_of(optimizer)
                 found = self._meeting.compare(mine, self._agreed)
-                self._due, self._agreed = bool(found), mine
+                if not found:
+                    self._due, self._agreed = False, mine
         except StoreError as error:
             self.needed = False
             warn_user(f"ranks' settings are not compared any more: the store failed with {error}")
@@ -192,6 +195,7 @@ class Meeting:
 
     def __init__(self, store: Any, ranks: Sequence[int], key: str, model: Any = None) -> None:
         c10d: Any = dist
+        self.of_group = store
         self._store = c10d.PrefixStore(key, store)
         self._timeout = store.timeout.total_seconds()
         self._ranks, self._rank = ranks, dist.get_rank()
@@ -216,7 +220,8 @@ class Meeting:
         what = f"fastsam/{digest[:16]}"
         known = _meetings.setdefault(what, [])
         for i, (whose, meeting) in enumerate(known):
-            if whose() is None and not meeting._all_came:  # one that this rank alone had
+            is_left = whose() is None and not meeting._all_came  # this rank alone had one
+            if is_left and meeting.of_group is find_store():
                 meeting._number, meeting._open = 0, []
                 known[i] = weakref.ref(optimizer), meeting
                 return meeting
@@ -404,7 +409,7 @@ def settings_of(optimizer: Any, reads_device: bool = False) -> Settings:
         if hasattr(optimizer, name):
             value = getattr(optimizer, name)
             if name.endswith("_context"):
-                found[name] = described_context(value)
+                found[name] = described_context(name, value)
             else:
                 found[name.lstrip("_")] = described(value, reads_device)
     counted = keys_of(optimizer)
@@ -444,15 +449,14 @@ def is_other(old: Any, new: Any) -> bool:
     return described(old) != described(new)
 
 
-def described_context(context: Any) -> str:
-    """Whether a context is known to keep the replicas' gradients apart: others may do anything."""
-    if (
-        context is not None
-        and replicas_of(context) is None
-        and replicas_of(entered(context)) is None
-    ):
-        return "another"
-    return "None" if context is None else "of replicas"
+def described_context(name: str, context: Any) -> str:
+    """Whether a context is known to keep the replicas' gradients apart; others may do anything."""
+    if context is None:
+        return "None"
+    keeps_apart = replicas_of(context) is not None
+    if not keeps_apart and name == "ascent_context":
+        keeps_apart = replicas_of(entered(context)) is not None  # what it gives says more than it
+    return "of replicas" if keeps_apart else "another"
 
 
 def differences(settings: Mapping[int, Settings]) -> str | None:

@@ -218,6 +218,8 @@ def lone_change(rank, size):
     optimizer.perturb_every = 2
     with quick(0.1, 0.3) as seen:
         said = message_of(optimizer.step, closure)
+        assert message_of(optimizer.step, closure) == said  # again
+        del seen[1:]
     same = all(map(torch.equal, start, model.parameters()))
     closure(), closure()  # for rank 0
     return said, [str(one.message) for one in seen], same
@@ -334,6 +336,8 @@ def test_one_process_has_nothing_to_compare():
     model = small_network()
     optimizer = fastsam.SAM(model.parameters(), **SGD)
     fastsam.compare_ranks(optimizer)
+    with pytest.raises(TypeError, match="optimizer must be one of fastsam's, got Adam"):
+        fastsam.compare_ranks(torch.optim.Adam(model.parameters()))
     optimizer.step(closure_for(model, 0, 1))
     assert not optimizer._agreement.needed
 

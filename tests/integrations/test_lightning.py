@@ -5,6 +5,7 @@ import copy
 import functools
 import logging
 import os
+import sys
 
 import pytest
 import torch
@@ -277,6 +278,18 @@ def test_resumed_run_is_the_uninterrupted_one(half, tmp_path):
 # --- two processes ---
 
 
+@pytest.fixture
+def connected(monkeypatch, tmp_path):
+    """Processes meet in a file: another process may take the free port that Lightning has found."""
+    init = torch.distributed.init_process_group
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group",
+        functools.partial(init, init_method=f"file://{tmp_path}/store"),
+    )  # fmt: skip
+    if sys.platform == "linux":
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+
+
 class Shared(Module):
     """Each process perturbs along the gradient of its own half of the batch, if asked to."""
 
@@ -317,7 +330,7 @@ def locally_by_hand():
 
 @pytest.mark.parametrize("local", [False, True], ids=["same perturbation", "each its own"])
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_two_processes(local, tmp_path):
+def test_two_processes(local, tmp_path, connected):
     """DDP, each process with every other sample of a batch: as one process with all of them."""
     trainer = trainer_of(strategy="ddp_fork", devices=2, precision="64-true")
     trainer.fit(Shared(str(tmp_path), local))
@@ -332,7 +345,7 @@ def test_two_processes(local, tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_renormalized_steps_are_the_same_on_every_process(tmp_path):
+def test_renormalized_steps_are_the_same_on_every_process(tmp_path, connected):
     """SSAM takes the first gradient's norm, on which processes with their own have to agree."""
     make = functools.partial(fastsam.SSAM, base_optimizer=torch.optim.SGD, lr=0.1)
     trainer = trainer_of(strategy="ddp_fork", devices=2, precision="64-true")
