@@ -1,7 +1,6 @@
 """Ranks that train one model with different settings: each says so, before weights differ."""
 
 import contextlib
-import time
 import warnings
 from unittest import mock
 
@@ -238,12 +237,11 @@ def test_change_of_one_rank():
 
 def independent(rank, size):
     """Models of single ranks, and a DDP model that one rank goes on with: nobody waits for good."""
-    start = time.monotonic()
     own = small_network()
     optimizer = fastsam.SAM(own.parameters(), **SGD, rho=0.1 + rank)
     for _ in range(2 + rank):
         optimizer.step(closure_for(own, rank, size))
-    alone = time.monotonic() - start, optimizer._agreement.needed
+    compared = optimizer._agreement.needed
     model = wrapped(small_network())
     said = []
     with quick(0.1, 0.0) as seen:
@@ -258,12 +256,12 @@ def independent(rank, size):
     for stop in (7, 8 + rank):
         optimizer = fastsam.SAM(model.parameters(), **SGD, stop=stop)
         said.append(message_of(optimizer.step, closure_for(model, rank, size)))
-    return alone, [str(one.message) for one in seen], said
+    return compared, [str(one.message) for one in seen], said
 
 
 def test_ranks_with_models_of_their_own():
-    for rank, (alone, seen, said) in enumerate(processes.run(2, independent)):
-        assert alone[0] < agreement.PATIENCE and not alone[1]
+    for rank, (compared, seen, said) in enumerate(processes.run(2, independent)):
+        assert not compared
         assert len(seen) == (rank == 0)
         assert all("ranks [1] have not come to a first step of this SAM" in one for one in seen)
         assert said[0] == "" and said[1].endswith("stop is 8 on rank 0 and 9 on rank 1")
@@ -279,9 +277,9 @@ def late(rank, size):
             if rank == turn:
                 optimizer.step(closure)
             dist.barrier()
-        optimizer.start = 3
-        optimizer.stop = 9 + rank
-        said = message_of(optimizer.step, closure)
+    optimizer.start = 3
+    optimizer.stop = 9 + rank
+    said = message_of(optimizer.step, closure)
     return [str(one.message) for one in seen], said
 
 

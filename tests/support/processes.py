@@ -27,6 +27,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fastsam import agreement
+
 #: Seconds for one case, of which one process may take the rest where another has failed.
 TIMEOUT, GRACE = 300.0, 3.0
 #: Seconds in which a process is gone once its pipe is closed, on a machine that has much to do.
@@ -138,6 +140,7 @@ def _serve(rank: int, size: int, backend: str, directory: str, pipe: Connection)
         timeout=timedelta(seconds=TIMEOUT),
     )  # fmt: skip
     warnings.simplefilter("ignore")
+    agreement.PATIENCE = TIMEOUT  # a rank that the machine keeps waiting is not late
     with contextlib.suppress(EOFError), _interpreter():  # the parent has closed its end
         while True:
             task = pipe.recv_bytes()
