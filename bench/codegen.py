@@ -25,7 +25,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import PurePath
 from typing import Any
@@ -165,6 +165,11 @@ def _of_ascent(types: Sequence[str], spec: StepSpec) -> Iterator[Variant]:
     for storage in _storages(types):
         yield _variant("perturb_kernel", types, **storage, **perturb_constants(spec))
     yield _reduction(types, hypergradient_sums(spec, "diag"), False)
+    if spec.ascent.norm is not None and spec.ascent.accumulate is None:
+        by_layer = replace(spec, norm="layer")
+        storage = next(iter(_storages(types)))
+        yield _variant("perturb_kernel", types, **storage, **perturb_constants(by_layer))
+        yield _reduction(types, hypergradient_sums(by_layer, "diag"), False)
     if spec.ascent.norm is not None:
         for master in _masters(types, spec.adaptive):
             yield _reduction(types, ascent_sums(spec), **master)

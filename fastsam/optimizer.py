@@ -52,6 +52,7 @@ from .step.precision import MASTER, check_dtypes, check_precision, warn_of_round
 from .step.recording import Recording
 from .step.scalars import DeviceScalars
 from .step.scaling import check_scaler, find_scale
+from .step.segments import check_norm
 from .step.spec import Ascent, Descent, StepSpec, is_perturbed
 from .step.takeover import TakenOver, take_over
 from .unified import UNIFIED
@@ -121,6 +122,7 @@ class SharpnessAwareOptimizer(SharedState):
         renormalize: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
+        norm: str = "global",
         perturb_every: int = 1,
         start: int = 0,
         stop: int | None = None,
@@ -146,6 +148,8 @@ class SharpnessAwareOptimizer(SharedState):
         self._base = find_base(cls)
         check_precision(master_weights, rounding, seed, self._base is not None)
         check_group(own | base_kwargs, self._base is not None, self.ascent.scales)
+        check_norm(norm, self.ascent)
+        self._norm = norm
         self.renormalize = renormalize
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
@@ -684,6 +688,7 @@ class SharpnessAwareOptimizer(SharedState):
             has_masters=self.master_weights,
             is_static=self._is_static,
             seed=self.seed if self.rounding == "stochastic" else None,
+            norm=self._norm,
             keeps_weights=recording is not None and recording.hessian == "diag",
         )
 

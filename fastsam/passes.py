@@ -21,6 +21,7 @@ from .step.precision import find_masters, find_places
 from .step.recording import Recording
 from .step.scalars import DeviceScalars
 from .step.scaling import unscaled
+from .step.segments import count_of, segments_of
 from .step.spec import StepSpec, is_perturbed
 from .step.state import (
     States,
@@ -53,6 +54,7 @@ class Passes:
         self.backends = backends.Backends()
         self.recording: Recording | None = None
         self._was_captured = False  # in a CUDA graph
+        self._squares: Tensor | None = None  # by segment
 
     # --- the first pass ---
 
@@ -85,6 +87,9 @@ class Passes:
             if not all(map(is_perturbed, spec.groups)):
                 everyone, ours = self._every_first(spec, flight, backend), batch.grads
             flight.keep_firsts(everyone, take_over(everyone, cleared, ours))
+        if spec.norm != "global" and batch.params:
+            self._add_segments(batch, spec)
+            flight.squares = batch.squares
         if batch.params:
             serving = self.backends.serving(backend, batch)
             flight.backup = serving.ascend(batch, spec, scalars)
@@ -144,6 +149,9 @@ class Passes:
             if flight.scale is not None or self.scalars.carries_scale:
                 batch = self._scale(batch, Scalar.INVERSE_SCALE, spec, flight, backend, states)
             flight.give_to(batch)
+            again = spec.descent is not None or self.recording is not None
+            if flight.squares is not None and again:
+                self._add_segments(batch, spec)
             room = None
             if spec.skip_nonfinite and (flight.ascent is not None or flight.scale is not None):
                 # for what is computed after the update, when nothing may fail any more
@@ -240,6 +248,20 @@ class Passes:
             batch.masters = find_masters(self._name, batch, states)
         else:
             batch.places = find_places(batch, spec.groups)
+
+    def _add_segments(self, batch: Batch, spec: StepSpec) -> None:
+        """Give a batch what norms that are not global need."""
+        if batch.layout is not None and batch.layout.spreads:
+            raise RuntimeError(
+                f"norm must be 'global' where parameters lie on several devices, got {spec.norm!r}"
+            )
+        assert self.scalars.vector is not None
+        like, count = self.scalars.vector, count_of(spec.groups, spec.norm)
+        held = self._squares
+        if held is None or len(held) != count or held.device != like.device:
+            self._squares = like.new_zeros(count)
+        batch.segments = segments_of(batch, spec.groups, spec.norm)
+        batch.squares = self._squares
 
     def _scale(
         self, batch: Batch, slot: Scalar, spec: StepSpec, flight: InFlight, backend: str,

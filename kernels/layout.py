@@ -70,11 +70,12 @@ class Row(IntEnum):
     TRAINING = 15
     MASTER = 16  # float32 weights behind 16-bit ones
     KEY = 17  # not an address: what the tensor's random bits depend on
+    NORM = 18  # the squared norm of the tensor's segment, where the ascent's norm is not global
 
 
 #: Rows that say where element streams are: these decide whether a tensor is aligned. An address of
 #: 0 stands for zeros in the last pass's optional streams (first, validation and training).
-STREAMS = tuple(set(Row) - {Row.STEP, Row.FRESH, Row.CHUNKS, Row.KEY})
+STREAMS = tuple(set(Row) - {Row.STEP, Row.FRESH, Row.CHUNKS, Row.KEY, Row.NORM})
 
 
 class Hyper(IntEnum):

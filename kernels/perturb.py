@@ -17,6 +17,7 @@ from .stream import (
     MASTER,
     NEXT0,
     NEXT1,
+    NORM,
     PARAM,
     hyper_row,
     newest,
@@ -44,15 +45,24 @@ def element_scale(w, row, ADAPTIVE: tl.constexpr):
 
 
 @triton.jit
-def length(row, scalars, RADIUS: tl.constexpr, ACC: tl.constexpr):
+def norm_of(table, columns, tensor, scalars, ACC: tl.constexpr, SEGMENTS: tl.constexpr):
+    """The norm that the rule divides by: of everything, or of the tensor's segment."""
+    if SEGMENTS:
+        squared = tl.load(table + NORM * columns + tensor).to(tl.pointer_type(tl.float64))
+        return tl.sqrt(tl.load(squared)).to(ACC)
+    else:
+        return tl.load(scalars + ASCENT_NORM).to(ACC)
+
+
+@triton.jit
+def length(row, scalars, norm, RADIUS: tl.constexpr, ACC: tl.constexpr):
     """What the direction is multiplied by, in one group."""
     rho = tl.load(row + RHO)
-    norm = tl.load(scalars + ASCENT_NORM).to(ACC)
     return RADIUS(rho, norm, tl.load(scalars + NEXT_ACCUMULATED).to(ACC), row + ASCENT)
 
 
 @triton.jit
-def _perturb(table, columns, tensor, start, offsets, mask, row, scalars, origin, scale, key,
+def _perturb(table, columns, tensor, start, offsets, mask, row, scalars, origin, norm, scale, key,
              P: tl.constexpr, G: tl.constexpr, ACC: tl.constexpr, ADVANCE: tl.constexpr,
              DIRECTION: tl.constexpr, USABLE: tl.constexpr, STATES: tl.constexpr,
              ADAPTIVE: tl.constexpr, HAS_MASTER: tl.constexpr, STOCHASTIC: tl.constexpr,
@@ -85,7 +95,7 @@ def _perturb(table, columns, tensor, start, offsets, mask, row, scalars, origin,
     d = DIRECTION(g, new, row + ASCENT)
     e = tl.where(scale != 0, scale * (t * (t * d)), 0.0)
     if STATES > 0:
-        usable = USABLE(new, tl.load(scalars + ASCENT_NORM))
+        usable = USABLE(new, norm)
         e = tl.where(usable, e, 0.0)
         next0 = stream(table, NEXT0, columns, tensor, start, ACC, ALIGNED) + offsets
         tl.store(next0, tl.where(usable, new[0], state[0]), mask=mask)
@@ -99,7 +109,7 @@ def _perturb(table, columns, tensor, start, offsets, mask, row, scalars, origin,
 def perturb_kernel(table, chunks, columns, hyper, scalars, origin, P: tl.constexpr,
                    G: tl.constexpr, ACC: tl.constexpr, ADVANCE: tl.constexpr,
                    DIRECTION: tl.constexpr, RADIUS: tl.constexpr, USABLE: tl.constexpr,
-                   STATES: tl.constexpr, ADAPTIVE: tl.constexpr,
+                   STATES: tl.constexpr, ADAPTIVE: tl.constexpr, SEGMENTS: tl.constexpr,
                    HAS_MASTER: tl.constexpr, STOCHASTIC: tl.constexpr,
                    CHUNK: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
     """``e = radius * T^2 * direction``, one chunk per program.
@@ -115,23 +125,25 @@ def perturb_kernel(table, chunks, columns, hyper, scalars, origin, P: tl.constex
             it does not have.
         STATES: Number of the rule's state tensors per parameter, which are in ``ACC``.
         ADAPTIVE: Whether some group has ASAM's element-wise scale.
+        SEGMENTS: Whether the norm is that of the tensor's segment.
         HAS_MASTER: Whether the parameters have master weights, in ``ACC``.
         STOCHASTIC: Whether bfloat16 parameters are rounded stochastically.
     """
     tensor, group, index, size, vector = read_chunk(chunks, tl.program_id(0))
     start = index * CHUNK
     row = hyper_row(hyper, group)
-    scale = length(row, scalars, RADIUS, ACC)
+    norm = norm_of(table, columns, tensor, scalars, ACC, SEGMENTS)
+    scale = length(row, scalars, norm, RADIUS, ACC)
     key = 0
     if STOCHASTIC:
         key = pass_key(table, columns, tensor, scalars, 0)
     if vector > 0:
         offsets = tl.arange(0, CHUNK)
         _perturb(table, columns, tensor, start, offsets, offsets < vector, row, scalars,
-                 origin, scale, key, P, G, ACC, ADVANCE, DIRECTION, USABLE, STATES, ADAPTIVE,
+                 origin, norm, scale, key, P, G, ACC, ADVANCE, DIRECTION, USABLE, STATES, ADAPTIVE,
                  HAS_MASTER, STOCHASTIC, True)  # fmt: skip
     for first in range(vector, size, LANES):
         offsets = first + tl.arange(0, LANES)
         _perturb(table, columns, tensor, start, offsets, offsets < size, row, scalars,
-                 origin, scale, key, P, G, ACC, ADVANCE, DIRECTION, USABLE, STATES, ADAPTIVE,
+                 origin, norm, scale, key, P, G, ACC, ADVANCE, DIRECTION, USABLE, STATES, ADAPTIVE,
                  HAS_MASTER, STOCHASTIC, False)  # fmt: skip

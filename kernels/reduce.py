@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .finish import COEFFICIENT, INVERSE_SCALE
 from .layout import Hyper, Scalar, Task
-from .perturb import ASCENT, FIRST_INVERSE_SCALE, SIGN, element_scale, length
+from .perturb import ASCENT, FIRST_INVERSE_SCALE, SIGN, element_scale, length, norm_of
 from .stream import (
     ASCENT0,
     ASCENT1,
@@ -44,8 +44,8 @@ def _terms(table, columns, tensor, start, offsets, mask, row, scalars, origin,
            P: tl.constexpr, G: tl.constexpr, ACC: tl.constexpr, TERMS: tl.constexpr,
            ASCENDS: tl.constexpr, BOTH: tl.constexpr, LETS: tl.constexpr, ADVANCE: tl.constexpr,
            DIRECTION: tl.constexpr, RADIUS: tl.constexpr, STATES: tl.constexpr,
-           ADAPTIVE: tl.constexpr, SCALED: tl.constexpr, HAS_MASTER: tl.constexpr,
-           ALIGNED: tl.constexpr):  # fmt: skip
+           ADAPTIVE: tl.constexpr, SEGMENTS: tl.constexpr, SCALED: tl.constexpr,
+           HAS_MASTER: tl.constexpr, ALIGNED: tl.constexpr):  # fmt: skip
     """What is summed, element by element: the streams that ``TERMS`` combines."""
     grad = stream(table, GRAD, columns, tensor, start, G, ALIGNED) + offsets
     SCALE: tl.constexpr = FIRST_INVERSE_SCALE if ASCENDS else INVERSE_SCALE
@@ -102,7 +102,8 @@ def _terms(table, columns, tensor, start, offsets, mask, row, scalars, origin,
                                     origin) + offsets  # fmt: skip
                 before = tl.load(backup, mask=perturbed, other=0.0).to(ACC)
                 t = element_scale(before, row, ADAPTIVE)
-            scale = length(row, scalars, RADIUS, ACC)
+            norm = norm_of(table, columns, tensor, scalars, ACC, SEGMENTS)
+            scale = length(row, scalars, norm, RADIUS, ACC)
             e = DIRECTION(g, later, row + ASCENT)
             e = tl.where(scale != 0, scale * (t * (t * e)), 0.0)
     delta = present
@@ -144,6 +145,7 @@ def reduce_kernel(table, chunks, columns, hyper, scalars, partials, arrivals, ta
                   LETS: tl.constexpr, ADVANCE: tl.constexpr, DIRECTION: tl.constexpr,
                   RADIUS: tl.constexpr, ACCUMULATES: tl.constexpr, COEFFICIENTS: tl.constexpr,
                   ADAPTED: tl.constexpr, STATES: tl.constexpr, ADAPTIVE: tl.constexpr,
+                  SEGMENTS: tl.constexpr,
                   SCALED: tl.constexpr, HAS_MASTER: tl.constexpr, SUMS: tl.constexpr,
                   CHUNK: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
     """Sums over one bucket.
@@ -163,6 +165,7 @@ def reduce_kernel(table, chunks, columns, hyper, scalars, partials, arrivals, ta
         COEFFICIENTS, ADAPTED: The descent rule's (``descent/``); the same.
         STATES: Number of the ascent rule's state tensors, where the sums depend on them.
         ADAPTIVE: Whether the perturbation that is made once more has ``T``.
+        SEGMENTS: Whether its norm is that of the tensor's segment.
         SCALED: Whether the norm of this pass has ``T``.
         HAS_MASTER: Whether ``T`` is that of master weights.
         SUMS: How many are taken: 1, 2 or 5.
@@ -183,7 +186,7 @@ def reduce_kernel(table, chunks, columns, hyper, scalars, partials, arrivals, ta
         offsets = tl.arange(0, CHUNK)
         a, b, c, d, f = _terms(table, columns, tensor, start, offsets, offsets < vector, row,
                                scalars, origin, P, G, ACC, TERMS, ASCENDS, BOTH, LETS, ADVANCE,
-                               DIRECTION, RADIUS, STATES, ADAPTIVE, SCALED, HAS_MASTER,
+                               DIRECTION, RADIUS, STATES, ADAPTIVE, SEGMENTS, SCALED, HAS_MASTER,
                                True)  # fmt: skip
         sum0 += tl.sum(a)
         if SUMS > 1:
@@ -202,8 +205,8 @@ def reduce_kernel(table, chunks, columns, hyper, scalars, partials, arrivals, ta
             offsets = first + tl.arange(0, LANES)
             a, b, c, d, f = _terms(table, columns, tensor, start, offsets, offsets < size, row,
                                    scalars, origin, P, G, ACC, TERMS, ASCENDS, BOTH, LETS, ADVANCE,
-                                   DIRECTION, RADIUS, STATES, ADAPTIVE, SCALED, HAS_MASTER,
-                                   False)  # fmt: skip
+                                   DIRECTION, RADIUS, STATES, ADAPTIVE, SEGMENTS, SCALED,
+                                   HAS_MASTER, False)  # fmt: skip
             lanes0 += a
             lanes1 += b
             lanes2 += c
@@ -255,6 +258,29 @@ def reduce_kernel(table, chunks, columns, hyper, scalars, partials, arrivals, ta
         if (tasks & LAST) != 0:
             FINISH(hyper, scalars, total0, total1, total2, total3, total4, tasks, ACCUMULATES,
                    COEFFICIENTS, ADAPTED)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["tasks"])
+def segments_kernel(partials, ranges, squares, tasks):
+    """The first sum, segment by segment: one program adds the partials of one segment.
+
+    Args:
+        partials: What ``reduce_kernel`` has left, of one bucket.
+        ranges: Two int64 per segment: the first of its programs, and the one after the last.
+        squares: One float64 per segment.
+        tasks: Bits of ``layout.Task``: without FIRST the sums are added to.
+    """
+    segment = tl.program_id(0)
+    start = tl.load(ranges + 2 * segment)
+    end = tl.load(ranges + 2 * segment + 1)
+    part = tl.zeros([WINDOW], tl.float64)
+    for first in range(start, end, WINDOW):
+        offsets = first + tl.arange(0, WINDOW)
+        part += tl.load(partials + offsets, mask=offsets < end, other=0.0).to(tl.float64)
+    total = tl.sum(part)
+    if (tasks & FIRST) == 0:
+        total += tl.load(squares + segment)
+    tl.store(squares + segment, total)
 
 
 @triton.jit(do_not_specialize=["tasks"])

@@ -145,7 +145,7 @@ def part_of(batch: Batch, device: torch.device, layout: Layout, number: int) -> 
         if seen != layout.seen:
             layout.seen = seen
     lists = {field.name: getattr(batch, field.name) for field in fields(Batch)}
-    picked = {
+    picked: dict[str, Any] = {
         name: [xs[k] for k in positions]
         for name, xs in lists.items()
         if isinstance(xs, list) and xs

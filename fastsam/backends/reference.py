@@ -26,7 +26,9 @@ from .sums import (
     first_passes,
     global_norm,
     mixture,
+    scalars_of,
     scaled_norm,
+    squares_by_segment,
     undone_if_it_fails,
 )
 from .weights import ListBackup, at_weights, follow_parameters, weight
@@ -53,6 +55,7 @@ def state_of(batch: Batch, k: int) -> tuple[dict[str, Tensor], dict[str, Tensor]
 def perturb_one(batch: Batch, k: int, d: Tensor, spec: StepSpec, scalars: Tensor) -> None:
     """Perturb parameter ``k`` along ``d``, and drop the next ascent state where it is unusable."""
     w, group = weight(batch, k), spec.groups[batch.groups[k]]
+    scalars = scalars_of(batch, k, scalars)
     e = perturbation(w, d, group, radius(spec, group, scalars))
     old, new = state_of(batch, k)
     if spec.ascent.usable is not None and new:
@@ -167,6 +170,9 @@ class ReferenceBackend(DeviceBackend):
             n = m = yield from scaled_norm(batch.grads, weights, spec, like=scalars)
             if spec.ascent.norm == "direction":
                 m = yield from scaled_norm(directions, weights, spec, like=scalars)
+            if batch.squares is not None:
+                along = directions if spec.ascent.norm == "direction" else batch.grads
+                m = yield from squares_by_segment(along, weights.params, batch, spec, scalars)
             finish_ascent(n, m, spec, scalars)
         backup = ListBackup()
         try:

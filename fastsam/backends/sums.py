@@ -9,7 +9,7 @@ from torch import Tensor
 from fastsam.arithmetic import EPS, wide
 from fastsam.kernels.layout import Scalar
 from fastsam.step.batch import Batch
-from fastsam.step.sharding import Sharding, total
+from fastsam.step.sharding import Sharding, add_up, total
 from fastsam.step.spec import Descent, StepSpec, is_perturbed
 
 from .base import Pass
@@ -39,6 +39,32 @@ def scaled_norm(
         for w, x, i in zip(batch.params, vectors, batch.groups, strict=True)
     )
     return global_norm(parts, like, batch.shardings)
+
+
+def squares_by_segment(
+    vectors: Sequence[Tensor], weights: Sequence[Tensor], batch: Batch, spec: StepSpec, like: Tensor
+) -> Pass[Tensor]:
+    """``||T x||^2`` of every segment, which goes to ``batch.squares``; the norm of all of it."""
+    assert batch.squares is not None and batch.segments is not None
+    shardings = batch.shardings or [()] * len(vectors)
+    found = {sharding: torch.zeros_like(batch.squares) for sharding in shardings}
+    for k, (w, x, i) in enumerate(zip(weights, vectors, batch.groups, strict=True)):
+        part = element_scale(w, spec.groups[i]) * wide(x) if spec.groups[i]["adaptive"] else x
+        norm = torch.linalg.vector_norm(part, dtype=like.dtype)
+        found[shardings[k]][batch.segments[k]] += norm.square()
+    squares = add_up(found)
+    yield squares
+    batch.squares.copy_(squares)
+    return squares.sum().sqrt()
+
+
+def scalars_of(batch: Batch, k: int, scalars: Tensor) -> Tensor:
+    """The scalars as parameter ``k`` sees them: with the norm of its own segment."""
+    if batch.squares is None or batch.segments is None:
+        return scalars
+    own = scalars.clone()
+    own[Scalar.ASCENT_NORM] = batch.squares[batch.segments[k]].sqrt()
+    return own
 
 
 def dot(
@@ -80,7 +106,7 @@ def first_passes(
         state = None if batch.next is None else batch.next[k]
         g = signed(first, group)
         d = spec.ascent.direction(g, state or {}, columns_of(spec, group))
-        yield g, perturbation(w, d, group, radius(spec, group, scalars))
+        yield g, perturbation(w, d, group, radius(spec, group, scalars_of(batch, k, scalars)))
 
 
 @contextmanager

@@ -44,6 +44,13 @@ class SAM(SharpnessAwareOptimizer):
         skip_nonfinite: Where the second gradient's norm is not finite, restore the weights and
             leave the state alone. Default False. With a base optimizer that is not fused, this
             synchronises with the device once a step.
+        norm: Over what the perturbation's norm is: ``"global"``, all elements; ``"group"``, those
+            of each parameter group, as for the members of an ensemble; or ``"layer"``, those of
+            each parameter. Each segment moves by its own ``rho`` then, and one whose norm is not
+            finite by nothing. With ``"layer"`` the whole perturbation is about ``rho`` times the
+            root of the number of parameters, so ``rho`` has to be smaller. One more launch, of no
+            gradients. ``metrics["grad_norm"]`` stays global, and so does ``renormalize``. Default
+            ``"global"``.
         perturb_every, start, stop: Of the steps, counted from 0, those numbered ``start``,
             ``start + perturb_every`` ... below ``stop`` are sharpness-aware; the others are the
             base optimizer's, at the cost of one pass. The count is saved with the state;
@@ -100,6 +107,7 @@ class SAM(SharpnessAwareOptimizer):
         renormalize: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
+        norm: str = "global",
         perturb_every: int = 1,
         start: int = 0,
         stop: int | None = None,
@@ -115,7 +123,7 @@ class SAM(SharpnessAwareOptimizer):
     ):
         super().__init__(
             params, base_optimizer, rho=rho, adaptive=adaptive, eta=eta, renormalize=renormalize,
-            max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite,
+            max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite, norm=norm,
             perturb_every=perturb_every, start=start, stop=stop, master_weights=master_weights,
             rounding=rounding, seed=seed, repeat_random=repeat_random,
             ascent_context=ascent_context, descent_context=descent_context,

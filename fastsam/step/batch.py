@@ -42,6 +42,7 @@ class Layout:
         prepared: The base's state, found complete (``state.py``).
         held: The ascent's state, found complete (``state.py``).
         places: Every parameter's place among all.
+        segments: The segment of each parameter (``segments.py``).
         after: Token of the first pass's layout whose parameters are all here, unchanged.
     """
 
@@ -66,6 +67,7 @@ class Layout:
     prepared: Any = None
     held: Any = None
     places: list[int] | None = None
+    segments: list[int] | None = None
     after: object = None
 
     def of_device(self, device: torch.device) -> "Layout":
@@ -104,6 +106,8 @@ class Batch:
         validation, training: LETS's gradients at the updated weights.
         masters: Float32 weights behind 16-bit parameters.
         places: Every parameter's place among all, which its random bits depend on.
+        segments, squares: Where the ascent's norm is not global, each parameter's segment, and the
+            squared norms of all segments.
         layout: Where equal ones mean that what was worked out from them still holds.
         prepared: The base's state as it was found complete; another object where it is another.
         held: The ascent's state, where it is that of exactly these parameters.
@@ -124,6 +128,8 @@ class Batch:
     training: list[Tensor | None] | None = None
     masters: list[Tensor | None] | None = None
     places: list[int] | None = None
+    segments: list[int] | None = None
+    squares: Tensor | None = None
     layout: Layout | None = None
     prepared: object = None
     held: Any = None

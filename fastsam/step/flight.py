@@ -36,6 +36,7 @@ class InFlight:
         ascent: The ascent rule's state, old and new.
         firsts: First gradients, where the second pass needs them, and whose they are.
         saw_shards: Whether sharded parameters had a first gradient.
+        squares: The ascent's squared norms by segment, where they are not global.
         seen: Gradients that the first pass left: parameter, gradient, its version.
         perturbed: Copies of the perturbed weights, while the unperturbed are in their place.
     """
@@ -48,6 +49,7 @@ class InFlight:
     ascent: AscentStates | None = None
     firsts: tuple[list[Tensor], list[Tensor]] | None = None
     saw_shards: bool = False
+    squares: Tensor | None = None
     seen: list[tuple[Tensor, "weakref.ref[Tensor]", int]] = field(default_factory=list)
     perturbed: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 

@@ -307,6 +307,7 @@ class StepSpec:
         is_static: Whether the host decides nothing anew in every step.
         seed: Of stochastic rounding; None rounds to nearest.
         keeps_weights: Whether the copy of the weights is needed after the update (LETS).
+        norm: Over what the ascent's norm is: everything, each group or each parameter.
         adaptive: Whether some group has ASAM's element-wise scale.
         rescales: Whether ``u`` may differ from the second gradient.
         key: What launches are specialised for; equal for two passes that may share them.
@@ -327,6 +328,7 @@ class StepSpec:
     is_static: bool = True
     seed: int | None = None
     keeps_weights: bool = False
+    norm: str = "global"
     adaptive: bool = field(init=False)
     rescales: bool = field(init=False)
     key: tuple[Any, ...] = field(init=False)
@@ -341,7 +343,7 @@ class StepSpec:
         )  # fmt: skip
         put(self, "key", (
             self.ascent, self.descent, self.base, self.adaptive, self.renormalize, clips,
-            self.skip_nonfinite, self.skip_first, self.is_scaled, self.seed is None,
+            self.skip_nonfinite, self.skip_first, self.is_scaled, self.seed is None, self.norm,
         ))  # fmt: skip
 
     @property

@@ -75,7 +75,7 @@ import triton
 from triton.compiler import ASTSource
 from codegen import GROUPS, TARGETS
 from fastsam.backends.triton.plan import ascent_sums, descent_sums, hypergradient_sums
-from fastsam.kernels.reduce import finish_kernel
+from fastsam.kernels.reduce import finish_kernel, segments_kernel
 from fastsam.methods.lightsam import LIGHT_NORM
 from fastsam.methods.samar import MIX
 from fastsam.unified import UNIFIED
@@ -94,6 +94,11 @@ for sums in (ascent_sums(average), ascent_sums(light), descent_sums(plain), desc
     for target in TARGETS.values():
         source = ASTSource(finish_kernel, signature, constants, {})
         triton.compile(source, target=target, options={"num_warps": 1, "enable_fp_fusion": True})
+for partials in ("*fp32", "*fp64"):
+    signature = {"partials": partials, "ranges": "*i64", "squares": "*fp64", "tasks": "i32"}
+    for target in TARGETS.values():
+        source = ASTSource(segments_kernel, signature, {}, {})
+        triton.compile(source, target=target, options={"num_warps": 4})
 """
 
 

@@ -54,7 +54,7 @@ class TorchBackend(reference.ReferenceBackend):
     def ascent_pass(self, batch: Batch, spec: StepSpec, scalars: Tensor) -> Pass[ListBackup]:
         if scalars.device.type == "cpu":
             return (yield from cpu.ascend(batch, spec, scalars, self._memory))
-        if path_of(spec.ascent) is not along_gradient:
+        if path_of(spec.ascent) is not along_gradient or batch.squares is not None:
             return (yield from super().ascent_pass(batch, spec, scalars))
         follow_parameters(batch, None)
         weights = at_weights(batch)

@@ -7,6 +7,7 @@ serve (16-bit, mixed dtypes or layouts, gaps) goes through the reference backend
 """
 
 from collections import defaultdict
+from dataclasses import replace
 from itertools import chain
 from typing import Any, cast
 
@@ -74,6 +75,18 @@ def _divide(batch: Batch, spec: StepSpec, descends: bool) -> tuple[dict[Any, lis
     return members, others
 
 
+def by_segment(parts: list[Part], batch: Batch) -> list[Part]:
+    """Parts of one segment each."""
+    found = []
+    for part in parts:
+        members = defaultdict(list)
+        for k in part.members:
+            assert batch.segments is not None
+            members[batch.segments[k]].append(k)
+        found += [replace(part, members=same) for same in members.values()]
+    return found
+
+
 # --- the ascent ------------------------------------------------------------------------------
 
 
@@ -92,6 +105,10 @@ def ascend(batch: Batch, spec: StepSpec, scalars: Tensor, memory: Memory) -> Pas
             if m.isnan() and n.isfinite():
                 rule.starts_anew(batch, parts, spec)
                 m = yield from norm(directions, weights, spec, scalars[0], memory)
+        if batch.squares is not None:
+            along = directions if spec.ascent.norm == "direction" else batch.grads
+            m = yield from sums.squares_by_segment(along, weights.params, batch, spec, scalars[0])
+            parts = by_segment(parts, batch)
         sums.finish_ascent(n, m, spec, scalars)
     backup = ScratchBackup(memory, known)
     try:
@@ -104,7 +121,8 @@ def ascend(batch: Batch, spec: StepSpec, scalars: Tensor, memory: Memory) -> Pas
         backup.borrow({batch.params[k]: weights.params[k] for k in with_master})
         backup.take([batch.params[k] for k in others if k not in with_master], in_place=True)
         for part, target in zip(parts, targets, strict=True):
-            rule.perturb(batch, part, target, directions, spec, scalars, memory)
+            seen = sums.scalars_of(batch, part.members[0], scalars)
+            rule.perturb(batch, part, target, directions, spec, seen, memory)
             backup.move(part.of(batch.params), target)
         for k, direction in slow.items():
             reference.perturb_one(batch, k, direction, spec, scalars)
@@ -166,7 +184,8 @@ def descent_sums(
         return {}
     is_part = batch.shardings is not None and any(batch.shardings)
     along = path_of(spec.ascent) is along_gradient
-    if others or spec.adaptive or not along or is_part or batch.part is not None:
+    own_norms = batch.squares is not None
+    if others or spec.adaptive or not along or is_part or batch.part is not None or own_norms:
         return (yield from sums.descent_sums(batch, backup, spec, scalars))
     squared = torch.zeros_like(plain)  # of the first gradient
     product, sharpness = squared, squared

@@ -1,17 +1,19 @@
 """The triton backend: one kernel launch per pass, bucket and device."""
 
 from collections import defaultdict
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from fastsam.kernels.layout import Row, Task
 from fastsam.kernels.perturb import perturb_kernel
-from fastsam.kernels.reduce import finish_kernel, reduce_kernel
-from fastsam.kernels.table import Table
+from fastsam.kernels.reduce import finish_kernel, reduce_kernel, segments_kernel
+from fastsam.kernels.table import Table, Upload, is_capturing
 from fastsam.kernels.update import update_kernel
 from fastsam.step.batch import Batch, identical
 from fastsam.step.sharding import Sharding
@@ -36,7 +38,7 @@ from .plan import (
     states_of,
     update_constants,
 )
-from .rows import ascent_rows, grad_rows, key_rows, state_rows
+from .rows import ascent_rows, grad_rows, key_rows, norm_rows, state_rows
 
 FIRST, LAST = int(Task.FIRST), int(Task.LAST)
 
@@ -84,6 +86,8 @@ class TritonBackend(Launcher, DeviceBackend):
             rows = {} if spec.seed is None else key_rows(bucket, batch, spec)
             if batch.ascent is not None:
                 rows |= ascent_rows(bucket, batch, spec)
+            if batch.squares is not None and not bucket.described:
+                rows |= norm_rows(bucket, batch)
             bucket.locate(batch, backup, rows)
         depends = self._dependencies(plan, batch, spec, scalars)
         if not identical(depends, plan.depends):
@@ -129,6 +133,8 @@ class TritonBackend(Launcher, DeviceBackend):
                 rows |= grad_rows(bucket, {Row.FIRST_GRAD: batch.firsts})
             if states or spec.descent is not None:
                 rows |= ascent_rows(bucket, batch, spec)
+            if batch.squares is not None:
+                rows |= norm_rows(bucket, batch)
             bucket.locate(batch, backup, rows)
         # a user's function runs on the host; the reduction runs the others
         rule = spec.descent
@@ -175,6 +181,8 @@ class TritonBackend(Launcher, DeviceBackend):
                   Row.TRAINING: batch.training}  # fmt: skip
         for bucket in buckets:
             rows = ascent_rows(bucket, batch, spec) | grad_rows(bucket, others)
+            if batch.squares is not None:
+                rows |= norm_rows(bucket, batch)
             bucket.locate(batch, backup, rows)
         with on(scalars.device):
             found = hypergradient_sums(spec, hessian)
@@ -213,6 +221,8 @@ class TritonBackend(Launcher, DeviceBackend):
         # else the sums over everything are known only after all launches
         is_whole = len(members) == 1 and () in members and batch.part is None
         reduction = Reduction(scalars)
+        if constants["ASCENDS"]:
+            reduction.squares = batch.squares
         for sharding, same in members.items():
             reduction.parts[sharding] = []
             for i, bucket in enumerate(same):
@@ -226,12 +236,33 @@ class TritonBackend(Launcher, DeviceBackend):
                     HAS_MASTER=bucket.has_master and has_scale,
                     **constants, **_only(bucket.types, "P", "G", "ACC"),
                 ))  # fmt: skip
+                if constants["ASCENDS"] and batch.squares is not None:
+                    launches = reduction.parts[sharding]
+                    launches.append(self._segments(bucket, batch, launch.chunk, i == 0))
         if not is_whole:
             names = _only(constants, "FINISH", "ACCUMULATES", "COEFFICIENTS", "ADAPTED", "SUMS")
             names |= {"num_warps": 1, "enable_fp_fusion": True}
             hyper = self._hyper_table(buckets[0], spec)
             reduction.finish = partial(finish_kernel[(1,)], hyper, scalars, tasks, **names)
         return reduction
+
+    def _segments(self, bucket: Bucket, batch: Batch, chunk: int, opens: bool) -> Callable[[], Any]:
+        """The launch that adds up a reduction's partials by segment."""
+        assert batch.squares is not None and batch.segments is not None
+        device, count = batch.squares.device, len(batch.squares)
+        if bucket.ranges is None:
+            sizes = [max(1, -(-w.numel() // chunk)) for w in bucket.params]
+            ends = np.cumsum(sizes)
+            ranges = np.zeros((count, 2), np.int64)
+            for k, start, end in zip(bucket.members, ends - sizes, ends, strict=True):
+                held = ranges[batch.segments[k]]  # its tensors are neighbours
+                held[:] = held[0] if held[1] else start, end
+            bucket.ranges = Upload(device, self._captured)(ranges)
+        if is_capturing(device):
+            self._captured += [bucket.ranges, batch.squares]
+        partials = self._scratch("partials", 1, bucket.arithmetic, device)
+        arguments = partials, bucket.ranges, batch.squares, FIRST if opens else 0
+        return partial(segments_kernel[(count,)], *arguments, num_warps=4)
 
     def _forget(self, batch: Batch) -> None:
         """After a failure: no table is known to hold what it should."""
@@ -276,7 +307,7 @@ class TritonBackend(Launcher, DeviceBackend):
         They are not the same for any two graphs: those have tables of hyper-parameters of their
         own. Nor are they with several devices, which get new copies of the scalars.
         """
-        depends = [*spec.key, self.launches, batch.part, scalars]
+        depends = [*spec.key, self.launches, batch.part, scalars, batch.squares]
         for bucket in plan.buckets:
             depends += bucket.table.revision, self._hyper_table(bucket, spec)
         return depends

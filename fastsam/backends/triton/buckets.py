@@ -57,6 +57,7 @@ class Bucket:
     sharding: Sharding = ()  # over which processes their sums are added up
     table: Table = field(init=False)
     kept: list[Tensor] = field(default_factory=list)  # copies whose addresses are in the table
+    ranges: Tensor | None = None  # of a reduction's programs, by segment
     described: bool = False  # whether the table holds what does not move
 
     def __post_init__(self) -> None:

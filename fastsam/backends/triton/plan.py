@@ -20,6 +20,8 @@ from .launcher import Launched
 
 NOTHING = nullcontext()
 SUMS = slice(Scalar.SUM0, Scalar.SUM4 + 1)
+#: How many that are.
+SEVERAL = SUMS.stop - SUMS.start
 
 
 @dataclass
@@ -30,8 +32,9 @@ class Reduction:
     """
 
     scalars: Tensor
-    parts: dict[Sharding, list[Launched]] = field(default_factory=dict)
+    parts: dict[Sharding, list[Callable[[], Any]]] = field(default_factory=dict)
     finish: Callable[[], Any] | None = None
+    squares: Tensor | None = None  # by segment
 
     def run(self) -> Pass[None]:
         if self.finish is None:
@@ -45,10 +48,13 @@ class Reduction:
             for sharding, launches in self.parts.items():
                 for launch in launches:
                     launch()
-                sums[sharding] = self.scalars[SUMS].clone()
+                own = [] if self.squares is None else [self.squares]
+                sums[sharding] = torch.cat([self.scalars[SUMS], *own])
         total = add_up(sums)
         yield total
-        self.scalars[SUMS] = total
+        self.scalars[SUMS] = total[:SEVERAL]
+        if self.squares is not None:
+            self.squares.copy_(total[SEVERAL:])
         with on(self.scalars.device):
             self.finish()
 
@@ -85,6 +91,7 @@ def perturb_constants(spec: StepSpec) -> dict[str, Any]:
     return {
         "ADVANCE": rule["advance"], "DIRECTION": rule["direction"], "RADIUS": rule["radius"],
         "USABLE": rule["usable"], "STATES": states_of(spec), "ADAPTIVE": spec.adaptive,
+        "SEGMENTS": spec.norm != "global",
     }  # fmt: skip
 
 
@@ -124,6 +131,7 @@ def ascent_sums(spec: StepSpec) -> Sums:
         NO_RULE | own | {
             "TERMS": sums.of_ascent, "FINISH": finish.finish_ascent, "ASCENDS": True,
             "BOTH": False, "LETS": False, "SCALED": spec.adaptive, "ADAPTIVE": False,
+            "SEGMENTS": False,
             "STATES": states_of(spec) if along else 0, "SUMS": 2 if along else 1,
         },
         several=along,
@@ -143,7 +151,7 @@ def descent_sums(spec: StepSpec) -> Sums:
     )
     common = {
         "FINISH": finish.finish_descent, "ASCENDS": False, "BOTH": spec.descent is not None,
-        "LETS": False, "SCALED": scaled, "ADAPTIVE": False, "STATES": 0,
+        "LETS": False, "SCALED": scaled, "ADAPTIVE": False, "SEGMENTS": False, "STATES": 0,
     }  # fmt: skip
     if spec.descent is None:
         # the plain norm is a sum of its own only where T makes the other one different
@@ -167,7 +175,7 @@ def hypergradient_sums(spec: StepSpec, hessian: str) -> Sums:
     """LETS's sum, by the approximation of the Hessian."""
     common = {
         "FINISH": finish.finish_hypergradient, "ASCENDS": False, "BOTH": True, "LETS": True,
-        "SCALED": False, "ADAPTIVE": False, "STATES": 0, "SUMS": 1,
+        "SCALED": False, "ADAPTIVE": False, "SEGMENTS": False, "STATES": 0, "SUMS": 1,
     }  # fmt: skip
     if hessian == "diag":
         return Sums(NO_RULE | common | {"TERMS": sums.of_diagonal} | _perturbation(spec))
@@ -179,7 +187,7 @@ def _perturbation(spec: StepSpec) -> dict[str, Any]:
     rule = functions_of(spec.ascent, ASCENT)
     return {
         "DIRECTION": rule["direction"], "RADIUS": rule["radius"], "STATES": states_of(spec),
-        "ADAPTIVE": spec.adaptive,
+        "ADAPTIVE": spec.adaptive, "SEGMENTS": spec.norm != "global",
     }  # fmt: skip
 
 

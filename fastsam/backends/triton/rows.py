@@ -46,6 +46,13 @@ def key_rows(bucket: Bucket, batch: Batch, spec: StepSpec) -> dict[Row, list[int
     return {Row.KEY: [tensor_key(spec.seed, batch.places[k]) for k in bucket.members]}
 
 
+def norm_rows(bucket: Bucket, batch: Batch) -> dict[Row, list[int]]:
+    """Where the squared norm of each tensor's segment is."""
+    assert batch.squares is not None and batch.segments is not None
+    start, size = batch.squares.data_ptr(), batch.squares.element_size()
+    return {Row.NORM: [start + size * batch.segments[k] for k in bucket.members]}
+
+
 def ascent_states(spec: StepSpec) -> int:
     """Number of the ascent rule's state tensors."""
     return len(spec.ascent.states(spec.groups[0]))
