@@ -25,6 +25,7 @@ from .step import hooks
 from .step.batch import Batch
 from .step.checkpoint import Loading, SharedState, parts_of, read_kept, set_parts, write_kept
 from .step.checks import (
+    check_ascent_steps,
     check_base,
     check_closure,
     check_flag,
@@ -51,9 +52,9 @@ from .step.interrupts import uninterrupted
 from .step.precision import MASTER, check_dtypes, check_precision, warn_of_rounding
 from .step.recording import Recording
 from .step.scalars import DeviceScalars
-from .step.scaling import check_scaler, find_scale
+from .step.scaling import check_same_scaler, check_scaler, find_scale
 from .step.segments import check_norm
-from .step.spec import Ascent, Descent, StepSpec, is_perturbed
+from .step.spec import Ascent, Descent, StepSpec, is_perturbed, share_of
 from .step.takeover import TakenOver, take_over
 from .unified import UNIFIED
 
@@ -130,6 +131,7 @@ class SharpnessAwareOptimizer(SharedState):
         rounding: str = "nearest",
         seed: int = 0,
         repeat_random: bool = False,
+        ascent_steps: int = 1,
         ascent_context: Context | None = None,
         descent_context: Context | None = None,
         set_to_none: bool = True,
@@ -157,6 +159,8 @@ class SharpnessAwareOptimizer(SharedState):
         self.master_weights = master_weights
         self.rounding, self.seed = rounding, seed
         self.repeat_random = repeat_random
+        self.ascent_steps = ascent_steps
+        self._check_ascent_steps()
         self.ascent_context, self.descent_context = ascent_context, descent_context
         self.set_to_none = set_to_none
         self.backend = backend
@@ -267,7 +271,8 @@ class SharpnessAwareOptimizer(SharedState):
                 ``torch.optim.LBFGS``). It may run several micro-batches, if it runs the same in
                 both calls. It is called twice; once in a step of the base, and where every ``rho``
                 is 0, unless the first pass has state to keep. Gradients are zeroed before each
-                call, as ``set_to_none`` says. One that leaves no gradient is warned of, once.
+                call, as ``set_to_none`` says. With ``ascent_steps`` it is called once more for each
+                above 1. One that leaves no gradient is warned of, once.
             grad_scaler: A ``torch.amp.GradScaler`` with which the closure scales the loss that it
                 calls ``backward`` on. A gradient that is not finite in either pass restores the
                 weights and skips the step; ``grad_scaler.update()`` is to be called after it, and
@@ -299,6 +304,7 @@ class SharpnessAwareOptimizer(SharedState):
                 self.plain_step(grad_scaler=grad_scaler)
                 return loss
             self.first_step(zero_grad=True, grad_scaler=grad_scaler)
+            self._ascend_on(closure, repeats, grad_scaler)
             self._call(closure, self.descent_context, repeats)
             self.second_step(grad_scaler=grad_scaler)
         except BaseException as error:
@@ -354,6 +360,7 @@ class SharpnessAwareOptimizer(SharedState):
                 losses.append(self._call(closure, context, repeats))
                 if perturbs:
                     self.first_step(zero_grad=True)
+                    self._ascend_on(closure, repeats, None)
                     self._call(closure, self.descent_context, repeats)
                     assert self._flight is not None
                     spec = self._spec(self._flight)
@@ -388,6 +395,14 @@ class SharpnessAwareOptimizer(SharedState):
     def between_passes(self) -> bool:
         """Whether ``second_step`` is due: the model holds perturbed weights."""
         return self._flight is not None
+
+    @property
+    def ascents_left(self) -> int:
+        """How many calls of ``first_step`` are due before ``second_step``: at first, all.
+
+        That is ``ascent_steps``, which is 1 unless it was given.
+        """
+        return self.ascent_steps if self._flight is None else self._flight.ascents_left
 
     @contextmanager
     def unperturbed(self) -> Iterator[None]:
@@ -452,6 +467,9 @@ class SharpnessAwareOptimizer(SharedState):
     def first_step(self, zero_grad: bool = False, *, grad_scaler: GradScaler | None = None) -> None:
         """Perturb the weights along the present gradients: ``w <- w + e``.
 
+        With ``ascent_steps`` it is called so many times, with new gradients each time;
+        ``ascents_left`` says how often still.
+
         Args:
             zero_grad: Zero the gradients afterwards.
             grad_scaler: The scaler of the loss that they, and those of the second pass, are of.
@@ -464,11 +482,14 @@ class SharpnessAwareOptimizer(SharedState):
         """
         self._expect("first_step")
         scaler = check_scaler(grad_scaler, self, zero_grad)
-        if not self._inside_step:  # which has done both
+        if self._flight is not None:  # one of several
+            check_same_scaler(self._flight.scale, grad_scaler, self, zero_grad)
+            warn_of_stale_gradients(self._flight, self._warnings, "first_step")
+        elif not self._inside_step:  # which has done both
             hooks.run_own(self, "pre")
             self._check_groups()
             self._check_ranks()
-        flight = self._begin(True, scaler)
+        flight = self._flight or self._begin(True, scaler)
         spec = self._last = self._spec(flight)
         try:
             with uninterrupted():  # nothing may come between perturbing and remembering it
@@ -476,7 +497,7 @@ class SharpnessAwareOptimizer(SharedState):
                     spec, flight, self.state, self.backend, zero_grad and self._sets_to_none
                 )
                 self._flight = flight
-            if flight.replicas is not None:
+            if flight.replicas is not None and not flight.ascents_left:
                 self._passes.agree(spec, flight)
             if not batch.params and self._inside_step:
                 self._warnings.once("no gradients", NO_GRADIENTS)
@@ -512,9 +533,7 @@ class SharpnessAwareOptimizer(SharedState):
         flight = self._flight
         assert flight is not None
         try:
-            given = None if flight.scale is None else flight.scale.scaler
-            if check_scaler(grad_scaler, self, zero_grad) is not given and grad_scaler:
-                raise RuntimeError("grad_scaler has to be given to first_step as well")
+            check_same_scaler(flight.scale, grad_scaler, self, zero_grad)
             warn_of_stale_gradients(flight, self._warnings)
             self._run_base_hooks("pre")
             spec = self._last = self._spec(flight)
@@ -608,7 +627,10 @@ class SharpnessAwareOptimizer(SharedState):
         if replicas is not None:
             name = type(self).__name__
             check_replicas(name, self.descent, self.renormalize, self.param_groups)
-        flight = InFlight(perturbs, self._next_lam(), find_scale(self, scaler), replicas)
+        flight = InFlight(
+            perturbs, self._next_lam(), self.ascent_steps, scale=find_scale(self, scaler),
+            replicas=replicas,
+        )  # fmt: skip
         if perturbs and replicas is None and self.ascent_context is not None:
             # replicas would drift apart if this context is one that keeps gradients apart
             matters = self.renormalize or self.descent is not None or flight.scale is not None
@@ -680,6 +702,7 @@ class SharpnessAwareOptimizer(SharedState):
             descent=self.descent if perturbs else None,
             perturbs=perturbs,
             lam=flight.lam,
+            share=share_of(flight.ascents),
             renormalize=self.renormalize and perturbs,
             max_grad_norm=self.max_grad_norm,
             skip_nonfinite=self.skip_nonfinite or is_scaled,
@@ -694,12 +717,24 @@ class SharpnessAwareOptimizer(SharedState):
 
     # --- closures and hooks ---
 
+    def _ascend_on(self, closure: Any, repeats: bool, scaler: GradScaler | None) -> None:
+        """The further first passes of a step that has several.
+
+        Their gradients perturb, and are taken at perturbed weights: they have both contexts.
+        """
+        while self.ascents_left:
+            self._call(closure, self.ascent_context, repeats, self.descent_context)
+            self.first_step(zero_grad=True, grad_scaler=scaler)
+
     def _repeated(self, call: str) -> AbstractContextManager[None]:
-        number = 0 if self._flight is None else 1
+        number = 0 if self._flight is None else self._flight.taken
         return self._random.around(self.param_groups, self.kept["t"], number, call)
 
-    def _call(self, closure: Any, context: Context | None, repeats: bool = False) -> Any:
-        """What the closure returns, called as one pass.
+    def _call(
+        self, closure: Any, context: Context | None, repeats: bool = False,
+        inner: Context | None = None,
+    ) -> Any:  # fmt: skip
+        """What the closure returns, called as one pass, in one context or two.
 
         ``repeats`` says whether it draws the random numbers of the step's first pass.
         """
@@ -710,7 +745,8 @@ class SharpnessAwareOptimizer(SharedState):
         try:
             self._inside_closure = True
             random = self._repeated("repeat_random") if repeats else nullcontext()
-            with manager, random, torch.enable_grad():
+            second = nullcontext() if inner is None else entered(inner)
+            with manager, second, random, torch.enable_grad():
                 return closure()
         finally:
             self._inside_closure = False
@@ -751,6 +787,14 @@ class SharpnessAwareOptimizer(SharedState):
         if self._unperturbed:
             raise RuntimeError(
                 f"{call} cannot be called inside unperturbed(): end that block first"
+            )
+        left = 0 if self._flight is None else self._flight.ascents_left
+        if left and call == "first_step":
+            return
+        if left:
+            raise RuntimeError(
+                f"expected first_step, which has to come before another {call}: with ascent_steps "
+                f"it comes several times before second_step, {left} more in this step"
             )
         if (due == "second_step") != (self._flight is not None):
             due = "first_step" if self._flight is None else "second_step"
@@ -793,6 +837,7 @@ class SharpnessAwareOptimizer(SharedState):
     def _check_groups(self) -> None:
         check_schedule(self.perturb_every, self.start, self.stop)
         check_max_grad_norm(self.max_grad_norm)
+        self._check_ascent_steps()
         for group in self.param_groups:
             if "adaptive" not in group:  # given to the base alone, or assigned
                 for key, value in self.defaults.items():
@@ -802,6 +847,15 @@ class SharpnessAwareOptimizer(SharedState):
     def _check_ranks(self) -> None:
         if self._agreement.needed:
             self._agreement.check(self)
+
+    def _check_ascent_steps(self) -> None:
+        rounds = {
+            "master_weights": self.master_weights,
+            "rounding='stochastic'": self.rounding == "stochastic",
+        }
+        check_ascent_steps(
+            self.ascent_steps, type(self).__name__, self.ascent, self.descent, rounds
+        )
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_group(group, self._base is not None, self.ascent.scales)
@@ -881,6 +935,8 @@ class SharpnessAwareOptimizer(SharedState):
         if hessian is None:
             yield None
             return
+        if self.ascent_steps != 1:
+            raise RuntimeError(f"LETS needs ascent_steps=1, got {self.ascent_steps}")
         passes, spec = self._passes, self._spec(InFlight(True))
         passes.recording = Recording(
             hessian,

@@ -63,7 +63,8 @@ class Passes:
     ) -> Batch:
         """Perturb the weights along the present gradients; ``flight`` holds what that leaves.
 
-        If it fails the weights are as they were. The caller keeps interrupts out.
+        If it fails the weights are as they were. The caller keeps interrupts out. In a step of
+        several first passes each is one call, and the others go on from where the weights are.
 
         Args:
             spec, flight: Of the step.
@@ -71,7 +72,9 @@ class Passes:
             backend: That the user asked for.
             cleared: Whether the gradients are about to be set to None.
         """
-        batch = self.collector.first(spec.groups, self._name)
+        goes_on = flight.taken > 0
+        collect = self.collector.further if goes_on else self.collector.first
+        batch = collect(spec.groups, self._name)
         if spec.has_masters or spec.seed is not None:
             self._add_precision(batch, spec, states)
         if is_captured(batch):
@@ -90,14 +93,20 @@ class Passes:
         if spec.norm != "global" and batch.params:
             self._add_segments(batch, spec)
             flight.squares = batch.squares
+        norm = scalars[Scalar.GRAD_NORM].clone() if goes_on else None
         if batch.params:
             serving = self.backends.serving(backend, batch)
-            flight.backup = serving.ascend(batch, spec, scalars)
-        else:
+            flight.backup = serving.ascend(batch, spec, scalars, flight.backup)
+        elif not goes_on:
             scalars[Scalar.GRAD_NORM].zero_()
             scalars[Scalar.NEXT_ACCUMULATED] = scalars[Scalar.ACCUMULATED]
+        if norm is not None:  # that at w is the step's
+            if spec.skip_first and batch.params:
+                scalars[Scalar.FOUND_INF] += ~scalars[Scalar.ASCENT_NORM].isfinite()
+            scalars[Scalar.GRAD_NORM] = norm
+        flight.taken += 1
         flight.ascent = ascent
-        flight.saw_shards = batch.shardings is not None and any(batch.shardings)
+        flight.saw_shards |= batch.shardings is not None and any(batch.shardings)
         torch.clear_autocast_cache()  # of the weights as they were
         return batch
 
@@ -276,6 +285,7 @@ class Passes:
         scalars = self.scalars.on_device_of(batch)
         self.scalars.carries_scale = True
         opens_step = slot == Scalar.FIRST_INVERSE_SCALE or not flight.perturbs
+        opens_step = opens_step and not flight.taken
         flight.scale.write(slot, scalars, opens_step)
         if not batch.params:
             return batch

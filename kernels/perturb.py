@@ -65,8 +65,8 @@ def length(row, scalars, norm, RADIUS: tl.constexpr, ACC: tl.constexpr):
 def _perturb(table, columns, tensor, start, offsets, mask, row, scalars, origin, norm, scale, key,
              P: tl.constexpr, G: tl.constexpr, ACC: tl.constexpr, ADVANCE: tl.constexpr,
              DIRECTION: tl.constexpr, USABLE: tl.constexpr, STATES: tl.constexpr,
-             ADAPTIVE: tl.constexpr, HAS_MASTER: tl.constexpr, STOCHASTIC: tl.constexpr,
-             ALIGNED: tl.constexpr):  # fmt: skip
+             ADAPTIVE: tl.constexpr, BACKS_UP: tl.constexpr, HAS_MASTER: tl.constexpr,
+             STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr):  # fmt: skip
     param = stream(table, PARAM, columns, tensor, start, P, ALIGNED) + offsets
     grad = stream(table, GRAD, columns, tensor, start, G, ALIGNED) + offsets
     stored = tl.load(param, mask=mask)
@@ -78,8 +78,9 @@ def _perturb(table, columns, tensor, start, offsets, mask, row, scalars, origin,
         w = newest(held, stored, P)
         tl.store(master, w, mask=mask & (w != held))
     else:
-        backup = stream(table, BACKUP, columns, tensor, start, P, ALIGNED, origin) + offsets
-        tl.store(backup, stored, mask=mask)
+        if BACKS_UP:
+            backup = stream(table, BACKUP, columns, tensor, start, P, ALIGNED, origin) + offsets
+            tl.store(backup, stored, mask=mask)
         w = stored.to(ACC)
     state = ()
     if STATES > 0:
@@ -110,6 +111,7 @@ def perturb_kernel(table, chunks, columns, hyper, scalars, origin, P: tl.constex
                    G: tl.constexpr, ACC: tl.constexpr, ADVANCE: tl.constexpr,
                    DIRECTION: tl.constexpr, RADIUS: tl.constexpr, USABLE: tl.constexpr,
                    STATES: tl.constexpr, ADAPTIVE: tl.constexpr, SEGMENTS: tl.constexpr,
+                   BACKS_UP: tl.constexpr,
                    HAS_MASTER: tl.constexpr, STOCHASTIC: tl.constexpr,
                    CHUNK: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
     """``e = radius * T^2 * direction``, one chunk per program.
@@ -126,6 +128,7 @@ def perturb_kernel(table, chunks, columns, hyper, scalars, origin, P: tl.constex
         STATES: Number of the rule's state tensors per parameter, which are in ``ACC``.
         ADAPTIVE: Whether some group has ASAM's element-wise scale.
         SEGMENTS: Whether the norm is that of the tensor's segment.
+        BACKS_UP: Whether the weights are copied; an earlier ascent of the step may have done it.
         HAS_MASTER: Whether the parameters have master weights, in ``ACC``.
         STOCHASTIC: Whether bfloat16 parameters are rounded stochastically.
     """
@@ -141,9 +144,9 @@ def perturb_kernel(table, chunks, columns, hyper, scalars, origin, P: tl.constex
         offsets = tl.arange(0, CHUNK)
         _perturb(table, columns, tensor, start, offsets, offsets < vector, row, scalars,
                  origin, norm, scale, key, P, G, ACC, ADVANCE, DIRECTION, USABLE, STATES, ADAPTIVE,
-                 HAS_MASTER, STOCHASTIC, True)  # fmt: skip
+                 BACKS_UP, HAS_MASTER, STOCHASTIC, True)  # fmt: skip
     for first in range(vector, size, LANES):
         offsets = first + tl.arange(0, LANES)
         _perturb(table, columns, tensor, start, offsets, offsets < size, row, scalars,
                  origin, norm, scale, key, P, G, ACC, ADVANCE, DIRECTION, USABLE, STATES, ADAPTIVE,
-                 HAS_MASTER, STOCHASTIC, False)  # fmt: skip
+                 BACKS_UP, HAS_MASTER, STOCHASTIC, False)  # fmt: skip

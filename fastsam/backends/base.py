@@ -72,8 +72,11 @@ class Backend(Protocol):
 
     takes_scaled: bool
 
-    def ascend(self, batch: Batch, spec: StepSpec, scalars: Tensor) -> Backup:
+    def ascend(self, batch: Batch, spec: StepSpec, scalars: Tensor, kept: Any = None) -> Backup:
         """Set ``w <- w + e`` and keep ``w``. If it fails, the weights are as they were.
+
+        ``kept`` is what it gave before in the same step, where there are several ascents. Then that
+        stays the one copy, of the weights as they were before all of them, and is given again.
 
         ``batch.ascent`` is the ascent rule's state, which stays; the new one goes to
         ``batch.next``.
@@ -102,8 +105,8 @@ class DeviceBackend(ABC):
 
     takes_scaled = False
 
-    def ascend(self, batch: Batch, spec: StepSpec, scalars: Tensor) -> Any:
-        return complete(self.ascent_pass(batch, spec, scalars))
+    def ascend(self, batch: Batch, spec: StepSpec, scalars: Tensor, kept: Any = None) -> Any:
+        return complete(self.ascent_pass(batch, spec, scalars, kept))
 
     def descend(self, batch: Batch, backup: Any, spec: StepSpec, scalars: Tensor) -> None:
         complete(self.descent_pass(batch, backup, spec, scalars))
@@ -114,7 +117,9 @@ class DeviceBackend(ABC):
         complete(self.hypergradient_pass(batch, backup, hessian, spec, scalars))
 
     @abstractmethod
-    def ascent_pass(self, batch: Batch, spec: StepSpec, scalars: Tensor) -> Pass[Any]: ...
+    def ascent_pass(
+        self, batch: Batch, spec: StepSpec, scalars: Tensor, kept: Any = None
+    ) -> Pass[Any]: ...
 
     @abstractmethod
     def descent_pass(

@@ -54,17 +54,23 @@ class SeveralDevices:
         self._name, self._resolve, self._create = name, resolve, create
         self._backends: dict[tuple[str, torch.device], DeviceBackend] = {}
 
-    def ascend(self, batch: Batch, spec: StepSpec, scalars: Tensor) -> SplitBackup:
+    def ascend(
+        self, batch: Batch, spec: StepSpec, scalars: Tensor, kept: SplitBackup | None = None
+    ) -> SplitBackup:
         """See ``Backend.ascend``."""
         found: list[Backup] = []
+        before = {} if kept is None else kept.parts
         parts = self._split(batch, spec, scalars, Scalar.FIRST_INVERSE_SCALE)
         try:
-            self._run(parts, scalars, found, lambda _, backend, *part: backend.ascent_pass(*part))
+            self._run(
+                parts, scalars, found,
+                lambda device, backend, *part: backend.ascent_pass(*part, before.get(device)),
+            )  # fmt: skip
         except BaseException:
-            for backup in found:
+            for backup in (*found, *before.values()):
                 backup.restore()
             raise
-        return SplitBackup(dict(zip(parts, found, strict=True)))
+        return SplitBackup(before | dict(zip(parts, found, strict=True)))
 
     def descend(
         self, batch: Batch, backup: SplitBackup | None, spec: StepSpec, scalars: Tensor

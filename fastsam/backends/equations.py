@@ -44,6 +44,8 @@ def radius(spec: StepSpec, group: Group, scalars: Sequence[float] | Tensor) -> A
     rho = radius_of(group)
     if isinstance(rho, Tensor) and not isinstance(scalars, Tensor):
         rho = float(rho)  # else a 0-dim float32 would round what is a number here
+    if spec.share != 1:
+        rho = rho * spec.share
     norm, total = scalars[Scalar.ASCENT_NORM], scalars[Scalar.NEXT_ACCUMULATED]
     found = spec.ascent.radius(rho, norm, total, columns_of(spec, group))
     if isinstance(scalars, Tensor) and not isinstance(found, Tensor):

@@ -161,7 +161,9 @@ def adapts_here(batch: Batch, spec: StepSpec) -> bool:
 class ReferenceBackend(DeviceBackend):
     """See the module's docstring."""
 
-    def ascent_pass(self, batch: Batch, spec: StepSpec, scalars: Tensor) -> Pass[ListBackup]:
+    def ascent_pass(
+        self, batch: Batch, spec: StepSpec, scalars: Tensor, kept: ListBackup | None = None
+    ) -> Pass[ListBackup]:
         everyone = range(len(batch.params))
         follow_parameters(batch, None)
         weights = at_weights(batch)
@@ -174,10 +176,12 @@ class ReferenceBackend(DeviceBackend):
                 along = directions if spec.ascent.norm == "direction" else batch.grads
                 m = yield from squares_by_segment(along, weights.params, batch, spec, scalars)
             finish_ascent(n, m, spec, scalars)
-        backup = ListBackup()
+        backup = ListBackup() if kept is None else kept
         try:
             # all copies come first: two parameters may be views of the same memory
-            for param, w in zip(batch.params, weights.params, strict=True):
+            if kept is not None:
+                kept.keep(batch)
+            for param, w in zip(batch.params, weights.params, strict=True) if kept is None else ():
                 backup.copies[param] = w.detach().clone() if w is param else w
             for k in everyone:
                 perturb_one(batch, k, directions[k], spec, scalars)

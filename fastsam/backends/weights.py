@@ -19,6 +19,12 @@ class ListBackup:
         for param, copy in self.copies.items():
             param.copy_(copy)
 
+    def keep(self, batch: Batch) -> None:
+        """Copy what an earlier ascent of the step has not: parameters without a gradient then."""
+        for param in batch.params:
+            if param not in self.copies:
+                self.copies[param] = param.detach().clone()
+
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         """See ``Backup.pairs``."""
         return list(self.copies.items())

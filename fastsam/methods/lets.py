@@ -96,6 +96,11 @@ class LETS(SharedState):
             )
         if optimizer.master_weights:
             raise ValueError("optimizer must have master_weights=False to learn its radius")
+        if optimizer.ascent_steps != 1:
+            raise ValueError(
+                f"optimizer must have ascent_steps=1 to learn its radius, got "
+                f"{optimizer.ascent_steps}"
+            )
         check_lets(rho_lr, hessian, interval, rho_optimizer, optimizer.param_groups)
         self.hessian = hessian
         self.interval = interval

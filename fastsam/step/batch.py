@@ -43,7 +43,8 @@ class Layout:
         held: The ascent's state, found complete (``state.py``).
         places: Every parameter's place among all.
         segments: The segment of each parameter (``segments.py``).
-        after: Token of the first pass's layout whose parameters are all here, unchanged.
+        after: Token of the first pass's layout whose parameters are all here, unchanged; in a
+            further ascent, of one that has all that are here.
     """
 
     params: list[Tensor]

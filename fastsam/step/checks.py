@@ -14,7 +14,7 @@ from torch.optim.optimizer import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .checkpoint import is_own
-from .spec import Ascent, Base
+from .spec import Ascent, Base, Descent
 
 #: What is said of parameters that DeepSpeed has taken over.
 ZERO = (
@@ -88,6 +88,36 @@ def check_flag(name: str, value: Any) -> None:
     """A switch: ``"False"`` would count as true."""
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
+def check_ascent_steps(
+    value: Any, name: str, ascent: Ascent, descent: Descent | None, rounds: Mapping[str, bool]
+) -> None:
+    """How many first passes a step has, and what cannot have several.
+
+    Args:
+        value: What the user gave.
+        name: The optimizer's.
+        ascent, descent: Its rules.
+        rounds: What keeps 16-bit weights, by its argument, and whether that was asked for.
+
+    Raises:
+        ValueError: If it is out of range, or the optimizer cannot have several.
+    """
+    if value == 1 and type(value) is int:
+        return
+    if isinstance(value, bool) or not (isinstance(value, int) and value >= 1):
+        raise ValueError(f"ascent_steps must be an integer of at least 1, got {value!r}")
+    if ascent.advance is not None or ascent.accumulate is not None:
+        why = f"{name}, whose ascent has state that follows one gradient a step"
+    elif descent is not None:
+        why = f"{name}, whose update takes the one first gradient"
+    else:
+        why = next((argument for argument, is_so in rounds.items() if is_so), "")
+        if not why:
+            return
+        why += ", as w + e is rounded after every ascent, and the next would begin there"
+    raise ValueError(f"ascent_steps must be 1 with {why}; got {value!r}")
 
 
 def check_schedule(perturb_every: Any, start: Any, stop: Any) -> None:
@@ -167,7 +197,7 @@ def check_rule(rule: Any, known: Iterable[str]) -> None:
 def check_common(kwargs: Mapping[str, Any], cls: type) -> None:
     """What methods with an update of their own take besides their named arguments."""
     allowed = ("renormalize", "max_grad_norm", "skip_nonfinite", "norm", "perturb_every", "start",
-               "stop", "master_weights", "rounding", "seed", "repeat_random",
+               "stop", "master_weights", "rounding", "seed", "repeat_random", "ascent_steps",
                "ascent_context", "descent_context", "set_to_none")  # fmt: skip
     if unknown := [key for key in kwargs if key not in allowed]:
         raise TypeError(

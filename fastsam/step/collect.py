@@ -166,16 +166,24 @@ class Collector:
     """Finds the tensors of an optimizer's passes: a :class:`Sweep` for each kind of pass."""
 
     def __init__(self) -> None:
-        self._sweeps = {name: Sweep() for name in ("first", "second", "other")}
+        self._sweeps = {name: Sweep() for name in ("first", "further", "second", "other")}
         self._made = 0  # layouts of the first pass that the second pass's sweep knows of
 
     def first(self, groups: Sequence[Group], name: str) -> Batch:
         """The perturbed parameters that have a first gradient, checked; see ``Sweep``."""
         batch = self._sweeps["first"].collect(groups, name, perturbs=True)
         if self._sweeps["first"].made != self._made:
-            self._sweeps["second"] = Sweep()  # which does not look at everything again
+            for name_ in ("further", "second"):  # which do not look at everything again
+                self._sweeps[name_] = Sweep()
             self._made = self._sweeps["first"].made
         return batch
+
+    def further(self, groups: Sequence[Group], name: str) -> Batch:
+        """The same of a first pass that comes after another in its step.
+
+        On a CPU parameters may be elsewhere by then, so this is not the first one's sweep.
+        """
+        return self._sweeps["further"].collect(groups, name, self._sweeps["first"], perturbs=True)
 
     def second(self, groups: Sequence[Group], name: str, after_first: bool) -> Batch:
         """All that have a second gradient, or with ``after_first=False`` a step's only one."""

@@ -30,6 +30,8 @@ class InFlight:
     Attributes:
         perturbs: Whether it has two passes.
         lam: Unified SAM's weight of normalisation in it.
+        ascents: How many first passes it has.
+        taken: How many of them there have been.
         scale: The loss scale that its gradients carry.
         replicas: The process group of replicas that have first gradients of their own.
         backup: The unperturbed weights; None where nothing has been perturbed.
@@ -43,6 +45,8 @@ class InFlight:
 
     perturbs: bool
     lam: float = 1.0
+    ascents: int = 1
+    taken: int = 0
     scale: LossScale | None = None
     replicas: Any = None
     backup: Backup | None = None
@@ -52,6 +56,11 @@ class InFlight:
     squares: Tensor | None = None
     seen: list[tuple[Tensor, "weakref.ref[Tensor]", int]] = field(default_factory=list)
     perturbed: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    @property
+    def ascents_left(self) -> int:
+        """How many more first passes are due."""
+        return self.ascents - self.taken
 
     def keep_firsts(self, batch: Batch, grads: list[Tensor]) -> None:
         """Keep the first gradients for the second pass."""

@@ -91,7 +91,7 @@ def check_reduced(batch: Batch, flight: InFlight, groups: Sequence[Group]) -> No
         )
 
 
-def warn_of_stale_gradients(flight: InFlight, given: Warnings) -> None:
+def warn_of_stale_gradients(flight: InFlight, given: Warnings, call: str = "second_step") -> None:
     """Look at the first and the last parameter's gradient, where the first pass left them."""
     seen, flight.seen = flight.seen, []
     if not seen:
@@ -107,6 +107,6 @@ def warn_of_stale_gradients(flight: InFlight, given: Warnings) -> None:
             return
         given.once(
             "stale gradients",
-            f"second_step() seems to find gradients that are {what} of the first pass: zero "
+            f"{call}() seems to find gradients that are {what} of the first pass: zero "
             "them after first_step (its argument zero_grad=True does) and call backward again",
         )

@@ -41,6 +41,19 @@ def check_scaler(
     return grad_scaler
 
 
+def check_same_scaler(
+    scale: "LossScale | None", grad_scaler: Any, optimizer: Optimizer, zero_grad: Any
+) -> None:
+    """A later pass has the scaler of the step's first, or none is named.
+
+    Raises:
+        RuntimeError: If it has another.
+    """
+    given = None if scale is None else scale.scaler
+    if check_scaler(grad_scaler, optimizer, zero_grad) is not given and grad_scaler:
+        raise RuntimeError("grad_scaler has to be given to first_step as well")
+
+
 class LossScale:
     """The loss scale of one step, given with a scaler or by torch's attributes of fused optimizers.
 

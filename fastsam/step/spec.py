@@ -5,6 +5,7 @@ file of the user's) and a declaration here: an :class:`Ascent`, a :class:`Descen
 :class:`Base`. Methods declare rules, backends run them, and neither knows the other.
 """
 
+import functools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -287,6 +288,12 @@ def _check_kernel(rule: Ascent | Descent | Base) -> None:
     _DECLARED.add(rule)
 
 
+@functools.cache
+def share_of(ascents: int) -> float:
+    """What of ``rho`` one of several ascents has; the same object, by which tables are compared."""
+    return 1 / ascents
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class StepSpec:
     """One pass, as the backends see it.
@@ -298,6 +305,7 @@ class StepSpec:
         base: The fused base update; None leaves the update to a base that is not fused.
         perturbs: Whether the step has two passes.
         lam: Unified SAM's weight of normalisation in this step.
+        share: What of ``rho`` one ascent has, where there are several.
         renormalize: Whether the second gradient is rescaled to the norm of the first (SSAM).
         max_grad_norm: Bound on the norm of ``u``.
         skip_nonfinite: Whether a non-finite second gradient leaves weights and state alone.
@@ -319,6 +327,7 @@ class StepSpec:
     descent: Descent | None = None
     perturbs: bool = True
     lam: float = 1.0
+    share: float = 1.0
     renormalize: bool = False
     max_grad_norm: float | None = None
     skip_nonfinite: bool = False

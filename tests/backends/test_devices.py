@@ -121,6 +121,26 @@ def test_devices_without_gradients(missing, method, backend, spread):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_several_ascents(backend, spread):
+    """Also where a device has no gradients in one of them."""
+    ends = []
+    for spreads in (True, False):
+        problem, params = problem_of()
+        optimizer = fastsam.SSAM(spread(params) if spreads else params, torch.optim.SGD, lr=0.1,
+                                 rho=0.3, ascent_steps=2, backend=backend)  # fmt: skip
+        for missing in ((), (1, 4), ()):
+            halves = optimizer.first_step, optimizer.first_step, optimizer.second_step
+            for k, half in enumerate(halves):
+                set_grads(params, problem.grad(numpy(params)), FP64)
+                for i in missing if k == 0 else ():
+                    params[i].grad = None
+                half()
+        ends.append(numpy(params))
+        assert is_spread(optimizer) is spreads
+    close(*ends)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_unperturbed_weights_on_every_device(backend, spread):
     ends = []
     for looks in (True, False):

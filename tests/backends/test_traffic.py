@@ -89,7 +89,7 @@ def parameters(shapes: Sequence[tuple[int, ...]], dtype=torch.float32) -> list[t
 
 def gradients(params: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
     """Of one pass after the other, made before anything is counted."""
-    return iter([[torch.rand_like(p).sub_(0.5) for p in params] for _ in range(4)])
+    return iter([[torch.rand_like(p).sub_(0.5) for p in params] for _ in range(8)])
 
 
 def give(params: Sequence[torch.Tensor], grads: list[torch.Tensor]) -> None:
@@ -106,7 +106,8 @@ def count_step(case: Case, groups: Sequence[dict[str, Any]], execute: bool = Tru
     # the warm-up needs no values, and the interpreter's time is in the programs
     for execute_now in (False, execute):
         with launches.record(execute_now) as log:
-            for one_pass in (optimizer.first_step, optimizer.second_step):
+            firsts = [optimizer.first_step] * optimizer.ascent_steps
+            for one_pass in (*firsts, optimizer.second_step):
                 give(params, next(grads))
                 one_pass(zero_grad=True)
         if not execute_now:  # what was left out has not written to the state
@@ -167,6 +168,28 @@ def test_traffic_of_other_methods(name):
     case = OTHER_CASES[name]
     log = count_step(case, [{"params": parameters([(256, 128), (1024,)])}])
     check_traffic(name, log, case, case.floor, 256 * 128 + 1024)
+
+
+#: A further ascent: g | w, g, w; the weights are copied by the first alone.
+ASCENTS = {
+    "SAM + SGD, three ascents": Case(
+        fastsam.SAM, SGD, {"ascent_steps": 3}, STEP[:2] * 3 + STEP[2:], 40 + 2 * 16
+    ),
+    "ASAM + AdamW, two ascents": Case(
+        fastsam.ASAM, ADAMW, {"ascent_steps": 2}, STEP[:2] * 2 + STEP[2:], 52 + 20
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ASCENTS)
+def test_traffic_of_several_ascents(name):
+    case = ASCENTS[name]
+    log = count_step(case, [{"params": parameters([(256, 128), (1024,)])}])
+    # each further one keeps the first norm, on the device
+    further = 40 * (case.kwargs["ascent_steps"] - 1)
+    check_traffic(name, log, case, case.floor, 256 * 128 + 1024, counters=further)
+    many = [{"params": parameters([(1 + i % 9,) for i in range(50)])} for _ in range(3)]
+    assert count_step(case, many, execute=False).kernels == case.kernels
 
 
 @pytest.mark.parametrize("name", HALVED)

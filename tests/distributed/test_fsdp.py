@@ -130,7 +130,7 @@ def variants(rank, size, kwargs, options):
         ({}, {"reshard_after_forward": True}),
         ({"max_grad_norm": 0.1}, {"reshard_after_forward": False}),
         ({"adaptive": True, "rho": 0.5}, {"reshard_after_forward": 2}),
-        ({"perturb_every": 2}, {"shard_placement_fn": None}),
+        ({"perturb_every": 2, "ascent_steps": 2}, {"shard_placement_fn": None}),
     ],
 )
 def test_ways_to_step(kwargs, options):

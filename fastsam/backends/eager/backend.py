@@ -51,11 +51,15 @@ class TorchBackend(reference.ReferenceBackend):
     def __init__(self) -> None:
         self._memory = Memory()
 
-    def ascent_pass(self, batch: Batch, spec: StepSpec, scalars: Tensor) -> Pass[ListBackup]:
+    def ascent_pass(
+        self, batch: Batch, spec: StepSpec, scalars: Tensor, kept: ListBackup | None = None
+    ) -> Pass[ListBackup]:
         if scalars.device.type == "cpu":
-            return (yield from cpu.ascend(batch, spec, scalars, self._memory))
-        if path_of(spec.ascent) is not along_gradient or batch.squares is not None:
-            return (yield from super().ascent_pass(batch, spec, scalars))
+            assert kept is None or isinstance(kept, ScratchBackup)
+            return (yield from cpu.ascend(batch, spec, scalars, self._memory, kept))
+        plain = path_of(spec.ascent) is along_gradient and batch.squares is None
+        if kept is not None or not plain:
+            return (yield from super().ascent_pass(batch, spec, scalars, kept))
         follow_parameters(batch, None)
         weights = at_weights(batch)
         if spec.adaptive:

@@ -90,7 +90,9 @@ def by_segment(parts: list[Part], batch: Batch) -> list[Part]:
 # --- the ascent ------------------------------------------------------------------------------
 
 
-def ascend(batch: Batch, spec: StepSpec, scalars: Tensor, memory: Memory) -> Pass[ScratchBackup]:
+def ascend(
+    batch: Batch, spec: StepSpec, scalars: Tensor, memory: Memory, kept: ScratchBackup | None
+) -> Pass[ScratchBackup]:
     """See ``Backend.ascend``."""
     known, rule = known_of(batch), path_of(spec.ascent)
     parts, others = split(batch, spec, known, descends=False)
@@ -110,16 +112,20 @@ def ascend(batch: Batch, spec: StepSpec, scalars: Tensor, memory: Memory) -> Pas
             m = yield from sums.squares_by_segment(along, weights.params, batch, spec, scalars[0])
             parts = by_segment(parts, batch)
         sums.finish_ascent(n, m, spec, scalars)
-    backup = ScratchBackup(memory, known)
+    backup = ScratchBackup(memory, known) if kept is None else kept
     try:
         # all copies come first: two parameters may be views of the same memory
-        in_place = spec.base is None or spec.keeps_weights
-        # owners of shards keep looking at their memory
-        in_place = in_place or (batch.shardings is not None and any(batch.shardings))
-        targets = [backup.take(part.of(batch.params), in_place) for part in parts]
-        with_master = [k for k in others if weights.params[k] is not batch.params[k]]
-        backup.borrow({batch.params[k]: weights.params[k] for k in with_master})
-        backup.take([batch.params[k] for k in others if k not in with_master], in_place=True)
+        if kept is None:
+            in_place = spec.base is None or spec.keeps_weights
+            # owners of shards keep looking at their memory
+            in_place = in_place or (batch.shardings is not None and any(batch.shardings))
+            targets = [backup.take(part.of(batch.params), in_place) for part in parts]
+            with_master = [k for k in others if weights.params[k] is not batch.params[k]]
+            backup.borrow({batch.params[k]: weights.params[k] for k in with_master})
+            backup.take([batch.params[k] for k in others if k not in with_master], in_place=True)
+        else:  # parameters are where they may be written to
+            kept.keep(batch)
+            targets = [part.of(batch.params) for part in parts]
         for part, target in zip(parts, targets, strict=True):
             seen = sums.scalars_of(batch, part.members[0], scalars)
             rule.perturb(batch, part, target, directions, spec, seen, memory)

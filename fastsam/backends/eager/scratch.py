@@ -161,6 +161,13 @@ class ScratchBackup(ListBackup):
                 self._copies.update(zip(params, copies, strict=True))
         return self._copies
 
+    def keep(self, batch: Batch) -> None:
+        """See ``ListBackup``."""
+        new = [param for param in batch.params if param not in self.copies]
+        if new:
+            self.copied.append((new, [param.detach().clone() for param in new]))
+            self._copies = {}
+
     def take(self, params: list[Tensor], in_place: bool) -> list[Tensor]:
         """Keep the weights of one part; where to write the perturbed ones.
 

@@ -50,9 +50,11 @@ class TritonBackend(Launcher, DeviceBackend):
 
     # --- the interface ---
 
-    def ascent_pass(self, batch: Batch, spec: StepSpec, scalars: Tensor) -> Pass[FlatBackup]:
+    def ascent_pass(
+        self, batch: Batch, spec: StepSpec, scalars: Tensor, kept: FlatBackup | None = None
+    ) -> Pass[FlatBackup]:
         try:
-            return (yield from self._ascend(batch, spec, scalars))
+            return (yield from self._ascend(batch, spec, scalars, kept))
         except BaseException:
             self._forget(batch)
             raise
@@ -77,10 +79,14 @@ class TritonBackend(Launcher, DeviceBackend):
 
     # --- the passes ---
 
-    def _ascend(self, batch: Batch, spec: StepSpec, scalars: Tensor) -> Pass[FlatBackup]:
-        backup = FlatBackup(batch.layout)
-        plan = self._plan("ascent", batch, spec)
-        for bucket in plan.buckets:
+    def _ascend(
+        self, batch: Batch, spec: StepSpec, scalars: Tensor, kept: FlatBackup | None
+    ) -> Pass[FlatBackup]:
+        backup = FlatBackup(batch.layout) if kept is None else kept
+        plan = self._plan("ascent" if kept is None else "further", batch, spec)
+        if kept is not None:
+            kept.keep(batch)
+        for bucket in plan.buckets if kept is None else ():
             bucket.reserve(batch, backup)
         for bucket in plan.buckets:
             rows = {} if spec.seed is None else key_rows(bucket, batch, spec)
@@ -88,7 +94,7 @@ class TritonBackend(Launcher, DeviceBackend):
                 rows |= ascent_rows(bucket, batch, spec)
             if batch.squares is not None and not bucket.described:
                 rows |= norm_rows(bucket, batch)
-            bucket.locate(batch, backup, rows)
+            bucket.locate(batch, backup if kept is None else None, rows)
         depends = self._dependencies(plan, batch, spec, scalars)
         if not identical(depends, plan.depends):
             plan.reduction = None
@@ -97,7 +103,7 @@ class TritonBackend(Launcher, DeviceBackend):
                     plan.reduction = self._reduce(
                         ascent_sums(spec), plan.buckets, batch, spec, scalars
                     )
-                rule = perturb_constants(spec)
+                rule = perturb_constants(spec, kept is None)
                 plan.launches = [self._prepare(
                     perturb_kernel, bucket, spec, scalars, self.launches.perturb,
                     HAS_MASTER=bucket.has_master, STOCHASTIC=_is_stochastic(bucket, spec), **rule,
@@ -110,7 +116,8 @@ class TritonBackend(Launcher, DeviceBackend):
             with on(scalars.device):
                 for perturb in plan.launches:
                     perturb()
-                    perturb.bucket.note_perturbed(batch, backup)
+                    if kept is None:
+                        perturb.bucket.note_perturbed(batch, backup)
                     write_back(perturb.bucket, batch)
         except BaseException:
             backup.restore()
@@ -283,7 +290,9 @@ class TritonBackend(Launcher, DeviceBackend):
         found = plans.get(name)
         if found is not None and found.prepared is batch.prepared:
             return found
-        lasting = name == "ascent" or (name == "descent" and batch.prepared is not None)
+        lasting = name in ("ascent", "further") or (
+            name == "descent" and batch.prepared is not None
+        )
         buckets = make_buckets(name, batch, spec)
         device = batch.params[0].device
         kept = lasting and all(bucket.in_place for bucket in buckets)

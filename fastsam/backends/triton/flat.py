@@ -58,6 +58,24 @@ class FlatBackup:
         self.flats.append(torch.empty(size, dtype=like.dtype, device=like.device))
         self._copied.append(copied)
 
+    def keep(self, batch: Batch) -> None:
+        """Copy what an earlier ascent of the step has not: parameters without a gradient then."""
+        layout = batch.layout
+        if self.token is not None and layout is not None and layout.after is self.token:
+            return
+        new = [param for param in batch.params if param not in self.places]
+        for param in new:
+            form = form_of(param)
+            flat = torch.empty(param.numel(), dtype=param.dtype, device=param.device)
+            flat.as_strided(form.shape, form.strides).copy_(param)
+            self.flats.append(flat)
+            self._copied.append(Copied([param], [0], [form]))
+            self.written += 1
+        if new:
+            self._places = self.token = None
+        elif layout is not None:
+            layout.after = self.token
+
     @property
     def places(self) -> dict[Tensor, tuple[int, int]]:
         """Which flat copy, and where in it, by parameter."""

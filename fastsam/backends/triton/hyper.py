@@ -21,7 +21,7 @@ NOT_READ = frozenset(("params", "param_names"))
 
 def hyper_values(spec: StepSpec) -> list[Any]:
     """Everything that :func:`hyper_rows` may look at."""
-    values = [spec.ascent, spec.base, spec.lam, spec.max_grad_norm, spec.descent]
+    values = [spec.ascent, spec.base, spec.lam, spec.max_grad_norm, spec.descent, spec.share]
     for group in spec.groups:
         values += _reader(tuple(group))(group)
     return values
@@ -51,7 +51,13 @@ def hyper_rows(
     shared += [0.0] * (Hyper.ASCENT - Hyper.MAX_GRAD_NORM - len(shared))
     rows, on_device = [], []
     for i, group in enumerate(spec.groups):
-        row = [radius_of(group), group["adaptive"], group["eta"], *shared]
+        rho = radius_of(group)
+        row = [
+            rho if spec.share == 1 else rho * spec.share,
+            group["adaptive"],
+            group["eta"],
+            *shared,
+        ]
         row += ordered(spec.ascent, ASCENT, spec.ascent.columns(group, spec.lam))
         row += [0.0] * (Hyper.LR - len(row)) + [learning_rate(group), sign_of(group)]
         if spec.base is not None:

@@ -85,13 +85,16 @@ def states_of(spec: StepSpec) -> int:
     return len(spec.ascent.state_names(spec.groups[0]))
 
 
-def perturb_constants(spec: StepSpec) -> dict[str, Any]:
-    """What the perturbation is specialised for, but for dtypes."""
+def perturb_constants(spec: StepSpec, backs_up: bool = True) -> dict[str, Any]:
+    """What the perturbation is specialised for, but for dtypes.
+
+    ``backs_up`` says whether it copies the weights: the first of several ascents does.
+    """
     rule = functions_of(spec.ascent, ASCENT)
     return {
         "ADVANCE": rule["advance"], "DIRECTION": rule["direction"], "RADIUS": rule["radius"],
         "USABLE": rule["usable"], "STATES": states_of(spec), "ADAPTIVE": spec.adaptive,
-        "SEGMENTS": spec.norm != "global",
+        "SEGMENTS": spec.norm != "global", "BACKS_UP": backs_up,
     }  # fmt: skip
 
 
