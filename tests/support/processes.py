@@ -6,6 +6,7 @@ then wait for more: starting them would take longer than the cases.
 """
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import pickle
@@ -141,6 +142,7 @@ def _serve(rank: int, size: int, backend: str, directory: str, pipe: Connection)
     )  # fmt: skip
     warnings.simplefilter("ignore")
     agreement.PATIENCE = TIMEOUT  # a rank that the machine keeps waiting is not late
+    gc.freeze()  # what has been imported need not be gone through to find DDP models
     with contextlib.suppress(EOFError), _interpreter():  # the parent has closed its end
         while True:
             task = pipe.recv_bytes()
