@@ -49,6 +49,7 @@ from .step.guards import (
     warn_of_stale_gradients,
 )
 from .step.interrupts import uninterrupted
+from .step.loading import LEAST, Receiver, method_name, write_marks
 from .step.precision import MASTER, check_dtypes, check_precision, warn_of_rounding
 from .step.recording import Recording
 from .step.scalars import DeviceScalars
@@ -182,7 +183,7 @@ class SharpnessAwareOptimizer(SharedState):
         if taken is not None:  # it may have loaded a state dict of ours
             read_kept(taken.groups, self.kept)
             self.kept |= getattr(self.base_optimizer, "kept", {})
-        write_kept(self.param_groups, self.kept)
+        self._write_own(self.param_groups)
         self._start()
         params_ = [p for group in self.param_groups for p in group["params"]]
         backends.resolve(backend, params_[0].device if params_ else torch.device("cpu"))
@@ -249,10 +250,10 @@ class SharpnessAwareOptimizer(SharedState):
         self._mode = ""  # that ``train`` or ``eval`` has set last
         self._replicas: Any = None  # that ``step`` found for the pass that comes
         this = weakref.ref(self)  # no cycle, so that an optimizer is gone when it is dropped
-        self._loading = Loading(
-            self.kept, lambda: _check_may_load(this()), self._passes.collector.forget
-        )
+        self._loading = Loading(self.kept, lambda: _receiver(this()), self._passes.collector.forget)
         self._loading.stay(self.base_optimizer)
+        # who saves the base's state dict finds the present counts in it, too
+        self.base_optimizer.register_state_dict_pre_hook(lambda _: _write_own(this()))
 
     # --- steps by closure ---
 
@@ -832,7 +833,12 @@ class SharpnessAwareOptimizer(SharedState):
             self.param_groups.pop()
             raise
         if hasattr(self, "kept"):
-            write_kept(self.param_groups[-1:], self.kept)
+            self._write_own(self.param_groups[-1:])
+
+    def _write_own(self, groups: list[dict[str, Any]]) -> None:
+        """What a state dict has beyond the base's: who made it, and the optimizer's own numbers."""
+        write_marks(groups, method_name(type(self)), [self.base_optimizer] * len(groups))
+        write_kept(groups, self.kept)
 
     def _check_groups(self) -> None:
         check_schedule(self.perturb_every, self.start, self.stop)
@@ -868,19 +874,23 @@ class SharpnessAwareOptimizer(SharedState):
 
     def state_dict(self) -> dict[str, Any]:
         """As in ``torch.optim``, with everything that a resumed run needs."""
-        write_kept(self.param_groups, self.kept)
+        self._write_own(self.param_groups)
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class, or of the ``torch.optim`` base on its own.
 
         State tensors keep the dtype in which they were saved, so that a resumed run goes on
-        exactly; group keys that the saved groups lack keep their present values.
+        exactly, but float64 goes with float64 parameters alone and is cast in both directions.
+        Group keys that the saved groups lack keep their present values.
         ``base_optimizer.load_state_dict`` does the same.
 
         Raises:
             RuntimeError: Between ``first_step`` and ``second_step``.
-            ValueError: If the groups do not match.
+            ValueError: If another method or base made the state dict; if the groups or the shapes
+                do not match; if state of a parameter is missing in part, no tensor or of no
+                floating dtype; if a count is no whole number, or another number out of range.
+                Nothing has changed then.
         """
         with self._loading.around(self):
             super().load_state_dict(state_dict)
@@ -970,6 +980,27 @@ class SharpnessAwareOptimizer(SharedState):
         return scalars.measured(self._last or self._spec(InFlight(True)))
 
 
-def _check_may_load(optimizer: SharpnessAwareOptimizer | None) -> None:
-    if optimizer is not None and optimizer.between_passes:
+def _receiver(optimizer: SharpnessAwareOptimizer | None) -> Receiver | None:
+    """What a state dict has to fit to be loaded, if the optimizer is still there."""
+    if optimizer is None:
+        return None
+    if optimizer.between_passes:
         raise RuntimeError("expected second_step: load_state_dict cannot come between passes")
+    descent, count = optimizer.descent, len(optimizer.param_groups)
+    starts = {} if descent is None else descent.scalars
+    return Receiver(
+        method=method_name(type(optimizer)),
+        groups=optimizer.param_groups,
+        bases=[optimizer.base_optimizer] * count,
+        rules=[optimizer._base] * count,
+        ascent=optimizer.ascent,
+        kept=optimizer.kept,
+        least=LEAST | ({} if descent is None else descent.least),
+        unmeasured=[name for name, start in starts.items() if start != start],
+        check_group=optimizer._check_group,
+    )
+
+
+def _write_own(optimizer: SharpnessAwareOptimizer | None) -> None:
+    if optimizer is not None:
+        optimizer._write_own(optimizer.param_groups)

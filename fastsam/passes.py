@@ -28,6 +28,7 @@ from .step.state import (
     ascent_state,
     find_ascent_state,
     find_base_state,
+    follow_casts,
     forget_fresh,
 )
 from .step.takeover import stepped_from_here
@@ -155,6 +156,8 @@ class Passes:
                 self._check_capture(batch, spec, states)
             if batch.params and spec.base is not None:
                 find_base_state(batch, spec.base, spec.groups, states)
+            elif batch.params:
+                follow_casts(batch, states, base)
             if flight.scale is not None or self.scalars.carries_scale:
                 batch = self._scale(batch, Scalar.INVERSE_SCALE, spec, flight, backend, states)
             flight.give_to(batch)

@@ -10,6 +10,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from fastsam.arithmetic import narrowed
 from fastsam.step.checkpoint import Loading, write_kept
 from fastsam.step.checks import check_tensors
+from fastsam.step.loading import LEAST, Receiver, write_marks
 from fastsam.step.spec import Base, Columns, Group, sign_of
 
 
@@ -55,23 +56,40 @@ class AdaGradNorm(Optimizer):
             )
         super().__init__(params, {"lr": lr, "maximize": maximize})
         self.kept: dict[str, Any] = {"squared_norms": float(initial_accumulator_value)}
-        write_kept(self.param_groups, self.kept)
+        self._write_own(self.param_groups)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in ``torch.optim``."""
         super().add_param_group(param_group)
         if hasattr(self, "kept"):
-            write_kept(self.param_groups[-1:], self.kept)
+            self._write_own(self.param_groups[-1:])
+
+    def _write_own(self, groups: list[Group]) -> None:
+        write_marks(groups, "", [self] * len(groups))
+        write_kept(groups, self.kept)
 
     def state_dict(self) -> dict[str, Any]:
         """As in ``torch.optim``, with the accumulator in every group."""
-        write_kept(self.param_groups, self.kept)
+        self._write_own(self.param_groups)
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in ``torch.optim``; the accumulator stays as it is where the state dict has none."""
-        with Loading(self.kept).around(self):
+        """As in ``torch.optim``, with the accumulator.
+
+        Raises:
+            ValueError: If the state dict is another optimizer's, or a number in it out of range.
+                Nothing has changed then.
+        """
+        with Loading(self.kept, self._receiver).around(self):
             super().load_state_dict(state_dict)
+
+    def _receiver(self) -> Receiver:
+        kept = {"squared_norms": self.kept["squared_norms"]}  # an optimizer around it has others
+        count = len(self.param_groups)
+        return Receiver(
+            "", self.param_groups, [self] * count, [ADAGRAD_NORM] * count, kept=kept, least=LEAST,
+            check_group=_check,
+        )  # fmt: skip
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"kept": self.kept}
@@ -105,6 +123,11 @@ class AdaGradNorm(Optimizer):
                 if p.grad is not None:
                     p.add_(scale * p.grad if group["maximize"] else -scale * p.grad)
         return loss
+
+
+def _check(group: Group) -> None:
+    """As at construction."""
+    AdaGradNorm([torch.zeros(1)], lr=group["lr"], maximize=group["maximize"])
 
 
 def adagrad_norm_columns(group: Group) -> Columns:

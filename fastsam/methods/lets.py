@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from fastsam.bases import find_base
 from fastsam.kernels import table
 from fastsam.optimizer import SharpnessAwareOptimizer, uncompiled
 from fastsam.step.capture import refuse
 from fastsam.step.checkpoint import SharedState
 from fastsam.step.checks import check_closure, check_lets, check_loss
 from fastsam.step.interrupts import uninterrupted
+from fastsam.step.loading import all_or_nothing, check_learned, check_radius
 from fastsam.step.recording import Recording
-from fastsam.step.spec import sign_of
+from fastsam.step.spec import Base, sign_of
 
 
 class LETS(SharedState):
@@ -271,6 +273,7 @@ class LETS(SharedState):
             "log_rho": self._nu.detach(),
             "ratios": list(self._ratios),
             "steps": self._steps,
+            "rho_optimizer": type(self.rho_optimizer).__name__,
             "optimizer": self.rho_optimizer.state_dict(),
         }
         return {**self.optimizer.state_dict(), "lets": own}
@@ -281,27 +284,29 @@ class LETS(SharedState):
         Raises:
             RuntimeError, ValueError: As the wrapped optimizer; ValueError also where the state
                 dict is the wrapped optimizer's and the first group's radius 0, or what it has
-                for the radius does not fit.
+                for the radius was made by another ``rho_optimizer``, is missing or out of range.
+                Nothing has changed then.
         """
         own = state_dict.get("lets")
-        if own is not None and not (
-            own.keys() >= {"log_rho", "ratios", "steps", "optimizer"}
-            and len(own["ratios"]) == len(self.param_groups)
-        ):
-            raise ValueError("state_dict['lets'] was not made by LETS for as many groups")
-        if own is None:
-            rho = state_dict["param_groups"][0].get("rho", self._nu.exp())
-            if not float(rho) > 0:
-                raise ValueError(
-                    f"rho must be above 0 in the first group, to be learned, got {rho}"
-                )
+        if own is not None:
+            check_learned(own, len(self.param_groups), self.rho_optimizer, self._rho_rule)
+        else:
+            check_radius(state_dict, self._nu.exp())
+        nu = self._nu.clone()
+        holders = self, self.rho_optimizer, self.optimizer, self.optimizer.base_optimizer
+        try:
+            with all_or_nothing(holders, self.optimizer.kept):
+                self._load(state_dict, own)
+        except BaseException:
+            self._nu.copy_(nu)
+            raise
+
+    def _load(self, state_dict: dict[str, Any], own: dict[str, Any] | None) -> None:
         self.optimizer.load_state_dict({k: v for k, v in state_dict.items() if k != "lets"})
         self._share()
         if own is None:
             self._adopt_rho()
         else:
-            self._nu.copy_(own["log_rho"])
-            self._ratios, self._steps = list(own["ratios"]), own["steps"]
             saved = copy.deepcopy(own["optimizer"])
             for new, old in zip(
                 saved["param_groups"], self.rho_optimizer.param_groups, strict=True
@@ -309,7 +314,15 @@ class LETS(SharedState):
                 if "capturable" in old:  # what serves the device here, not that of the saved run
                     new["capturable"] = old["capturable"]
             self.rho_optimizer.load_state_dict(saved)
+            self._ratios = [float(ratio) for ratio in own["ratios"]]
+            self._steps = int(own["steps"])
+            self._nu.fill_(float(own["log_rho"]))
         self._write_rho()
+
+    @property
+    def _rho_rule(self) -> Base | None:
+        """The declaration of the scalar optimizer, which says what state it has."""
+        return find_base(type(self.rho_optimizer))
 
     def __getstate__(self) -> dict[str, Any]:
         # hooks stay behind as in torch, and so does the wrapper that an LR scheduler puts on step

@@ -63,6 +63,7 @@ def mixture(rule: LamRule, lam: float) -> Descent:
         sums=("first", "second", "product", "sharpness"),
         columns=partial(_columns, rule),
         scalars={"lam": float(lam), "sharpness": math.nan},
+        least={"lam": 0.0} if type(rule) is SharpnessRatio else {},
         adapt=partial(_adapt, rule),
         adapts_on_host=type(rule) is not SharpnessRatio,
     )

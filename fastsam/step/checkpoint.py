@@ -9,12 +9,20 @@ themselves these are what they were when a state dict was last made or loaded.
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import chain
 from typing import Any
 
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from .loading import (
+    Receiver,
+    Snapshot,
+    all_or_nothing,
+    check_state_dict,
+    fitting,
+    is_exact,
+    number_of,
+)
 from .scalars import PREFIX
 from .spec import Group
 
@@ -62,7 +70,10 @@ def read_kept(groups: list[Group], kept: dict[str, Any]) -> None:
     for name in kept:
         for group in groups:
             if PREFIX + name in group:
-                kept[name] = group[PREFIX + name]
+                value = group[PREFIX + name]
+                if name == "t":  # what schedules take
+                    value = int(number_of(value) or 0)
+                kept[name] = value.reshape(()) if isinstance(value, Tensor) else value
                 break
 
 
@@ -78,59 +89,84 @@ def nothing() -> None:
 class Loading:
     """What torch's ``load_state_dict`` leaves out, as hooks around it.
 
-    Group keys that the saved groups lack keep their present values. State tensors keep the dtype in
-    which they were saved, so that a resumed run goes on exactly. The optimizer's own numbers are
-    taken over.
+    All that will be read is looked at before anything changes, and after a failure everything is
+    as it was. Group keys that the saved groups lack keep their present values. State tensors keep
+    the dtype in which they were saved, so that a resumed run goes on exactly, unless it does not go
+    with the parameter's. The optimizer's own numbers are taken over.
 
     Args:
         kept: The optimizer's own numbers.
-        check: Called before anything changes; may raise.
+        receiver: Gives what the state dict has to fit; may raise, before anything changes.
         done: Called when all is loaded.
     """
 
     def __init__(
         self,
         kept: dict[str, Any],
-        check: Callable[[], None] = nothing,
+        receiver: Callable[[], Receiver | None],
         done: Callable[[], None] = nothing,
     ) -> None:
-        self._kept, self._check, self._done = kept, check, done
+        self._kept, self._receiver, self._done = kept, receiver, done
         self._before: list[Group] = []
         self._given: dict[str, Any] = {}
+        self._exact: list[bool] = []  # by group
+        self._snapshot: Snapshot | None = None
 
     def pre(self, optimizer: Optimizer, given: dict[str, Any]) -> None:
         """Before torch loads ``given``; the last of such hooks, so that users' count."""
-        self._check()
+        receiver = self._receiver()
+        if receiver is not None:
+            check_state_dict(given, receiver)
+            self._exact = list(map(is_exact, receiver.bases, receiver.rules))
+        holders = {id(x): x for x in (optimizer, getattr(optimizer, "_owner", optimizer))}
+        self._snapshot = Snapshot(holders.values(), self._kept)
         self._before, self._given = optimizer.param_groups, given
 
     def post(self, optimizer: Optimizer) -> None:
         """After it; the first of such hooks, so that users' find everything complete."""
-        before, given = self._before, self._given
-        self._before, self._given = [], {}
+        snapshot = self._snapshot
+        try:
+            self._complete(optimizer)
+        except BaseException:
+            if snapshot is not None:
+                snapshot.put_back()
+            raise
+
+    def _complete(self, optimizer: Optimizer) -> None:
+        before, given, exact = self._before, self._given, self._exact
+        self._forget()
         groups: list[Group] = optimizer.param_groups
         for old, new in zip(before, groups, strict=True):
             for key, value in old.items():
                 new.setdefault(key, value)
-        saved_ids = chain.from_iterable(g["params"] for g in given["param_groups"])
-        params = chain.from_iterable(g["params"] for g in groups)
-        for saved_id, param in zip(saved_ids, params, strict=True):
-            for key, value in given["state"].get(saved_id, {}).items():
-                held = optimizer.state[param].get(key)
-                if isinstance(value, Tensor) and held is not None and held.dtype != value.dtype:
-                    optimizer.state[param][key] = value.to(held.device, copy=True)
+        for k, (saved, group) in enumerate(zip(given["param_groups"], groups, strict=True)):
+            for saved_id, param in zip(saved["params"], group["params"], strict=True):
+                for key, value in given["state"].get(saved_id, {}).items():
+                    held = optimizer.state[param].get(key)
+                    if isinstance(value, Tensor) and held is not None and held.dtype != value.dtype:
+                        value = (
+                            value if key == "step" else fitting(value, param, any(exact[k : k + 1]))
+                        )
+                        optimizer.state[param][key] = value.to(held.device, copy=True)
         read_kept(given["param_groups"], self._kept)
         self._done()
 
+    def _forget(self) -> None:
+        self._before, self._given, self._exact, self._snapshot = [], {}, [], None
+
     @contextmanager
     def around(self, optimizer: Optimizer) -> Iterator[None]:
-        """Have the hooks on the optimizer in the block."""
+        """Have the hooks on the optimizer in the block, after whose failure all is as it was."""
         handles = [
             optimizer.register_load_state_dict_pre_hook(self.pre),
             optimizer.register_load_state_dict_post_hook(self.post, prepend=True),
         ]
+        owner = getattr(optimizer, "_owner", optimizer)
         try:
-            yield
+            with all_or_nothing({id(x): x for x in (optimizer, owner)}.values(), self._kept):
+                yield
         finally:
+            self._forget()
             for handle in handles:
                 handle.remove()
 

@@ -23,7 +23,7 @@ Columns = dict[str, Any]
 SUMS = ("first", "second", "product", "sharpness")
 
 #: Numbers that an optimizer keeps of its own, and that no descent rule may call its scalars.
-RESERVED = ("t", "squared_norms", "ascent_squared_norms", "rounding_step")
+RESERVED = ("t", "squared_norms", "ascent_squared_norms", "rounding_step", "method", "base")
 
 
 def sign_of(group: Mapping[str, Any]) -> float:
@@ -159,6 +159,8 @@ class Descent:
             where ``renormalize`` asks for that.
         columns: ``(group)``, of the first group, to the rule's hyper-parameters, at most four.
         scalars: Numbers that the rule keeps from step to step, at most two, each with its start.
+        least: What some of them are at least. A state dict with less, or with a number that is not
+            finite, is refused; NaN is not where it is the start.
         adapt: ``(state, sharpness, h)`` to the scalars after this step. They stay as they were
             where the step was rejected or nothing was perturbed.
         adapts_on_host: Whether ``adapt`` runs in torch on every backend, as a user's function does.
@@ -174,6 +176,7 @@ class Descent:
     sums: Sequence[str] = ()
     columns: Callable[[Group], Columns] = _no_columns
     scalars: Mapping[str, float] = field(default_factory=dict)
+    least: Mapping[str, float] = field(default_factory=dict)
     adapt: Callable[[dict[str, Tensor], Tensor, Columns], dict[str, Any]] | None = None
     adapts_on_host: bool = False
     check: Callable[[Mapping[str, Any]], None] | None = None

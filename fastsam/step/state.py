@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import Optimizer
 
 from fastsam.arithmetic import wide_dtype
 
 from .batch import Batch, identical
+from .loading import fitting, is_exact
 from .memory import Owned
 from .sharding import check_shards, is_sharded, local_state
 from .spec import Ascent, Base, Group
@@ -101,6 +103,7 @@ def create_base_state(
             raise _refuse_shape(name, state[name], param)
         elif state[name].device != param.device:  # the model moved after its optimizer
             state[name] = state[name].to(param.device)
+        state[name] = fitting(state[name], param)  # where the model has been cast
         if wide:  # torch's own, or a checkpoint's
             state[name] = state[name].to(torch.promote_types(state[name].dtype, torch.float32))
     dtypes = [state[name].dtype for name in starts]
@@ -108,6 +111,23 @@ def create_base_state(
         widest = functools.reduce(torch.promote_types, dtypes)
         state.update({name: state[name].to(widest) for name in starts})
     return fresh
+
+
+def follow_casts(batch: Batch, states: States, base: Optimizer) -> None:
+    """Let the state of a base that is not fused follow parameters that were cast in the meantime.
+
+    torch's operators would refuse it in the middle of a step.
+    """
+    assert batch.layout is not None
+    if batch.layout.prepared is not None:  # what a fused base's would be in
+        return
+    batch.layout.prepared = True
+    exact = is_exact(base, None)
+    for param in batch.owners:
+        state = states.get(param, {})
+        for name, x in state.items():
+            if isinstance(x, Tensor) and not str(name).startswith(("step", "ascent_")):
+                state[name] = fitting(x, param, exact)
 
 
 def forget_fresh(batch: Batch, base: Base, states: States) -> None:

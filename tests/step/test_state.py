@@ -228,7 +228,11 @@ def test_state_of_other_parameters_is_refused(base, backend):
 
     swapped.step(closure)
     before = [p.detach().clone() for p in params]
-    optimizer.load_state_dict(copy.deepcopy(swapped.state_dict()))
+    with pytest.raises(ValueError, match="made for other parameters"):
+        optimizer.load_state_dict(copy.deepcopy(swapped.state_dict()))
+    assert not optimizer.state
+    for p, q in zip(params, reversed(params), strict=True):
+        optimizer.state[p] = dict(swapped.state[q])  # by hand
     with pytest.raises(RuntimeError, match="made for other parameters"):
         optimizer.step(closure)
     assert all(torch.equal(p, w) for p, w in zip(params, before, strict=True))

@@ -162,7 +162,7 @@ LIGHT_ERRORS = COMMON_ERRORS + [
 NEW_KEYS = (
     "foreach", "differentiable", "maximize", "capturable", "fused",
     "rho", "adaptive", "eta", "theta", "fastsam_t", "fastsam_lam",
-    "fastsam_sharpness",
+    "fastsam_sharpness", "fastsam_method", "fastsam_base",
 )  # fmt: skip
 
 
