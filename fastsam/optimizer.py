@@ -995,7 +995,7 @@ def _receiver(optimizer: SharpnessAwareOptimizer | None) -> Receiver | None:
         rules=[optimizer._base] * count,
         ascent=optimizer.ascent,
         kept=optimizer.kept,
-        least=LEAST | ({} if descent is None else descent.least),
+        least={**LEAST, **({} if descent is None else descent.least)},
         unmeasured=[name for name, start in starts.items() if start != start],
         check_group=optimizer._check_group,
     )

@@ -307,7 +307,7 @@ def _guess(saved: Group, present: Group, base: Optimizer) -> str:
         return f"{likely} (its groups have {has[0]!r}{without})"
     decoupled, own = (group.get("decoupled_weight_decay") for group in (saved, present))
     if type(base).__name__ in _ADAMS.values() and None not in (decoupled, own):
-        return "" if decoupled == own else _ADAMS.get(decoupled, "another optimizer")
+        return "" if decoupled == own else _ADAMS[decoupled is True]
     return ""
 
 

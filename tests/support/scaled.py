@@ -87,7 +87,8 @@ def snapshot(optimizer, params):
     """Copies of weights and state, but for the host's count of steps, which skipped ones enter."""
     state = copy.deepcopy(optimizer.state_dict())
     for group in state["param_groups"]:
-        group.pop("fastsam_t", None)
+        for key in ("fastsam_t", "fastsam_method", "fastsam_base"):  # the last two are words
+            group.pop(key, None)
     return {"weights": [p.detach().clone() for p in params], **state}
 
 
