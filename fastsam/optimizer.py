@@ -23,6 +23,7 @@ from .randomness import RepeatedRandom
 from .replicas import is_distributed, replicas_of
 from .step import hooks
 from .step.batch import Batch
+from .step.caches import forget_parametrizations, forget_weights
 from .step.checkpoint import Loading, SharedState, parts_of, read_kept, set_parts, write_kept
 from .step.checks import (
     check_ascent_steps,
@@ -38,6 +39,7 @@ from .step.checks import (
     check_states,
     entered,
 )
+from .step.first_look import FirstLook
 from .step.flight import InFlight
 from .step.gradients import zeroes_as_torch
 from .step.guards import (
@@ -109,8 +111,8 @@ class SharpnessAwareOptimizer(SharedState):
     descent: Descent | None = None
 
     #: What ``_start`` makes: it lives only as long as this process, and nothing of it is saved.
-    _TRANSIENT = ("_owner", "_passes", "_flight", "_last", "_warnings", "_loading", "_replicas",
-                  "_agreement", "_inside_step", "_inside_closure", "_mode", "_random",
+    _TRANSIENT = ("_owner", "_passes", "_flight", "_last", "_warnings", "_first_look", "_loading",
+                  "_replicas", "_agreement", "_inside_step", "_inside_closure", "_mode", "_random",
                   "_unperturbed")  # fmt: skip
 
     def __init__(
@@ -242,7 +244,7 @@ class SharpnessAwareOptimizer(SharedState):
         self._passes = Passes(type(self).__name__, DeviceScalars(self.kept, self._slots))
         self._flight: InFlight | None = None  # None between two steps
         self._last: StepSpec | None = None  # of the present step, or the last
-        self._warnings = Warnings()
+        self._warnings, self._first_look = Warnings(), FirstLook()
         self._random = RepeatedRandom(type(self).__name__)
         self._agreement = Agreement()
         self._inside_step = self._inside_closure = False
@@ -300,7 +302,11 @@ class SharpnessAwareOptimizer(SharedState):
             perturbs = self._needs_two_passes
             # a gradient that the base takes as it is has to be synchronised, for one
             repeats = self.repeat_random and perturbs
-            loss = self._call(closure, self.ascent_context if perturbs else None, repeats)
+            context = self.ascent_context if perturbs else None
+            if self._last is None:
+                self._first_look.before(self.param_groups)
+            loss = self._call(closure, context, repeats)
+            self._first_look.after(self._warnings, whole=context is None)
             if not perturbs:
                 self.plain_step(grad_scaler=grad_scaler)
                 return loss
@@ -586,7 +592,7 @@ class SharpnessAwareOptimizer(SharedState):
             if flight is not None:
                 flight.undo()
             else:
-                torch.clear_autocast_cache()
+                forget_weights()
 
     # --- modes ---
 
@@ -740,6 +746,7 @@ class SharpnessAwareOptimizer(SharedState):
         ``repeats`` says whether it draws the random numbers of the step's first pass.
         """
         self._zero_gradients()
+        forget_parametrizations()
         manager = nullcontext() if context is None else entered(context)
         if context is self.ascent_context:
             self._replicas = None if context is None else replicas_of(manager)

@@ -13,9 +13,10 @@ from fastsam.kernels.layout import Scalar
 from . import backends
 from .replicas import agree
 from .step.batch import Batch
+from .step.caches import forget_weights
 from .step.capture import check_capture, is_captured
 from .step.collect import Collector
-from .step.flight import InFlight
+from .step.flight import InFlight, check_unperturbed
 from .step.gradients import take_over
 from .step.precision import find_masters, find_places
 from .step.recording import Recording
@@ -76,6 +77,7 @@ class Passes:
         goes_on = flight.taken > 0
         collect = self.collector.further if goes_on else self.collector.first
         batch = collect(spec.groups, self._name)
+        check_unperturbed(self, self._name, batch)
         if spec.has_masters or spec.seed is not None:
             self._add_precision(batch, spec, states)
         if is_captured(batch):
@@ -98,6 +100,7 @@ class Passes:
         if batch.params:
             serving = self.backends.serving(backend, batch)
             flight.backup = serving.ascend(batch, spec, scalars, flight.backup)
+            flight.begin(self, self._name, batch)
         elif not goes_on:
             scalars[Scalar.GRAD_NORM].zero_()
             scalars[Scalar.NEXT_ACCUMULATED] = scalars[Scalar.ACCUMULATED]
@@ -108,7 +111,7 @@ class Passes:
         flight.taken += 1
         flight.ascent = ascent
         flight.saw_shards |= batch.shardings is not None and any(batch.shardings)
-        torch.clear_autocast_cache()  # of the weights as they were
+        forget_weights()
         return batch
 
     def _every_first(self, spec: StepSpec, flight: InFlight, backend: str) -> Batch:
@@ -130,6 +133,7 @@ class Passes:
     def collect_second(self, spec: StepSpec, states: States) -> Batch:
         """The parameters that have a gradient now."""
         batch = self.collector.second(spec.groups, self._name, after_first=spec.perturbs)
+        check_unperturbed(self, self._name, batch)
         if spec.has_masters or spec.seed is not None:
             self._add_precision(batch, spec, states)
         return batch

@@ -14,6 +14,7 @@ from fastsam.backends.equations import element_scale, perturbation, radius
 from fastsam.backends.sums import global_norm, scaled_norm
 from fastsam.kernels.layout import Scalar
 from fastsam.step.batch import Batch
+from fastsam.step.caches import forget_weights
 from fastsam.step.checks import check_group, check_tensors
 from fastsam.step.interrupts import uninterrupted
 from fastsam.step.scalars import new_scalars
@@ -264,7 +265,7 @@ class Probe:
                 with torch.no_grad():
                     for p, w, e in moved:
                         p.copy_(wide(w) + e)
-                torch.clear_autocast_cache()  # a region around all this keeps casts of weights
+                forget_weights()
                 for p in self.params:
                     p.grad = None
                 yield
@@ -272,7 +273,7 @@ class Probe:
             with uninterrupted(), torch.no_grad():
                 for p, w, _ in moved:
                     p.copy_(w)
-                torch.clear_autocast_cache()
+                forget_weights()
                 for p, needed, grad in kept:
                     p.requires_grad_(needed)
                     p.grad = grad

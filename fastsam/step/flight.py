@@ -3,12 +3,13 @@
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from .batch import Batch, identical
+from .caches import forget_weights
 from .scaling import LossScale
 from .state import AscentStates, States
 
@@ -23,7 +24,15 @@ class Backup(Protocol):
         """Every perturbed parameter, with its unperturbed weights."""
 
 
-@dataclass
+#: Steps that have perturbed weights and not yet restored them, of all optimizers, by their ids.
+_OPEN: "dict[int, weakref.ref[InFlight]]" = {}
+
+
+def _forget(key: int, _: object) -> None:
+    _OPEN.pop(key, None)
+
+
+@dataclass(eq=False)
 class InFlight:
     """A step that has begun.
 
@@ -41,6 +50,8 @@ class InFlight:
         squares: The ascent's squared norms by segment, where they are not global.
         seen: Gradients that the first pass left: parameter, gradient, its version.
         perturbed: Copies of the perturbed weights, while the unperturbed are in their place.
+        owners: The parameters that it has perturbed.
+        of: Whose it is, and the name of that.
     """
 
     perturbs: bool
@@ -56,6 +67,21 @@ class InFlight:
     squares: Tensor | None = None
     seen: list[tuple[Tensor, "weakref.ref[Tensor]", int]] = field(default_factory=list)
     perturbed: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    owners: list[Tensor] = field(default_factory=list)
+    of: tuple[object, str] = None, ""
+
+    def begin(self, of: object, name: str, batch: Batch) -> None:
+        """The weights are perturbed now."""
+        further = [] if identical(batch.owners, self.owners) else batch.owners
+        self.owners = list(dict.fromkeys([*self.owners, *further])) if self.owners else further
+        self.of = of, name
+        # an optimizer that is dropped between its passes stands in nobody's way
+        _OPEN[id(self)] = weakref.ref(self, partial(_forget, id(self)))
+
+    def _end(self) -> None:
+        """They are, or are about to be, what they were before, or updated."""
+        _OPEN.pop(id(self), None)
+        forget_weights()
 
     @property
     def ascents_left(self) -> int:
@@ -103,19 +129,44 @@ class InFlight:
 
     def undo(self) -> None:
         """Restore the weights. State has not changed yet."""
-        torch.clear_autocast_cache()  # of the perturbed weights, in a region around the step
+        self._end()
         if self.backup is not None:
             self.backup.restore()
 
     def commit(self, states: States, captured: bool) -> None:
         """Let what the first pass computed be the optimizer's state."""
-        torch.clear_autocast_cache()
+        self._end()
         if self.ascent is not None:
             self.ascent.commit(states, captured)
 
 
 def _write(pairs: list[tuple[Tensor, Tensor]]) -> None:
     """Let parameters take values, in whatever shape they have by now."""
-    torch.clear_autocast_cache()
+    forget_weights()
     for param, x in pairs:
         param.copy_(x if x.shape == param.shape else x.reshape(param.shape))
+
+
+def check_unperturbed(of: object, name: str, batch: Batch) -> None:
+    """No other optimizer has perturbed these parameters.
+
+    It would restore them afterwards, and lose what is done to them now.
+
+    Args:
+        of: Who asks, and is not meant by "other".
+        name: The optimizer's.
+        batch: The parameters.
+
+    Raises:
+        RuntimeError: If one has.
+    """
+    # a copy, as other threads may have optimizers of their own
+    for flight in [ref() for ref in list(_OPEN.values())]:
+        if flight is None or flight.of[0] is of:
+            continue
+        if not set(map(id, flight.owners)).isdisjoint(map(id, batch.owners)):
+            raise RuntimeError(
+                f"{name} cannot step parameters between first_step and second_step of another "
+                f"optimizer that has perturbed them ({flight.of[1]}): one of the two updates would "
+                "be lost. Let that one call second_step, or restore, before"
+            )

@@ -294,8 +294,11 @@ def test_what_stays_a_parameters_own():
 def test_scratch_memory_that_somebody_sees_is_not_used_again():
     memory, known, (param,) = scratch.Memory(), {}, parameters(BIG)
 
+    groups = [{"params": [param]}]
+
     def take(known=known):
-        (target,) = scratch.ScratchBackup(memory, known).take([param], in_place=False)
+        backup = scratch.ScratchBackup(memory, known, groups)
+        (target,) = backup.take([param], in_place=False)
         return target
 
     first = take()

@@ -112,7 +112,7 @@ def ascend(
             m = yield from sums.squares_by_segment(along, weights.params, batch, spec, scalars[0])
             parts = by_segment(parts, batch)
         sums.finish_ascent(n, m, spec, scalars)
-    backup = ScratchBackup(memory, known) if kept is None else kept
+    backup = ScratchBackup(memory, known, spec.groups) if kept is None else kept
     try:
         # all copies come first: two parameters may be views of the same memory
         if kept is None:

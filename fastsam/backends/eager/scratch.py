@@ -8,14 +8,16 @@ much as the copies.
 """
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastsam.step.batch import Batch, identical
 from fastsam.step.memory import ALONE, is_alone, is_dense, references
+from fastsam.step.sharding import local
+from fastsam.step.spec import Group
 
 from ..weights import ListBackup
 from .blocks import BLOCK
@@ -109,9 +111,19 @@ class Memory:
     """What is kept from step to step: scratch memory, and a buffer for intermediate results."""
 
     def __init__(self) -> None:
-        self.scratch: Any = WeakTensorKeyDictionary()
+        self.scratch: dict[Tensor, Tensor] = {}
         self.last = Taken({})
         self._buffers: dict[torch.dtype, Tensor] = {}
+
+    def keep_to(self, groups: Sequence[Group]) -> None:
+        """Have scratch memory of the optimizer's parameters alone, which may be fewer than before.
+
+        Weak references would do that as well, but torch cannot convert a module with
+        ``torch.__future__.set_swap_module_params_on_conversion`` while there are any.
+        """
+        if self.scratch:
+            present = set(map(local, chain.from_iterable(group["params"] for group in groups)))
+            self.scratch = {p: x for p, x in self.scratch.items() if p in present}
 
     def room(self, like: Sequence[Tensor]) -> Room:
         """Room for tensors in the layouts of ``like``: dense, of one dtype, of ``BLOCK`` elements
@@ -139,12 +151,14 @@ class ScratchBackup(ListBackup):
     Args:
         memory: What is kept from step to step.
         known: What is known of the batch.
+        groups: The optimizer's.
     """
 
-    def __init__(self, memory: Memory, known: dict[Any, Any]) -> None:
-        self.scratch = memory.scratch
+    def __init__(self, memory: Memory, known: dict[Any, Any], groups: Sequence[Group]) -> None:
         if memory.last.known is not known:
             memory.last = Taken(known)
+            memory.keep_to(groups)
+        self.scratch = memory.scratch
         self._last = memory.last
         self._next_part = 0
         self.moved: list[tuple[Tensor, Tensor, Tensor]] = []  # parameter, scratch, home
@@ -204,7 +218,7 @@ class ScratchBackup(ListBackup):
 
     def _scratch_of(self, param: Tensor) -> Tensor:
         """The parameter's scratch memory from earlier steps if nobody sees it, else new."""
-        target: Tensor | None = self.scratch.get(param)
+        target = self.scratch.get(param)
         if target is None or not (alike(target, param) and is_alone(target)):
             target = self.scratch[param] = torch.empty_like(param, requires_grad=False)
         return target

@@ -1,0 +1,120 @@
+"""What the first call of ``step`` finds in ``.grad``, and what that says of the loop around it."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .guards import Warnings
+from .sharding import local
+from .spec import Group
+
+#: The part of a gradient's norm by which the same one may differ when it is computed again.
+TOLERANCE = 1e-4
+COMPUTED_TWICE = (
+    "the gradients that step() found are those that the closure computed again: step zeroes them "
+    "and calls the closure itself, so that a backward() before it is one pass more, whose result "
+    "is dropped. Leave it out, or alternate first_step and second_step instead"
+)
+CUT_OFF = (
+    "the gradients were parts of a larger tensor when step() was called, and are not any more: a "
+    "step sets gradients to None before each pass, and then that tensor does not receive them. "
+    "Give set_to_none=False to have them zeroed where they are"
+)
+
+
+@dataclass
+class Found:
+    """A gradient that was there, of which no more is kept than what it was."""
+
+    param: Tensor
+    copy: Tensor
+    is_part: bool
+
+
+class FirstLook:
+    """Looks at the first and the last parameter that have a gradient, once in its life.
+
+    Gradients alone say little: another optimizer's backward may have left them, as a generator's
+    does in the discriminator. So they are compared with those of the closure's first call, and that
+    they are equal is told apart from all else. Nothing waits for a GPU: what it found is looked at
+    when it is there.
+    """
+
+    def __init__(self) -> None:
+        self._is_due = True
+        self._found: list[Found] = []
+        self._equal: Any = None  # on the host, and an event that says when it is true
+
+    def before(self, groups: Iterable[Group]) -> None:
+        """Look at what there is before it is zeroed."""
+        self._found = []
+        if not self._is_due:  # a closure has failed, and left gradients
+            return
+        self._is_due = False
+        params = [p for group in groups for p in group["params"] if _is_plain(p)]
+        ends = [*params[:1], *params[1:][-1:]]
+        grads = [local(param.grad) for param in ends]
+        copies = [grad.detach().clone() for grad in grads]
+        self._found = list(map(Found, ends, copies, map(_is_part, grads)))
+
+    def after(self, given: Warnings, whole: bool) -> None:
+        """Compare it with what the closure's first call has left.
+
+        Args:
+            given: The optimizer's warnings.
+            whole: Whether DDP, if there is one, has put its buckets back into ``.grad``.
+        """
+        if self._found:
+            found, self._found = self._found, []
+            if all(_is_plain(one.param) for one in found):
+                if whole and any(x.is_part and not _is_part(local(x.param.grad)) for x in found):
+                    given.once("cut off", CUT_OFF)
+                self._equal = _are_equal(found)
+        if self._equal is not None:
+            equal, event = self._equal
+            if event is None or event.query():
+                self._equal = None
+                if equal:
+                    given.once("computed twice", COMPUTED_TWICE)
+
+
+def _is_plain(param: Tensor) -> bool:
+    """Whether there is a gradient, of a kind that can be compared here without waiting."""
+    grad = local(param.grad)
+    return (
+        type(grad) is Tensor
+        and grad.layout is torch.strided
+        and grad.device.type in ("cpu", "cuda")
+        and grad.numel() > 0
+        and not (grad.is_cuda and torch.cuda.is_current_stream_capturing())
+    )
+
+
+def _is_part(grad: Tensor) -> bool:
+    """Whether it is a view of a tensor with more elements."""
+    size = grad.numel() * grad.element_size()
+    return grad._is_view() and grad.untyped_storage().nbytes() > size
+
+
+def _are_equal(found: list[Found]) -> tuple[Any, Any]:
+    """Whether the gradients are the same again and not zero, and when that can be read."""
+    results = []
+    for one in found:
+        again = local(one.param.grad)
+        if again.shape != one.copy.shape or again.device != one.copy.device:
+            return False, None
+        norm, wide = torch.linalg.vector_norm, torch.promote_types(again.dtype, torch.float32)
+        difference = norm(again.to(wide) - one.copy.to(wide))
+        scale = norm(one.copy.to(wide))
+        results.append((difference <= TOLERANCE * scale) & (scale > 0))
+    if results[0].device.type == "cpu":
+        return bool(torch.stack([x.cpu() for x in results]).all()), None
+    equal = torch.stack([x.to(results[0].device) for x in results]).all()
+    on_host = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True)
+    on_host.copy_(equal, non_blocking=True)
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(equal.device))
+    return on_host, event
