@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .guards import Warnings
-from .sharding import local
+from .sharding import is_sharded, local
 from .spec import Group
 
 #: The part of a gradient's norm by which the same one may differ when it is computed again.
@@ -27,20 +27,20 @@ CUT_OFF = (
 
 @dataclass
 class Found:
-    """A gradient that was there, of which no more is kept than what it was."""
+    """A gradient that was there: a copy of it, and the buffer that it was a part of."""
 
     param: Tensor
     copy: Tensor
-    is_part: bool
+    buffer: int | None
 
 
 class FirstLook:
     """Looks at the first and the last parameter that have a gradient, once in its life.
 
-    Gradients alone say little: another optimizer's backward may have left them, as a generator's
-    does in the discriminator. So they are compared with those of the closure's first call, and that
-    they are equal is told apart from all else. Nothing waits for a GPU: what it found is looked at
-    when it is there.
+    That there are gradients says little: another optimizer's backward may have left them, as a
+    generator's does in the discriminator. So they are compared with those of the closure's first
+    call: equal ones are of the same batch at the same weights. Nothing waits for a GPU: what it
+    finds is read in the first step after it is there.
     """
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class FirstLook:
         ends = [*params[:1], *params[1:][-1:]]
         grads = [local(param.grad) for param in ends]
         copies = [grad.detach().clone() for grad in grads]
-        self._found = list(map(Found, ends, copies, map(_is_part, grads)))
+        self._found = list(map(Found, ends, copies, map(_buffer_of, ends)))
 
     def after(self, given: Warnings, whole: bool) -> None:
         """Compare it with what the closure's first call has left.
@@ -70,12 +70,15 @@ class FirstLook:
         if self._found:
             found, self._found = self._found, []
             if all(_is_plain(one.param) for one in found):
-                if whole and any(x.is_part and not _is_part(local(x.param.grad)) for x in found):
-                    given.once("cut off", CUT_OFF)
+                buffers = {one.buffer for one in found}
+                if whole and len(buffers) == 1 and None not in buffers:
+                    if all(_buffer_of(one.param) is None for one in found):
+                        given.once("cut off", CUT_OFF)
                 self._equal = _are_equal(found)
         if self._equal is not None:
             equal, event = self._equal
-            if event is None or event.query():
+            # to ask for an event would end the capture of a graph
+            if event is None or (not torch.cuda.is_current_stream_capturing() and event.query()):
                 self._equal = None
                 if equal:
                     given.once("computed twice", COMPUTED_TWICE)
@@ -93,10 +96,14 @@ def _is_plain(param: Tensor) -> bool:
     )
 
 
-def _is_part(grad: Tensor) -> bool:
-    """Whether it is a view of a tensor with more elements."""
-    size = grad.numel() * grad.element_size()
-    return grad._is_view() and grad.untyped_storage().nbytes() > size
+def _buffer_of(param: Tensor) -> int | None:
+    """Where the memory begins that the gradient is a part of; None where it fills it."""
+    grad = param.grad
+    if grad is None or is_sharded(grad) or not grad._is_view():
+        return None
+    storage = grad.untyped_storage()
+    is_part = storage.nbytes() > grad.numel() * grad.element_size()
+    return storage.data_ptr() if is_part else None
 
 
 def _are_equal(found: list[Found]) -> tuple[Any, Any]:
