@@ -10,7 +10,7 @@ import torch
 import fastsam
 
 from networks import bits, closure_of, model_and_data, same
-from registry import BACKENDS
+from registry import BACKENDS, DEVICE
 
 SGD = {"base_optimizer": torch.optim.SGD, "lr": 0.1, "momentum": 0.9}
 NO_GRADIENT = "the closure left no gradient in any parameter"
