@@ -72,8 +72,10 @@ class InFlight:
 
     def begin(self, of: object, name: str, batch: Batch) -> None:
         """The weights are perturbed now."""
-        further = [] if identical(batch.owners, self.owners) else batch.owners
-        self.owners = list(dict.fromkeys([*self.owners, *further])) if self.owners else further
+        if not self.owners:
+            self.owners = batch.owners
+        elif not identical(self.owners, batch.owners):  # of a further first pass
+            self.owners = list(dict.fromkeys([*self.owners, *batch.owners]))
         self.of = of, name
         # an optimizer that is dropped between its passes stands in nobody's way
         _OPEN[id(self)] = weakref.ref(self, partial(_forget, id(self)))
