@@ -390,7 +390,9 @@ def find_wrapped(params: Sequence[Tensor]) -> Any:
 
 def keys_of(optimizer: Any) -> set[str]:
     """Group keys that have to be the same."""
-    return {key for key in (*optimizer.defaults, "perturb", "base_optimizer") if key not in FREE}
+    keys = {*optimizer.defaults, "perturb", "base_optimizer"}
+    members = getattr(getattr(optimizer, "base_optimizer", None), "members", {})  # several in one
+    return keys.union(*(member.defaults for member in members.values())) - set(FREE)
 
 
 def settings_of(optimizer: Any, reads_device: bool = False) -> Settings:

@@ -17,6 +17,15 @@ from fastsam.kernels.layout import Scalar
 from . import backends
 from .agreement import Agreement
 from .bases import find_base
+from .bases.several import (
+    Several,
+    bases_of,
+    check_together,
+    complete,
+    make_base,
+    members_of,
+    named_classes,
+)
 from .micro_batches import GradientMean, check_closures
 from .passes import Passes
 from .randomness import RepeatedRandom
@@ -57,8 +66,8 @@ from .step.recording import Recording
 from .step.scalars import DeviceScalars
 from .step.scaling import check_same_scaler, check_scaler, find_scale
 from .step.segments import check_norm
-from .step.spec import Ascent, Descent, StepSpec, is_perturbed, share_of
-from .step.takeover import TakenOver, take_over
+from .step.spec import Ascent, Base, Descent, StepSpec, is_perturbed, share_of
+from .step.takeover import TakenOver, take_over, takes_base
 from .unified import UNIFIED
 
 if TYPE_CHECKING:
@@ -111,7 +120,8 @@ class SharpnessAwareOptimizer(SharedState):
     descent: Descent | None = None
 
     #: What ``_start`` makes: it lives only as long as this process, and nothing of it is saved.
-    _TRANSIENT = ("_owner", "_passes", "_flight", "_last", "_warnings", "_first_look", "_loading",
+    _TRANSIENT = ("_owner", "_several", "_passes", "_flight", "_last", "_warnings", "_first_look",
+                  "_loading",
                   "_replicas", "_agreement", "_inside_step", "_inside_closure", "_mode", "_random",
                   "_unperturbed")  # fmt: skip
 
@@ -145,14 +155,21 @@ class SharpnessAwareOptimizer(SharedState):
         """``own`` holds a subclass's further group keys and their defaults."""
         taken = base_optimizer if isinstance(base_optimizer, TakenOver) else None
         cls = base_optimizer if taken is None else type(taken.optimizer)
-        check_base(cls, not_below=SharpnessAwareOptimizer)
+        check = partial(check_base, not_below=SharpnessAwareOptimizer)
+        check(cls)
+        classes = {cls.__name__: cls}
+        if taken is None:
+            params, classes = named_classes(params, cls, check)
+        has_own = not takes_base(type(self))
+        check_together(type(self).__name__, has_own, classes, master_weights)
         check_max_grad_norm(max_grad_norm)
         check_flag("repeat_random", repeat_random)
         check_flag("set_to_none", set_to_none)
         own = {"rho": rho, "adaptive": adaptive, "eta": eta, "perturb": True, **(own or {})}
-        self._base = find_base(cls)
-        check_precision(master_weights, rounding, seed, self._base is not None)
-        check_group(own | base_kwargs, self._base is not None, self.ascent.scales)
+        is_fused = find_base(cls) is not None
+        self._base = find_base(cls) if len(classes) == 1 else None
+        check_precision(master_weights, rounding, seed, is_fused or len(classes) > 1)
+        check_group(own | base_kwargs, is_fused, self.ascent.scales)
         check_norm(norm, self.ascent)
         self._norm = norm
         self.renormalize = renormalize
@@ -171,15 +188,19 @@ class SharpnessAwareOptimizer(SharedState):
         super().__init__(params, own)
         # The base validates its own arguments and completes the groups, which are its own then.
         # A fused base is never stepped; its mathematics runs in the update pass.
-        self.base_optimizer = base_optimizer(self.param_groups, **base_kwargs)
-        check_keys(self.base_optimizer, tuple(own))
-        self._owner = self.base_optimizer
+        self.base_optimizer = make_base(base_optimizer, classes, self.param_groups, base_kwargs)
+        for member in members_of(self.base_optimizer):
+            check_keys(member, tuple(own))
+        self._own_base(self.base_optimizer)
         self.defaults.update(self.base_optimizer.defaults)
         self._check_groups()  # now that they are complete
-        if self._base is not None:  # Adagrad's begins here; ours where it is needed, all at once
-            if taken is None:
-                self.state.clear()
-            check_states(self._base, self.ascent, (MASTER,), self.param_groups)
+        for group in self.param_groups:
+            if (base := self._base_of(group)) is None:
+                continue
+            # Adagrad's begins here; ours where it is needed, all at once
+            for param in group["params"] if taken is None else ():
+                self.state.pop(param, None)
+            check_states(base, self.ascent, (MASTER,), [group])
         self.kept: dict[str, Any] = {"t": 1}
         self._slots = self._find_slots()
         if taken is not None:  # it may have loaded a state dict of ours
@@ -238,7 +259,7 @@ class SharpnessAwareOptimizer(SharedState):
 
     def _start(self) -> None:
         """Make the parts that live only as long as this process."""
-        self._owner = self.base_optimizer
+        self._own_base(self.base_optimizer)
         if isinstance(getattr(self._owner, "kept", None), dict):  # it keeps numbers of its own
             self._owner.kept = self.kept
         self._passes = Passes(type(self).__name__, DeviceScalars(self.kept, self._slots))
@@ -256,6 +277,14 @@ class SharpnessAwareOptimizer(SharedState):
         self._loading.stay(self.base_optimizer)
         # who saves the base's state dict finds the present counts in it, too
         self.base_optimizer.register_state_dict_pre_hook(lambda _: _write_own(this()))
+
+    def _own_base(self, base: Optimizer) -> None:
+        self._owner = base
+        self._several = base if isinstance(base, Several) else None
+
+    def _base_of(self, group: Mapping[str, Any]) -> Base | None:
+        """The fused base of a group."""
+        return self._base if self._several is None else self._several.base_of(group)
 
     # --- steps by closure ---
 
@@ -720,6 +749,7 @@ class SharpnessAwareOptimizer(SharedState):
             seed=self.seed if self.rounding == "stochastic" else None,
             norm=self._norm,
             keeps_weights=recording is not None and recording.hessian == "diag",
+            bases=None if self._several is None else self._several.bases,
         )
 
     # --- closures and hooks ---
@@ -813,7 +843,7 @@ class SharpnessAwareOptimizer(SharedState):
 
     def _run_base_hooks(self, when: str) -> None:
         """Run a fused base's around its part of the step; others run their own."""
-        if self._base is not None:
+        if self._base is not None or self._several is not None:
             hooks.run_of_base(self.base_optimizer, when)
 
     def _after_step(self, zero_grad: bool) -> None:
@@ -831,6 +861,8 @@ class SharpnessAwareOptimizer(SharedState):
             ValueError: If a hyper-parameter is out of range; nothing has been added then.
             RuntimeError: If DeepSpeed has partitioned a parameter (ZeRO, stage 3); the same.
         """
+        if hasattr(self, "base_optimizer"):
+            complete(self.base_optimizer, param_group)
         self._check_group(self.defaults | param_group)
         super().add_param_group(param_group)
         try:
@@ -844,7 +876,8 @@ class SharpnessAwareOptimizer(SharedState):
 
     def _write_own(self, groups: list[dict[str, Any]]) -> None:
         """What a state dict has beyond the base's: who made it, and the optimizer's own numbers."""
-        write_marks(groups, method_name(type(self)), [self.base_optimizer] * len(groups))
+        bases = bases_of(self.base_optimizer, groups)
+        write_marks(groups, method_name(type(self)), bases)
         write_kept(groups, self.kept)
 
     def _check_groups(self) -> None:
@@ -871,11 +904,13 @@ class SharpnessAwareOptimizer(SharedState):
         )
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        check_group(group, self._base is not None, self.ascent.scales)
         check_perturb(group, self.renormalize)
         if not hasattr(self, "base_optimizer"):  # which will complete the groups
+            check_group(group, self._base is not None, self.ascent.scales)
             return
-        for rule in (self.ascent, self.descent, self._base):
+        base = self._base if self._several is None else self._several.base_of(group)
+        check_group(group, base is not None, self.ascent.scales)
+        for rule in (self.ascent, self.descent, base):
             if rule is not None and rule.check is not None:
                 rule.check(group)
 
@@ -993,13 +1028,13 @@ def _receiver(optimizer: SharpnessAwareOptimizer | None) -> Receiver | None:
         return None
     if optimizer.between_passes:
         raise RuntimeError("expected second_step: load_state_dict cannot come between passes")
-    descent, count = optimizer.descent, len(optimizer.param_groups)
+    descent = optimizer.descent
     starts = {} if descent is None else descent.scalars
     return Receiver(
         method=method_name(type(optimizer)),
         groups=optimizer.param_groups,
-        bases=[optimizer.base_optimizer] * count,
-        rules=[optimizer._base] * count,
+        bases=bases_of(optimizer.base_optimizer, optimizer.param_groups),
+        rules=list(map(optimizer._base_of, optimizer.param_groups)),
         ascent=optimizer.ascent,
         kept=optimizer.kept,
         least={**LEAST, **({} if descent is None else descent.least)},

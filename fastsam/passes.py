@@ -1,5 +1,6 @@
 """The two passes of a step, from the tensors that have gradients to the state that is committed."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -11,6 +12,7 @@ from torch.optim.optimizer import Optimizer
 from fastsam.kernels.layout import Scalar
 
 from . import backends
+from .bases.several import Several
 from .replicas import agree
 from .step.batch import Batch
 from .step.caches import forget_weights
@@ -158,10 +160,10 @@ class Passes:
         try:
             if is_captured(batch):
                 self._check_capture(batch, spec, states)
-            if batch.params and spec.base is not None:
-                find_base_state(batch, spec.base, spec.groups, states)
+            if batch.params and spec.has_fused:
+                find_base_state(batch, spec, states, base)
             elif batch.params:
-                follow_casts(batch, states, base)
+                follow_casts(batch, spec, states, base)
             if flight.scale is not None or self.scalars.carries_scale:
                 batch = self._scale(batch, Scalar.INVERSE_SCALE, spec, flight, backend, states)
             flight.give_to(batch)
@@ -174,7 +176,7 @@ class Passes:
                 flag = scalars.new_empty((), dtype=torch.bool)
                 room = flag, scalars.new_empty((), dtype=torch.float)
             seen = batch
-            if self.recording is not None and spec.base is None:  # which may write to gradients
+            if self.recording is not None and spec.has_unfused:  # which may write to gradients
                 seen = replace(batch, grads=[grad.clone() for grad in batch.grads])
             if batch.params:
                 self._update(batch, spec, flight, states, backend, base, scalars)
@@ -184,21 +186,27 @@ class Passes:
             has_begun = True
             self._commit(seen, spec, flight, states, scalars, room)
         finally:
-            if spec.base is not None and not has_begun:
-                forget_fresh(prepared, spec.base, states)
+            if spec.has_fused and not has_begun:
+                forget_fresh(prepared, spec, states)
 
     def _update(
         self, batch: Batch, spec: StepSpec, flight: InFlight, states: States, backend: str,
         base: Optimizer, scalars: Tensor,
     ) -> None:  # fmt: skip
-        undoing = spec.base is None
-        with backends.undone_if_it_fails(scalars) if undoing else nullcontext():
+        unfused = spec.has_unfused
+
+        def step_unfused(scalars: Tensor) -> None:
+            # it cannot skip on the device: the one branch on a device value
+            if not spec.skip_nonfinite or bool(scalars[Scalar.ACCEPTED]):
+                _step_unfused(base, spec, states)
+
+        with backends.undone_if_it_fails(scalars) if unfused else nullcontext():
             serving = self.backends.serving(backend, batch)
+            if unfused and spec.bases is not None:  # before the fused ones, as it may fail
+                batch.step_unfused = step_unfused
             serving.descend(batch, flight.backup, spec, scalars)
-            if spec.base is None:
-                # it cannot skip on the device: the one branch on a device value
-                if not spec.skip_nonfinite or bool(scalars[Scalar.ACCEPTED]):
-                    _step_unfused(base, spec, states)
+            if unfused and spec.bases is None:
+                step_unfused(scalars)
 
     def _commit(
         self, batch: Batch, spec: StepSpec, flight: InFlight, states: States, scalars: Tensor,
@@ -232,11 +240,11 @@ class Passes:
     def create_state(self, spec: StepSpec, states: States, base: Optimizer) -> None:
         """Create what a first step would, of parameters that have a gradient."""
         batch = self.collect_other(spec, states)
-        if spec.base is None:
+        if spec.has_unfused:
             with stepped_from_here(base):
-                base.step()
-        elif batch.params:
-            find_base_state(batch, spec.base, spec.groups, states)
+                _step_of(base)()
+        if spec.has_fused and batch.params:
+            find_base_state(batch, spec, states, base)
         for param, i in zip(batch.owners, batch.groups, strict=True):
             held = states.get(param, {})
             if not is_perturbed(spec.groups[i]):
@@ -296,11 +304,13 @@ class Passes:
         flight.scale.write(slot, scalars, opens_step)
         if not batch.params:
             return batch
-        if slot == Scalar.INVERSE_SCALE and spec.base is None:  # which reads .grad itself
+        if slot == Scalar.INVERSE_SCALE and spec.has_unfused:  # which reads .grad itself
             assert states is not None
             backends.write_grads(batch, unscaled(batch, scalars[slot]).grads)
             scalars[slot].fill_(1)
-            return self.collect_second(spec, states)
+            found = self.collect_second(spec, states)
+            found.states, found.fresh = batch.states, batch.fresh
+            return found
         if self.backends.serving(backend, batch).takes_scaled:
             return batch
         return unscaled(batch, scalars[slot])
@@ -319,10 +329,15 @@ def _step_unfused(base: Optimizer, spec: StepSpec, states: States) -> None:
     }
     try:
         with stepped_from_here(base):
-            base.step()
+            _step_of(base)()
     finally:
         for param, state in own.items():
             states[param].update(state)
+
+
+def _step_of(base: Optimizer) -> Callable[[], Any]:
+    """The step of a base that is not fused; of several, of those that are not."""
+    return base.step_unfused if isinstance(base, Several) else base.step
 
 
 def _measure_nothing(scalars: Tensor) -> None:

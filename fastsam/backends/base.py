@@ -1,12 +1,15 @@
 """What a backend is, and how its passes run: alone, or in step with those of other devices.
 
 A pass is a generator. It yields every sum over its own tensors, which is to be made that over all
-tensors, in place, before it goes on; and it yields None before it changes what cannot be changed
-back. On one device there is nothing to be added, and it runs to its end.
+tensors, in place, before it goes on; it yields None before it changes what cannot be changed back,
+and ``Stop.UNFUSED`` where bases that are not fused have to be stepped. On one device there is
+nothing to be added, and it runs to its end.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from enum import Enum
+from functools import partial
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 from torch import Tensor
@@ -16,20 +19,41 @@ from fastsam.step.flight import Backup
 from fastsam.step.spec import StepSpec
 
 Result = TypeVar("Result")
-Pass: TypeAlias = Generator[Tensor | None, None, Result]
 
 
-def complete(one: Pass[Result]) -> Result:
+class Stop(Enum):
+    """Where a pass stops that yields no sum."""
+
+    #: Gradients and weights are there for bases that are not fused; fused updates follow.
+    UNFUSED = 1
+
+
+Pass: TypeAlias = Generator[Tensor | Stop | None, None, Result]
+
+
+def nothing() -> None:
+    """Where there is nothing to be done in between."""
+
+
+def complete(one: Pass[Result], step_unfused: Callable[[], None] = nothing) -> Result:
     """Run a pass over all the tensors that there are."""
     while True:
         try:
-            next(one)
+            stop = next(one)
         except StopIteration as end:
             result: Result = end.value
             return result
+        if stop is Stop.UNFUSED:
+            try:
+                step_unfused()
+            except BaseException:
+                one.close()
+                raise
 
 
-def together(passes: Sequence[Pass[Any]], results: list[Any]) -> None:
+def together(
+    passes: Sequence[Pass[Any]], results: list[Any], step_unfused: Callable[[], None] = nothing
+) -> None:
     """Run passes over parts of the tensors, and append what each gives to ``results``.
 
     If one fails, the others are ended where they stopped. Those that had come to their end, as
@@ -37,13 +61,15 @@ def together(passes: Sequence[Pass[Any]], results: list[Any]) -> None:
     """
     try:
         while len(results) < len(passes):
-            sums = []
+            sums: list[Tensor | Stop | None] = []
             for one in passes:
                 try:
                     sums.append(next(one))
                 except StopIteration as end:
                     results.append(end.value)
-            add_up([x for x in sums if x is not None])
+            if Stop.UNFUSED in [x for x in sums if isinstance(x, Stop)]:
+                step_unfused()
+            add_up([x for x in sums if isinstance(x, Tensor)])
     except BaseException:
         for one in passes:
             one.close()
@@ -86,8 +112,10 @@ class Backend(Protocol):
         """Restore the weights and apply the base update to ``u``.
 
         ``backup`` is what this backend's ``ascend`` gave, or None where nothing was perturbed.
-        A base that is not fused (``spec.base`` is None) gets ``u`` in ``.grad`` and updates by
-        itself. Where the device rejects the step, ``batch.next`` becomes ``batch.ascent`` again.
+        A base that is not fused (``spec.base_of`` is None) gets ``u`` in ``.grad`` and updates by
+        itself: when this is done, or, if others are fused, before those, when this calls
+        ``batch.step_unfused``. Where the device rejects the step, ``batch.next`` becomes
+        ``batch.ascent`` again.
         """
 
     def hypergradient(
@@ -109,7 +137,8 @@ class DeviceBackend(ABC):
         return complete(self.ascent_pass(batch, spec, scalars, kept))
 
     def descend(self, batch: Batch, backup: Any, spec: StepSpec, scalars: Tensor) -> None:
-        complete(self.descent_pass(batch, backup, spec, scalars))
+        step = nothing if batch.step_unfused is None else partial(batch.step_unfused, scalars)
+        complete(self.descent_pass(batch, backup, spec, scalars), step)
 
     def hypergradient(
         self, batch: Batch, backup: Any, hessian: str, spec: StepSpec, scalars: Tensor

@@ -6,6 +6,7 @@ them. Nothing waits for a device: sums go from one to the other as copies in the
 
 from collections.abc import Callable
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from fastsam.step.flight import Backup
 from fastsam.step.scaling import unscaled
 from fastsam.step.spec import Group, StepSpec
 
-from .base import DeviceBackend, together
+from .base import DeviceBackend, nothing, together
 
 
 class SplitBackup:
@@ -78,11 +79,14 @@ class SeveralDevices:
         """See ``Backend.descend``."""
         perturbed = {} if backup is None else backup.parts
         parts = self._split(batch, spec, scalars, Scalar.INVERSE_SCALE)
+        step = nothing
+        if batch.step_unfused is not None:
+            step = partial(batch.step_unfused, next(iter(parts.values()))[-1])
         self._run(
             parts, scalars, [],
             lambda device, backend, part, *rest: backend.descent_pass(
                 part, perturbed.get(device), *rest
-            ),
+            ), step,
         )  # fmt: skip
         for device in perturbed.keys() - parts.keys():  # without a second gradient
             perturbed[device].restore()
@@ -103,10 +107,10 @@ class SeveralDevices:
 
     def _run(
         self, parts: dict[torch.device, Any], scalars: Tensor, results: list[Any],
-        start: Callable[..., Any],
+        start: Callable[..., Any], step_unfused: Callable[[], None] = nothing,
     ) -> None:  # fmt: skip
         """Start a pass on every device, and take over the scalars of the first."""
-        together([start(device, *part) for device, part in parts.items()], results)
+        together([start(device, *part) for device, part in parts.items()], results, step_unfused)
         first = next(iter(parts.values()))
         scalars.copy_(first[-1], non_blocking=True)
 
@@ -125,7 +129,7 @@ class SeveralDevices:
             part = part_of(batch, device, layout, number)
             own = scalars.to(device, non_blocking=True, copy=True)
             # what a base that is not fused will read has been unscaled where it is
-            carries = scale == Scalar.FIRST_INVERSE_SCALE or spec.base is not None
+            carries = scale == Scalar.FIRST_INVERSE_SCALE or not spec.has_unfused
             if spec.is_scaled and carries and not self._backends[key].takes_scaled:
                 part = unscaled(part, own[scale])
             groups = [on_device(group, device) for group in spec.groups]

@@ -16,7 +16,7 @@ from fastsam.step.batch import Batch
 from fastsam.step.sharding import total
 from fastsam.step.spec import StepSpec
 
-from .base import DeviceBackend, Pass
+from .base import DeviceBackend, Pass, Stop
 from .equations import columns_of, learning_rate, perturbation, radius, signed
 from .rounding import rounded
 from .sums import (
@@ -75,8 +75,9 @@ def update_one(
     batch: Batch, k: int, backup: ListBackup | None, spec: StepSpec, scalars: Tensor
 ) -> Values:
     """The base update of parameter ``k`` at its unperturbed weights: computed, not yet written."""
-    assert spec.base is not None and batch.states is not None
-    base, stored = spec.base, batch.states[k]
+    base = spec.base_of(batch.groups[k])
+    assert base is not None and batch.states is not None
+    stored = batch.states[k]
     param, group = batch.params[k], spec.groups[batch.groups[k]]
     before = weight(batch, k)
     if before is param and backup is not None:
@@ -120,11 +121,21 @@ def final_gradient(batch: Batch, k: int, spec: StepSpec, scalars: Tensor) -> Ten
 
 
 def leave_final_gradient(batch: Batch, spec: StepSpec, scalars: Tensor) -> None:
-    """Leave ``u`` in ``.grad`` for a base optimizer that is not fused."""
+    """Leave ``u`` in ``.grad`` of the parameters whose base optimizer is not fused."""
     if not spec.rescales:
         return
-    everyone = range(len(batch.params))
-    write_grads(batch, (final_gradient(batch, k, spec, scalars) for k in everyone))
+    members = unfused(batch, spec)
+    some = batch
+    if spec.bases is not None:
+        some = Batch(
+            owners=[batch.owners[k] for k in members], grads=[batch.grads[k] for k in members]
+        )
+    write_grads(some, (final_gradient(batch, k, spec, scalars) for k in members))
+
+
+def unfused(batch: Batch, spec: StepSpec) -> list[int]:
+    """Positions of the parameters whose base optimizer is not fused."""
+    return [k for k, i in enumerate(batch.groups) if spec.base_of(i) is None]
 
 
 def write_grads(batch: Batch, values: Iterable[Tensor]) -> None:
@@ -203,15 +214,18 @@ class ReferenceBackend(DeviceBackend):
                 finish_descent(plain, measured, sums, spec, scalars, adapts_here(batch, spec))
             keep_rejected(batch, spec, scalars)
             follow_parameters(batch, backup)
-            if spec.base is None:
+            fused = [k for k, i in enumerate(batch.groups) if spec.base_of(i) is not None]
+            if spec.base is None and spec.bases is None:
                 leave_final_gradient(batch, spec, scalars)
-            else:
-                for k in range(len(batch.params)):
-                    updates += update_one(batch, k, backup, spec, scalars)
+            for k in fused:
+                updates += update_one(batch, k, backup, spec, scalars)
             yield None
         if backup is not None:
-            updated = set(batch.params) if spec.base is not None else set()
+            updated = {batch.params[k] for k in fused}
             write([(w, copy) for w, copy in backup.copies.items() if w not in updated])
+        if spec.bases is not None and spec.has_unfused:
+            leave_final_gradient(batch, spec, scalars)
+            yield Stop.UNFUSED
         write(updates)
 
     def hypergradient_pass(

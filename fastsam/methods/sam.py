@@ -30,7 +30,9 @@ class SAM(SharpnessAwareOptimizer):
             pass, and has no state of the ascent. ``renormalize`` refuses it.
         base_optimizer: Optimizer class for the update. ``torch.optim.SGD``, ``Adam``, ``AdamW``,
             ``Adagrad`` and ``fastsam.AdaGradNorm`` run fused with the rest of the step; any other
-            class is stepped by itself, with the final gradient in ``.grad``.
+            class is stepped by itself, with the final gradient in ``.grad``. A group may have
+            another class under the key ``base_optimizer``, and that one's arguments as its other
+            keys; the class given here, with ``base_kwargs``, is for the groups without.
         rho: Radius of the perturbation, at least 0; a 0-dim tensor stays on its device.
             Default 0.05. A group whose ``rho`` is 0 stays part of the norm, so that the others
             are perturbed by less than theirs; ``perturb=False`` is the way out. Where it is 0 in
@@ -104,7 +106,9 @@ class SAM(SharpnessAwareOptimizer):
     Raises:
         TypeError: If ``base_optimizer`` is not an optimizer class, needs a closure itself, or has
             a group key of fastsam's, as ``torch.optim.Adadelta`` has its own ``rho``.
-        ValueError: If a hyper-parameter is out of range or ``backend`` is unknown.
+        ValueError: If a hyper-parameter is out of range or ``backend`` is unknown; with several
+            bases also for two of one name, for ``AdaGradNorm`` among them, and for master weights
+            where one is not fused.
         ImportError: If ``backend="triton"`` and Triton is not installed.
         RuntimeError: If ``backend="triton"`` and the parameters are not on a GPU.
 

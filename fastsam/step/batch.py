@@ -1,6 +1,6 @@
 """The tensors of one pass, and what passes have in common while nothing but gradients moves."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, fields, replace
 from operator import is_
 from typing import Any
@@ -113,6 +113,7 @@ class Batch:
         prepared: The base's state as it was found complete; another object where it is another.
         held: The ascent's state, where it is that of exactly these parameters.
         part: Which of several devices' it is, by number; None where there is but one.
+        step_unfused: Steps the bases that are not fused, where others are: takes the scalars.
     """
 
     params: list[Tensor] = field(default_factory=list)
@@ -135,6 +136,7 @@ class Batch:
     prepared: object = None
     held: Any = None
     part: int | None = None
+    step_unfused: Callable[[Tensor], None] | None = None
 
     @property
     def leads(self) -> bool:

@@ -45,15 +45,16 @@ def check_capture(
     if not spec.is_static:
         raise refuse(name, "a lam that changes by schedule, perturb_every, start and stop are "
                            "decided on the host in every step")  # fmt: skip
-    if spec.base is None and spec.skip_nonfinite:
+    if spec.has_unfused and spec.skip_nonfinite:
         raise refuse(name, "skip_nonfinite has to ask the device whether its base may step")
     if not has_stepped:
         raise refuse(name, "it has taken no step outside, which creates its state")
     names = []
-    for group in spec.groups:
+    for i, group in enumerate(spec.groups):
         own = [*spec.ascent.states(group)] if is_perturbed(group) else []
-        if spec.base is not None:
-            own += [*spec.base.states(group), *["step"] * spec.base.counts_steps]
+        base = spec.base_of(i)
+        if base is not None:
+            own += [*base.states(group), *["step"] * base.counts_steps]
         names.append(own)
     for param, i in zip(batch.owners, batch.groups, strict=True):
         held = states.get(param, {})

@@ -7,7 +7,7 @@ themselves these are what they were when a state dict was last made or loaded.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,6 +25,9 @@ from .loading import (
 )
 from .scalars import PREFIX
 from .spec import Group
+
+#: The group key that says, where there are several, which base optimizer is the group's.
+BASE_KEY = "base_optimizer"
 
 
 class SharedState(Optimizer):
@@ -82,6 +85,20 @@ def is_own(key: str) -> bool:
     return key.startswith(PREFIX)
 
 
+def check_bases(saved: Sequence[Group], groups: Sequence[Group]) -> None:
+    """Saved groups and those that there are have the same bases, where they have several.
+
+    Raises:
+        ValueError: If not.
+    """
+    for i, (old, new) in enumerate(zip(saved, groups, strict=False)):
+        if old.get(BASE_KEY) != new.get(BASE_KEY):
+            raise ValueError(
+                f"state_dict must have the base optimizers of this optimizer: its group {i} has "
+                f"base_optimizer {old.get(BASE_KEY)!r}, here it is {new.get(BASE_KEY)!r}"
+            )
+
+
 def nothing() -> None:
     """What there is to check, or to do, where nobody says otherwise."""
 
@@ -117,6 +134,7 @@ class Loading:
         receiver = self._receiver()
         if receiver is not None:
             check_state_dict(given, receiver)
+            check_bases(given["param_groups"], receiver.groups)
             self._exact = list(map(is_exact, receiver.bases, receiver.rules))
         holders = {id(x): x for x in (optimizer, getattr(optimizer, "_owner", optimizer))}
         self._snapshot = Snapshot(holders.values(), self._kept)

@@ -22,6 +22,7 @@ def run_own(optimizer: Optimizer, when: str) -> None:
 
 def run_of_base(base: Optimizer, when: str) -> None:
     """Run the step hooks of a base whose ``step`` is not called."""
-    for hook in getattr(base, f"_optimizer_step_{when}_hooks").values():
-        if not isinstance(hook, Guard):
-            hook(base, (), {})
+    for one in (base, *getattr(base, "fused_members", ())):
+        for hook in getattr(one, f"_optimizer_step_{when}_hooks").values():
+            if not isinstance(hook, Guard):
+                hook(one, (), {})

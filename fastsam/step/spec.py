@@ -306,6 +306,7 @@ class StepSpec:
         ascent: The rule of the perturbation.
         descent: The rule of ``u``; None is the second gradient itself.
         base: The fused base update; None leaves the update to a base that is not fused.
+        bases: The same by group, where there are several; ``base`` is None then.
         perturbs: Whether the step has two passes.
         lam: Unified SAM's weight of normalisation in this step.
         share: What of ``rho`` one ascent has, where there are several.
@@ -341,6 +342,7 @@ class StepSpec:
     seed: int | None = None
     keeps_weights: bool = False
     norm: str = "global"
+    bases: Sequence[Base | None] | None = None
     adaptive: bool = field(init=False)
     rescales: bool = field(init=False)
     key: tuple[Any, ...] = field(init=False)
@@ -356,7 +358,24 @@ class StepSpec:
         put(self, "key", (
             self.ascent, self.descent, self.base, self.adaptive, self.renormalize, clips,
             self.skip_nonfinite, self.skip_first, self.is_scaled, self.seed is None, self.norm,
+            self.bases,
         ))  # fmt: skip
+
+    def base_of(self, i: int) -> Base | None:
+        """The fused base update of a group, None where its base is not fused."""
+        return self.base if self.bases is None else self.bases[i]
+
+    @property
+    def has_fused(self) -> bool:
+        """Whether the base of some group is fused."""
+        if self.bases is None:
+            return self.base is not None
+        return any(base is not None for base in self.bases)
+
+    @property
+    def has_unfused(self) -> bool:
+        """Whether the base of some group is not fused."""
+        return self.base is None if self.bases is None else None in self.bases
 
     @property
     def needs_ascent_norm(self) -> bool:

@@ -13,10 +13,11 @@ from torch.optim.optimizer import Optimizer
 from fastsam.arithmetic import wide_dtype
 
 from .batch import Batch, identical
+from .checkpoint import BASE_KEY
 from .loading import fitting, is_exact
 from .memory import Owned
 from .sharding import check_shards, is_sharded, local_state
-from .spec import Ascent, Base, Group
+from .spec import Ascent, Base, Group, StepSpec
 
 States = MutableMapping[Tensor, dict[str, Any]]
 
@@ -32,20 +33,29 @@ def _refuse_shape(name: str, found: Tensor, param: Tensor) -> RuntimeError:
 # --- the base's ------------------------------------------------------------------------------
 
 
-def find_base_state(batch: Batch, base: Base, groups: Sequence[Group], states: States) -> None:
+def find_base_state(batch: Batch, spec: StepSpec, states: States, optimizer: Optimizer) -> None:
     """Give the batch the base's state of its parameters, created where it is missing.
+
+    Where there are several bases, that of a parameter whose base is not fused is none.
 
     Raises:
         RuntimeError: If a state tensor has not the parameter's shape, or is sharded otherwise.
     """
     assert batch.layout is not None
-    held, everything = batch.layout.prepared, states.values()
-    if held is not None and held.is_current(base, groups, everything):
+    held, everything, groups = batch.layout.prepared, states.values(), spec.groups
+    bases = [spec.base] * len(groups) if spec.bases is None else spec.bases
+    if held is not None and held.is_current(bases, groups, everything):
         batch.states, batch.prepared, batch.fresh = held.states, held, None
         return
     batch.layout.prepared = None
     batch.states, batch.fresh = [], []
     for k, (param, grad, i) in enumerate(zip(batch.owners, batch.grads, batch.groups, strict=True)):
+        base = bases[i]
+        if base is None:
+            _follow_cast(states.get(param, {}), param, groups[i], optimizer)
+            batch.states.append({})
+            batch.fresh.append(False)
+            continue
         state = states.get(param, {})
         has_master = batch.masters is not None and batch.masters[k] is not None
         # should the next line fail
@@ -58,7 +68,7 @@ def find_base_state(batch: Batch, base: Base, groups: Sequence[Group], states: S
     if not any(batch.fresh):
         batch.fresh = None
         if not any(map(is_sharded, batch.owners)):
-            batch.prepared = batch.layout.prepared = Prepared(batch, base, groups, everything)
+            batch.prepared = batch.layout.prepared = Prepared(batch, bases, groups, everything)
 
 
 def _lacks(state: dict[str, Any], name: str) -> bool:
@@ -113,8 +123,8 @@ def create_base_state(
     return fresh
 
 
-def follow_casts(batch: Batch, states: States, base: Optimizer) -> None:
-    """Let the state of a base that is not fused follow parameters that were cast in the meantime.
+def follow_casts(batch: Batch, spec: StepSpec, states: States, base: Optimizer) -> None:
+    """Let the state of bases that are not fused follow parameters that were cast in the meantime.
 
     torch's operators would refuse it in the middle of a step.
     """
@@ -122,19 +132,23 @@ def follow_casts(batch: Batch, states: States, base: Optimizer) -> None:
     if batch.layout.prepared is not None:  # what a fused base's would be in
         return
     batch.layout.prepared = True
-    exact = is_exact(base, None)
-    for param in batch.owners:
-        state = states.get(param, {})
-        for name, x in state.items():
-            if isinstance(x, Tensor) and not str(name).startswith(("step", "ascent_")):
-                state[name] = fitting(x, param, exact)
+    for param, i in zip(batch.owners, batch.groups, strict=True):
+        _follow_cast(states.get(param, {}), param, spec.groups[i], base)
 
 
-def forget_fresh(batch: Batch, base: Base, states: States) -> None:
+def _follow_cast(state: dict[str, Any], param: Tensor, group: Group, base: Optimizer) -> None:
+    exact = is_exact(getattr(base, "members", {}).get(group.get(BASE_KEY), base), None)
+    for name, x in state.items():
+        if isinstance(x, Tensor) and not str(name).startswith(("step", "ascent_")):
+            state[name] = fitting(x, param, exact)
+
+
+def forget_fresh(batch: Batch, spec: StepSpec, states: States) -> None:
     """After a failure: state that was to start from the gradient is still to start."""
     # not strict: not all may have been prepared, or all have begun
-    for param, fresh in zip(batch.owners, batch.fresh or (), strict=False):
-        if fresh:
+    for param, fresh, i in zip(batch.owners, batch.fresh or (), batch.groups, strict=False):
+        base = spec.base_of(i)
+        if fresh and base is not None:
             state = states.get(param, {})
             state.pop(base.starts_from_gradient, None)
             if not state:
@@ -145,13 +159,18 @@ class Prepared:
     """The base's state of one layout's parameters, as it was found complete."""
 
     def __init__(
-        self, batch: Batch, base: Base, groups: Sequence[Group], everything: Iterable[Any]
-    ):
+        self, batch: Batch, bases: Sequence[Base | None], groups: Sequence[Group],
+        everything: Iterable[Any],
+    ):  # fmt: skip
         assert batch.states is not None
         self.states = batch.states
-        self._names = [list(base.state_names(group)) for group in groups]
+        self._names = [
+            [] if base is None else list(base.state_names(group))
+            for base, group in zip(bases, groups, strict=True)
+        ]
         has = {id(state): self._names[i] + ["step"] * base.counts_steps
-               for state, i in zip(batch.states, batch.groups, strict=True)}  # fmt: skip
+               for state, i in zip(batch.states, batch.groups, strict=True)
+               if (base := bases[i]) is not None}  # fmt: skip
         everything = list(everything)
         self._count = len(everything)
         # by name: which states have it and count, None for all of them, and the tensors
@@ -166,12 +185,17 @@ class Prepared:
         self._addresses = list(map(Tensor.data_ptr, self._watched))
         self._memory = [x.detach() for _, xs in self._tensors.values() for x in xs]
 
-    def is_current(self, base: Base, groups: Sequence[Group], everything: Collection[Any]) -> bool:
+    def is_current(
+        self, bases: Sequence[Base | None], groups: Sequence[Group], everything: Collection[Any]
+    ) -> bool:
         """Whether the optimizer holds the same tensors still, where they were."""
         try:
             return (
                 len(everything) == self._count
-                and self._names == [list(base.states(group)) for group in groups]
+                and self._names == [
+                    [] if base is None else list(base.states(group))
+                    for base, group in zip(bases, groups, strict=True)
+                ]
                 and all([
                     all(map(is_, map(itemgetter(name), _those(everything, counts)), tensors))
                     for name, (counts, tensors) in self._tensors.items()

@@ -7,12 +7,13 @@ from typing import Any, TypeVar
 
 from torch.optim.optimizer import Optimizer
 
-from .checkpoint import Loading, SharedState
+from .checkpoint import BASE_KEY, Loading, SharedState
 from .spec import Group
 
 Made = TypeVar("Made", bound=Optimizer)
 #: Hooks that a constructor adds.
-HOOKS = ("_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks")
+HOOKS = ("_optimizer_state_dict_pre_hooks", "_optimizer_load_state_dict_pre_hooks",
+         "_optimizer_load_state_dict_post_hooks")  # fmt: skip
 
 
 class TakenOver:
@@ -99,7 +100,7 @@ def take_over(
 
 def _check(cls: Any, optimizer: Any) -> None:
     name = cls.__name__
-    if not _takes_base(cls):
+    if not takes_base(cls):
         raise TypeError(
             f"{name}.from_optimizer: {name} has an update of its own, and cannot take over that of "
             f"{_name_of(optimizer)}; make it of parameters instead"
@@ -113,6 +114,11 @@ def _check(cls: Any, optimizer: Any) -> None:
         raise TypeError(
             f"optimizer must be an instance of torch.optim.Optimizer, got {_name_of(optimizer)}"
         )
+    if any(BASE_KEY in group for group in optimizer.param_groups):
+        raise ValueError(
+            f"groups of optimizer must have no {BASE_KEY}: all of them are this "
+            f"{type(optimizer).__name__}'s"
+        )
     loads = optimizer._optimizer_load_state_dict_pre_hooks.values()
     if any(isinstance(getattr(hook, "__self__", None), Loading) for hook in loads):
         raise ValueError(
@@ -125,7 +131,8 @@ def _name_of(x: Any) -> str:
     return f"the class {x.__name__}" if isinstance(x, type) else type(x).__name__
 
 
-def _takes_base(cls: type) -> bool:
+def takes_base(cls: type) -> bool:
+    """Whether a class of fastsam's is made with a base optimizer of the user's choice."""
     for owner in cls.__mro__:
         if "__init__" in vars(owner):
             parameters = inspect.signature(owner.__init__).parameters  # type: ignore[misc]

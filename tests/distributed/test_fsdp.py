@@ -86,6 +86,34 @@ def test_equal_to_one_process(kind, size, backend, combinations, steps):
     )  # one weight over several ranks: on the last there is none
 
 
+def several_bases(rank, size, backend, steps):
+    """The difference from one process, of bases that are fused and not, and of both norms."""
+    model, alone = network(), network()
+    sharded(model, "sharded")
+    several = []
+    for one in (model, alone):
+        halves = [[p for p in one.parameters() if (p.ndim == 2) is own] for own in (True, False)]
+        first = {"params": halves[0], "base_optimizer": torch.optim.RMSprop, "lr": 0.01}
+        several.append(fastsam.SAM(
+            [first, {"params": halves[1]}], torch.optim.AdamW, lr=0.02, eps=1e-3,
+            max_grad_norm=0.1, backend=backend,
+        ))  # fmt: skip
+    for _ in range(steps):
+        several[0].step(closure_of(model, data(rank, size)))
+        several[1].step(closure_of(alone, data()))
+    metrics = [list(optimizer.metrics.values()) for optimizer in several]
+    found = difference(whole(model.parameters()), list(alone.parameters()))
+    return max(found, difference(*metrics))
+
+
+@pytest.mark.parametrize(
+    ("backend", "steps"),
+    [("torch", 2), ("reference", 2), pytest.param("triton", 1, marks=INTERPRETED)],
+)
+def test_several_bases(backend, steps):
+    assert max(processes.run(2, several_bases, backend, steps)) < 2e-14
+
+
 def variants(rank, size, kwargs, options):
     """Differences from one process of SSAM on AdamW, stepped by closures in several ways."""
     results = {}

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from fastsam.kernels.layout import Scalar
 from fastsam.step.batch import Batch
-from fastsam.step.spec import StepSpec
+from fastsam.step.spec import Base, StepSpec
 
 from .. import reference, sums
-from ..base import Pass
+from ..base import Pass, Stop
 from ..equations import signed
 from ..weights import ListBackup, at_weights, follow_parameters
 from . import cpu
@@ -104,26 +104,38 @@ class TorchBackend(reference.ReferenceBackend):
             follow_parameters(batch, backup)
             if backup is not None:
                 torch._foreach_copy_(list(backup.copies), list(backup.copies.values()))
-            if spec.base is None:
+            if spec.base is None and spec.bases is None:
                 reference.leave_final_gradient(batch, spec, scalars)
                 return
-            assert batch.states is not None
-            update = update_of(spec.base)
-            operator = None if update is None else update.operator
             fused: dict[Any, list[int]] = defaultdict(list)
+            operators = [operator_of(spec.base_of(i)) for i in range(len(spec.groups))]
             for k, (param, i) in enumerate(zip(batch.params, batch.groups, strict=True)):
-                states = [batch.states[k][name] for name in spec.base.states(spec.groups[i])]
+                base, operator = spec.base_of(i), operators[i]
+                if base is None:
+                    continue
+                assert batch.states is not None
+                states = [batch.states[k][name] for name in base.states(spec.groups[i])]
                 if operator is not None and served([param, batch.grads[k], *states]):
                     fused[i, param.dtype, batch.fresh is not None and batch.fresh[k]].append(k)
                 else:
                     slow += reference.update_one(batch, k, None, spec, scalars)
             for (i, _, fresh), members in fused.items():
+                operator = operators[i]
                 assert operator is not None
                 updates.append(_prepared(operator, batch, members, i, fresh, spec, scalars))
             yield None
+        if spec.bases is not None and spec.has_unfused:
+            reference.leave_final_gradient(batch, spec, scalars)
+            yield Stop.UNFUSED
         for run in updates:
             run()
         reference.write(slow)
+
+
+def operator_of(base: Base | None) -> Callable[..., None] | None:
+    """The fused operator of an update, where torch has one."""
+    update = None if base is None else update_of(base)
+    return None if update is None else update.operator
 
 
 def _prepared(
@@ -131,8 +143,8 @@ def _prepared(
     spec: StepSpec, scalars: Tensor,
 ) -> Callable[[], None]:  # fmt: skip
     """The update of tensors that share an operator, with all that needs memory done."""
-    assert spec.base is not None and batch.states is not None
-    base, group, held = spec.base, spec.groups[i], batch.states
+    base, group, held = spec.base_of(i), spec.groups[i], batch.states
+    assert base is not None and held is not None
     params = [batch.params[k] for k in members]
     grads = [batch.grads[k] for k in members]
     if spec.descent is not None:

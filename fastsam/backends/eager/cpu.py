@@ -19,7 +19,7 @@ from fastsam.step.batch import Batch
 from fastsam.step.spec import StepSpec
 
 from .. import reference, sums
-from ..base import Pass
+from ..base import Pass, Stop
 from ..equations import radius
 from ..weights import at_weights, follow_parameters
 from .ascents import along_gradient, path_of
@@ -44,21 +44,32 @@ def split(
         if lasts:  # with state of the ascent, or first gradients, other tensors come every time
             known[key] = found
     _, members, others = found
-    parts = [Part(spec.groups[i], ks, fresh, mixed) for (i, _, fresh, mixed), ks in members.items()]
+    parts = [
+        Part(spec.groups[i], ks, fresh, mixed, spec.base_of(i))
+        for (i, _, fresh, mixed), ks in members.items()
+    ]
     return parts, others
 
 
 def _divide(batch: Batch, spec: StepSpec, descends: bool) -> tuple[dict[Any, list[int]], list[int]]:
-    if descends and (spec.base is None or update_of(spec.base) is None):
-        return {}, list(range(len(batch.params)))
+    has_path = [not descends] * len(spec.groups)
+    if descends:
+        bases = map(spec.base_of, range(len(spec.groups)))
+        has_path = [base is not None and update_of(base) is not None for base in bases]
+        if not any(has_path):
+            return {}, list(range(len(batch.params)))
     members: dict[Any, list[int]] = defaultdict(list)
     others = []
     for k, (param, i) in enumerate(zip(batch.params, batch.groups, strict=True)):
         streams = [param, batch.grads[k]]
         fresh = mixed = False
+        if not has_path[i]:
+            others.append(k)
+            continue
         if descends:
-            assert spec.base is not None and batch.states is not None
-            streams += [batch.states[k][name] for name in spec.base.states(spec.groups[i])]
+            base = spec.base_of(i)
+            assert base is not None and batch.states is not None
+            streams += [batch.states[k][name] for name in base.states(spec.groups[i])]
             fresh = batch.fresh is not None and batch.fresh[k]
             if spec.descent is not None and batch.firsts is not None:
                 first = batch.firsts[k]
@@ -116,7 +127,7 @@ def ascend(
     try:
         # all copies come first: two parameters may be views of the same memory
         if kept is None:
-            in_place = spec.base is None or spec.keeps_weights
+            in_place = spec.has_unfused or spec.keeps_weights
             # owners of shards keep looking at their memory
             in_place = in_place or (batch.shardings is not None and any(batch.shardings))
             targets = [backup.take(part.of(batch.params), in_place) for part in parts]
@@ -161,16 +172,21 @@ def descend(
         follow_parameters(batch, backup)
         if backup is not None:
             backup.restore()
-        if spec.base is None:
+        if spec.base is None and spec.bases is None:
             reference.leave_final_gradient(batch, spec, scalars)
         elif not spec.skip_nonfinite or scalars[Scalar.ACCEPTED] != 0:
             # what may fail comes before the first update
-            path = update_of(spec.base)
-            if path is not None:
-                updates = [path(batch, part, spec, scalars, memory, known) for part in parts]
+            for part in parts:
+                path = None if part.base is None else update_of(part.base)
+                assert path is not None
+                updates.append(path(batch, part, spec, scalars, memory, known))
             for k in others:
-                slow += reference.update_one(batch, k, None, spec, scalars)
+                if spec.base_of(batch.groups[k]) is not None:
+                    slow += reference.update_one(batch, k, None, spec, scalars)
         yield None
+    if spec.bases is not None and spec.has_unfused:
+        reference.leave_final_gradient(batch, spec, scalars)
+        yield Stop.UNFUSED
     for update in updates:
         update.run()
     reference.write(slow)

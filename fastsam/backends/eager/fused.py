@@ -42,6 +42,7 @@ class Part:
     members: list[int]
     fresh: bool = False  # whether their momentum buffers are new
     mixed: bool = False  # whether they have first gradients that count
+    base: Base | None = None
 
     def of(self, tensors: Sequence[Any]) -> list[Any]:
         return [tensors[k] for k in self.members]
@@ -70,8 +71,9 @@ class Update:
         self, batch: Batch, part: Part, spec: StepSpec, scalars: Tensor, memory: Memory,
         known: dict[Any, Any],
     ):  # fmt: skip
-        assert spec.base is not None and batch.states is not None
-        group = self.group = part.group
+        base, group = part.base, part.group
+        assert base is not None and batch.states is not None
+        self.group = group
         self.fresh = part.fresh
         self.hyper: dict[str, Any] = {name: float(group[name]) for name in self.numbers}
         self.switches: dict[str, Any] = {name: bool(group[name]) for name in self.flags}
@@ -84,8 +86,8 @@ class Update:
             self.first *= sign_of(group)
             self.coefficient *= sign_of(group)
         self.squared_norms = float(scalars[Scalar.SQUARED_NORMS])
-        names = list(spec.base.states(group))
-        self.steps = part.column(batch.states, "step") if spec.base.counts_steps else []
+        names = list(base.states(group))
+        self.steps = part.column(batch.states, "step") if base.counts_steps else []
         streams = [part.of(batch.params), part.of(batch.grads)]
         if part.mixed:
             assert batch.firsts is not None

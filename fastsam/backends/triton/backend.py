@@ -19,8 +19,8 @@ from fastsam.step.batch import Batch, identical
 from fastsam.step.sharding import Sharding
 from fastsam.step.spec import StepSpec
 
-from ..base import DeviceBackend, Pass
-from ..reference import adapts_here, keep_rejected, leave_final_gradient
+from ..base import DeviceBackend, Pass, Stop
+from ..reference import adapts_here, keep_rejected, leave_final_gradient, unfused
 from ..sums import adapt, undone_if_it_fails
 from .buckets import Bucket, make_buckets, release, write_back
 from .flat import FlatBackup
@@ -157,23 +157,27 @@ class TritonBackend(Launcher, DeviceBackend):
                     plan.reduction = self._reduce(
                         descent_sums(spec), plan.buckets, batch, spec, scalars
                     )
-                if spec.base is not None:
+                if spec.has_fused:
                     plan.launches = self._updates(plan.buckets, spec, scalars, states)
             plan.depends = depends
         yield None
-        if spec.base is not None and backup is not None:
+        if spec.has_fused and backup is not None:
             backup.restore(left)
-        undoing = spec.base is None or rule is not None
+        has_unfused = spec.has_unfused
+        undoing = has_unfused or rule is not None
         with undone_if_it_fails(scalars) if undoing else NOTHING:
             if plan.reduction is not None:
                 yield from plan.reduction.run()
             if rule is not None:
                 adapt(rule, spec, scalars)
-            if spec.base is None:
+            if has_unfused:
+                some = batch if spec.bases is None else _unfused_part(batch, spec)
                 if backup is not None:
-                    backup.restore()
-                keep_rejected(batch, spec, scalars)
+                    backup.restore(None if some is batch else backup.among(some.params))
+                keep_rejected(some, spec, scalars)
                 leave_final_gradient(batch, spec, scalars)
+                if some is not batch:
+                    yield Stop.UNFUSED
         with on(scalars.device):
             for update in plan.launches:
                 update()
@@ -202,17 +206,19 @@ class TritonBackend(Launcher, DeviceBackend):
     def _updates(
         self, buckets: list[Bucket], spec: StepSpec, scalars: Tensor, states: int
     ) -> list[Launched]:
-        assert spec.base is not None
-        starts = spec.base.starts_from_gradient
         updates = []
         for bucket in buckets:
+            base = bucket.base
+            if base is None:
+                continue
+            starts = base.starts_from_gradient
             arrivals = self._scratch("updated", bucket.table.columns, torch.int32, scalars.device)
             has_start = bool(starts) and bucket.types["STATES"] > 0
             updates.append(self._prepare(
                 update_kernel, bucket, spec, scalars, self.launches.update, arrivals,
                 compiles=True, HAS_MASTER=bucket.has_master,
                 STOCHASTIC=_is_stochastic(bucket, spec),
-                **update_constants(spec, states, has_start), **bucket.types,
+                **update_constants(spec, states, has_start, base), **bucket.types,
             ))  # fmt: skip
         return updates
 
@@ -320,6 +326,13 @@ class TritonBackend(Launcher, DeviceBackend):
         for bucket in plan.buckets:
             depends += bucket.table.revision, self._hyper_table(bucket, spec)
         return depends
+
+
+def _unfused_part(batch: Batch, spec: StepSpec) -> Batch:
+    """The parameters whose base is not fused, and their ascent state."""
+    members = unfused(batch, spec)
+    old, new = (xs and [xs[k] for k in members] for xs in (batch.ascent, batch.next))
+    return Batch(params=[batch.params[k] for k in members], ascent=old, next=new)
 
 
 def _is_stochastic(bucket: Bucket, spec: StepSpec) -> bool:

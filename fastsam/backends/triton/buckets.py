@@ -15,7 +15,7 @@ from fastsam.kernels.table import Table
 from fastsam.step.batch import Batch
 from fastsam.step.memory import is_dense
 from fastsam.step.sharding import Sharding
-from fastsam.step.spec import StepSpec
+from fastsam.step.spec import Base, StepSpec
 
 from .flat import Copied, FlatBackup, form_of, offsets
 
@@ -55,6 +55,7 @@ class Bucket:
     in_place: bool = False  # whether the kernels walk parameters and gradients, not copies
     has_master: bool = False  # whether the parameters have master weights
     sharding: Sharding = ()  # over which processes their sums are added up
+    base: Base | None = None  # their fused update, in the descent
     table: Table = field(init=False)
     kept: list[Tensor] = field(default_factory=list)  # copies whose addresses are in the table
     ranges: Tensor | None = None  # of a reduction's programs, by segment
@@ -205,16 +206,17 @@ def make_buckets(name: str, batch: Batch, spec: StepSpec) -> list[Bucket]:
     members = defaultdict(list)
     for k, (p, g, i) in enumerate(zip(batch.params, batch.grads, batch.groups, strict=True)):
         states: tuple[Any, ...] = ()
-        if name == "descent" and spec.base is not None:
+        base = spec.base_of(i) if name == "descent" else None
+        if base is not None:
             assert batch.states is not None
-            names = spec.base.states(spec.groups[i])
+            names = base.states(spec.groups[i])
             states = tuple(batch.states[k][state].dtype for state in names)
         has_master = batch.masters is not None and batch.masters[k] is not None
         sharding = () if batch.shardings is None else batch.shardings[k]
-        members[p.dtype, g.dtype, states, has_master, sharding].append(k)
+        members[p.dtype, g.dtype, states, has_master, sharding, base].append(k)
     buckets = []
     for key, positions in members.items():
-        param_type, grad_type, states, has_master, sharding = key
+        param_type, grad_type, states, has_master, sharding, base = key
         if unserved := {param_type, grad_type, *states} - TYPES.keys():
             raise RuntimeError(
                 f"backend='triton' serves {', '.join(map(str, TYPES))}, got {unserved.pop()}"
@@ -230,5 +232,7 @@ def make_buckets(name: str, batch: Batch, spec: StepSpec) -> list[Bucket]:
             S=TYPES[states[0] if states else param_type],
             ACC=tl.float64 if param_type == torch.float64 else tl.float32,
         )  # fmt: skip
-        buckets.append(Bucket(key, positions, params, grads, types, in_place, has_master, sharding))
+        buckets.append(Bucket(
+            key, positions, params, grads, types, in_place, has_master, sharding, base
+        ))  # fmt: skip
     return buckets

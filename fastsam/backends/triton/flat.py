@@ -118,6 +118,10 @@ class FlatBackup:
             layout.after = self.token
         return left
 
+    def among(self, params: Iterable[Tensor]) -> list[Tensor]:
+        """Those of some parameters that have been perturbed."""
+        return [param for param in params if param in self.masters or param in self.places]
+
     def restore(self, params: Iterable[Tensor] | None = None) -> None:
         """Copy weights back: those of ``params``, or all that have been copied."""
         for param, w in self.pairs(params):

@@ -21,7 +21,8 @@ NOT_READ = frozenset(("params", "param_names"))
 
 def hyper_values(spec: StepSpec) -> list[Any]:
     """Everything that :func:`hyper_rows` may look at."""
-    values = [spec.ascent, spec.base, spec.lam, spec.max_grad_norm, spec.descent, spec.share]
+    values = [spec.ascent, spec.base, spec.bases, spec.lam, spec.max_grad_norm, spec.descent]
+    values.append(spec.share)
     for group in spec.groups:
         values += _reader(tuple(group))(group)
     return values
@@ -60,8 +61,9 @@ def hyper_rows(
         ]
         row += ordered(spec.ascent, ASCENT, spec.ascent.columns(group, spec.lam))
         row += [0.0] * (Hyper.LR - len(row)) + [learning_rate(group), sign_of(group)]
-        if spec.base is not None:
-            row += ordered(spec.base, BASE, spec.base.columns(group))
+        base = spec.base_of(i)
+        if base is not None:
+            row += ordered(base, BASE, base.columns(group))
         for j, x in enumerate(row):
             if type(x) is float:
                 continue

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastsam.kernels import finish, sums
 from fastsam.kernels.layout import Scalar, Task
 from fastsam.step.sharding import Sharding, add_up
-from fastsam.step.spec import StepSpec
+from fastsam.step.spec import Base, StepSpec
 
 from ..base import Pass
 from .buckets import Bucket
@@ -98,17 +98,21 @@ def perturb_constants(spec: StepSpec, backs_up: bool = True) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def update_constants(spec: StepSpec, ascent_states: int, starts: bool) -> dict[str, Any]:
+def update_constants(
+    spec: StepSpec, ascent_states: int, starts: bool, base: Base | None = None
+) -> dict[str, Any]:
     """What the update is specialised for, but for dtypes and the base's states.
 
     Args:
         spec: The pass.
         ascent_states: Number of the ascent's state tensors, where they may have to be put back.
         starts: Whether a state that starts from the gradient is among the base's.
+        base: The bucket's. Default: the only one.
     """
-    assert spec.base is not None
+    base = base or spec.base
+    assert base is not None
     return {
-        "UPDATE": functions_of(spec.base, BASE)["update"], "COUNTS": spec.base.counts_steps,
+        "UPDATE": functions_of(base, BASE)["update"], "COUNTS": base.counts_steps,
         "STARTS": starts, "SCALE": spec.rescales, "MIX": spec.descent is not None,
         "SKIP": spec.skip_nonfinite, "ASCENT_STATES": ascent_states,
     }  # fmt: skip

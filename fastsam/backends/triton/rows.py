@@ -21,16 +21,17 @@ def state_rows(
     bucket: Bucket, batch: Batch, spec: StepSpec, launch: Launch
 ) -> dict[Row, list[int]]:
     """Addresses of the base's state, and what else the update kernel needs per tensor."""
-    if spec.base is None:
+    base = bucket.base
+    if base is None:
         return {}
     assert batch.states is not None
     rows: dict[Row, list[int]] = defaultdict(list)
     for k, w in zip(bucket.members, bucket.params, strict=True):
         state = batch.states[k]
-        for row, name in zip(STATES, spec.base.states(spec.groups[batch.groups[k]]), strict=False):
+        for row, name in zip(STATES, base.states(spec.groups[batch.groups[k]]), strict=False):
             state[name] = like_layout(state[name], w)
             rows[row].append(state[name].data_ptr())
-        if spec.base.counts_steps:
+        if base.counts_steps:
             rows[Row.STEP].append(state["step"].data_ptr())
             rows[Row.CHUNKS].append(max(1, -(-w.numel() // launch.chunk)))
         rows[Row.FRESH].append(0 if batch.fresh is None else int(batch.fresh[k]))
