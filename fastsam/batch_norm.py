@@ -94,7 +94,7 @@ class frozen_batch_norm:  # noqa: N801 - used like a function
         return self
 
     def __exit__(self, *exception: object) -> None:
-        with uninterrupted():
+        with uninterrupted(insists=True):
             self._open.pop().put_back()
 
     def __reduce__(self) -> tuple[Any, ...]:

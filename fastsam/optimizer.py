@@ -344,7 +344,13 @@ class SharpnessAwareOptimizer(SharedState):
             self._call(closure, self.descent_context, repeats)
             self.second_step(grad_scaler=grad_scaler)
         except BaseException as error:
-            self.restore()
+            try:
+                self.restore()
+            finally:  # handlers of further signals may have kept it from beginning
+                try:
+                    self.restore()
+                finally:
+                    self.restore()
             self._agreement.note(self, error)
             raise
         finally:
@@ -410,7 +416,13 @@ class SharpnessAwareOptimizer(SharedState):
             if perturbs:  # the gradients were those of perturbed weights
                 self._last = self._spec(InFlight(True))
         except BaseException as error:
-            self.restore()
+            try:
+                self.restore()
+            finally:  # the same
+                try:
+                    self.restore()
+                finally:
+                    self.restore()
             self._agreement.note(self, error)
             raise
         finally:
@@ -612,10 +624,9 @@ class SharpnessAwareOptimizer(SharedState):
         self._plain(scaler)
         self._after_step(zero_grad)
 
-    @torch.no_grad()
     def restore(self) -> None:
         """Undo ``first_step``: for a loop whose second pass failed. Does nothing otherwise."""
-        with uninterrupted():
+        with uninterrupted(insists=True), torch.no_grad():
             flight, self._flight = self._flight, None
             self._inside_closure = False
             if flight is not None:
@@ -864,15 +875,16 @@ class SharpnessAwareOptimizer(SharedState):
         if hasattr(self, "base_optimizer"):
             complete(self.base_optimizer, param_group)
         self._check_group(self.defaults | param_group)
-        super().add_param_group(param_group)
-        try:
-            check_partitioned(self.param_groups[-1]["params"])
-            check_dtypes(self.param_groups[-1]["params"], self.rounding)
-        except (RuntimeError, ValueError):
-            self.param_groups.pop()
-            raise
-        if hasattr(self, "kept"):
-            self._write_own(self.param_groups[-1:])
+        with uninterrupted():
+            super().add_param_group(param_group)
+            try:
+                check_partitioned(self.param_groups[-1]["params"])
+                check_dtypes(self.param_groups[-1]["params"], self.rounding)
+            except (RuntimeError, ValueError):
+                self.param_groups.pop()
+                raise
+            if hasattr(self, "kept"):
+                self._write_own(self.param_groups[-1:])
 
     def _write_own(self, groups: list[dict[str, Any]]) -> None:
         """What a state dict has beyond the base's: who made it, and the optimizer's own numbers."""
@@ -934,7 +946,7 @@ class SharpnessAwareOptimizer(SharedState):
                 floating dtype; if a count is no whole number, or another number out of range.
                 Nothing has changed then.
         """
-        with self._loading.around(self):
+        with uninterrupted(), self._loading.around(self):
             super().load_state_dict(state_dict)
 
     @property
@@ -949,7 +961,8 @@ class SharpnessAwareOptimizer(SharedState):
     def create_state(self) -> None:
         """Create what a first step would."""
         spec = self._spec(InFlight(False))
-        self._passes.create_state(spec, self.state, self.base_optimizer)
+        with uninterrupted():
+            self._passes.create_state(spec, self.state, self.base_optimizer)
 
     def __getstate__(self) -> dict[str, Any]:
         if self._flight is not None:

@@ -91,17 +91,18 @@ class per_replica:  # noqa: N801 - used like a function
         """
         from torch.distributed.fsdp._fully_shard import _fsdp_common as fsdp
 
-        changed = []
+        changed = [
+            (part, part.mesh_info, part.post_forward_mesh_info)
+            for part in _sharded_parts(self.module)
+        ]
         try:
-            for part in _sharded_parts(self.module):
-                whole, after = part.mesh_info, part.post_forward_mesh_info
+            for part, whole, after in changed:
                 is_sharded = isinstance(whole, fsdp.FSDPMeshInfo)
                 part.mesh_info = copy.copy(whole)
                 part.mesh_info.__class__ = (
                     fsdp.FSDPMeshInfo if is_sharded else fsdp.DataParallelMeshInfo
                 )
                 part.post_forward_mesh_info = part.mesh_info if after is whole else after
-                changed.append((part, whole, after))
             yield
         finally:
             for part, whole, after in changed:

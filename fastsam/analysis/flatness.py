@@ -270,7 +270,7 @@ class Probe:
                     p.grad = None
                 yield
         finally:
-            with uninterrupted(), torch.no_grad():
+            with uninterrupted(insists=True), torch.no_grad():
                 for p, w, _ in moved:
                     p.copy_(w)
                 forget_weights()

@@ -110,7 +110,7 @@ class LETS(SharedState):
         self._owner = SimpleNamespace()  # torch's constructor makes groups and state of its own
         super().__init__(optimizer.param_groups, {})
         self._share()
-        self._steps = 0
+        self._begun = 0, 0, False
         self._measured: dict[str, Tensor] = {}
         params = (p for group in self.param_groups for p in group["params"])
         device = next((p.device for p in params), torch.device("cpu"))
@@ -165,12 +165,27 @@ class LETS(SharedState):
         self._follow_groups()
         perturbs = self.optimizer.perturbs_next
         due = perturbs and (self._steps + 1) % self.interval == 0
+        self._begun = self._steps, self.optimizer.kept["t"], perturbs
         with self.optimizer.recording(self.hessian if due else None) as seen:
             loss = self.optimizer.step(closure)
-            self._steps += perturbs
+            self._steps = self._steps  # settled
             if seen is not None and seen.happened:
                 self._update_rho(seen, closure, val_closure)
         return loss
+
+    @property
+    def _steps(self) -> int:
+        """How many sharpness-aware steps have been taken.
+
+        The wrapped optimizer says whether the last one that began is complete: an exception may
+        arrive just after it, before anything could be counted here.
+        """
+        before, t, perturbs = self._begun
+        return before + (perturbs and self.optimizer.kept["t"] > t)
+
+    @_steps.setter
+    def _steps(self, steps: int) -> None:
+        self._begun = steps, 0, False
 
     @torch.no_grad()
     def _update_rho(
@@ -263,9 +278,10 @@ class LETS(SharedState):
         if self._owner is not self.optimizer:  # torch, in the constructor
             super().add_param_group(param_group)
             return
-        self.optimizer.add_param_group(param_group)
-        self._follow_groups()
-        self._write_rho()
+        with uninterrupted():
+            self.optimizer.add_param_group(param_group)
+            self._follow_groups()
+            self._write_rho()
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state dict, and under ``"lets"`` what the radius needs."""
@@ -292,14 +308,15 @@ class LETS(SharedState):
             check_learned(own, len(self.param_groups), self.rho_optimizer, self._rho_rule)
         else:
             check_radius(state_dict, self._nu.exp())
-        nu = self._nu.clone()
-        holders = self, self.rho_optimizer, self.optimizer, self.optimizer.base_optimizer
-        try:
-            with all_or_nothing(holders, self.optimizer.kept):
-                self._load(state_dict, own)
-        except BaseException:
-            self._nu.copy_(nu)
-            raise
+        with uninterrupted():
+            nu = self._nu.clone()
+            holders = self, self.rho_optimizer, self.optimizer, self.optimizer.base_optimizer
+            try:
+                with all_or_nothing(holders, self.optimizer.kept):
+                    self._load(state_dict, own)
+            except BaseException:
+                self._nu.copy_(nu)
+                raise
 
     def _load(self, state_dict: dict[str, Any], own: dict[str, Any] | None) -> None:
         self.optimizer.load_state_dict({k: v for k, v in state_dict.items() if k != "lets"})
