@@ -75,7 +75,7 @@ class frozen_updates:  # noqa: N801 - used like a function
         return self
 
     def __exit__(self, *exception: object) -> None:
-        with uninterrupted():
+        with uninterrupted(insists=True):
             self._open.pop().put_back()
 
     def _places(self) -> Iterator[Place]:

@@ -24,11 +24,13 @@ class GradientMean:
         self._total: dict[Tensor, Tensor] = {}
         self._dtypes: dict[Tensor, torch.dtype] = {}
 
-    def add(self) -> None:
-        """Add the present gradients."""
+    def add(self, factor: Any = None) -> None:
+        """Add the present gradients, times a factor."""
         for param in chain.from_iterable(group["params"] for group in self._groups):
             if param.grad is not None:
                 share = param.grad.to(wide_dtype(param.grad)) / self._count
+                if factor is not None:
+                    share *= factor.to(share.device, share.dtype, non_blocking=True)
                 total = self._total.get(param)
                 self._total[param] = share if total is None else total + share
                 self._dtypes[param] = param.grad.dtype

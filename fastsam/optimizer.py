@@ -64,7 +64,7 @@ from .step.loading import LEAST, Receiver, method_name, write_marks
 from .step.precision import MASTER, check_dtypes, check_precision, warn_of_rounding
 from .step.recording import Recording
 from .step.scalars import DeviceScalars
-from .step.scaling import check_same_scaler, check_scaler, find_scale
+from .step.scaling import LossScale, check_same_scaler, check_scaler, find_scale
 from .step.segments import check_norm
 from .step.spec import Ascent, Base, Descent, StepSpec, is_perturbed, share_of
 from .step.takeover import TakenOver, take_over, takes_base
@@ -359,7 +359,9 @@ class SharpnessAwareOptimizer(SharedState):
 
     @uncompiled
     @torch.no_grad()
-    def step_micro_batches(self, closures: Iterable[Callable[[], Any]]) -> list[Any]:
+    def step_micro_batches(
+        self, closures: Iterable[Callable[[], Any]], *, grad_scaler: GradScaler | None = None
+    ) -> list[Any]:
         r"""Take one step in which every micro-batch has a perturbation of its own.
 
         .. math:: u = \frac1m \sum_{i=1}^m \nabla L_i(w + e_i)
@@ -372,6 +374,9 @@ class SharpnessAwareOptimizer(SharedState):
             closures: One for each micro-batch, at least one. Each computes the loss of its own,
                 not divided by their number, calls ``backward`` and returns the loss; each is
                 called twice, or once in a step of the base. ``.grad`` is :math:`u` afterwards.
+            grad_scaler: The scaler of the losses that the closures call ``backward`` on, as in
+                :meth:`step`: a gradient that is not finite in any pass of any micro-batch skips the
+                whole step, and ``.grad`` is :math:`u` times the scale.
 
         Returns:
             What the first calls returned.
@@ -381,13 +386,15 @@ class SharpnessAwareOptimizer(SharedState):
                 update: with ``renormalize``, a descent rule (SAMAR), and those with state in the
                 ascent. An exception in a closure leaves weights and state as they were before the
                 step.
-            TypeError, ValueError: If ``closures`` are not callable, or there is none.
+            TypeError, ValueError: If ``closures`` are not callable, or there is none; if
+                ``grad_scaler`` is something else.
         """
         name = type(self).__name__
         if self.renormalize or self.descent is not None or not self._is_memoryless:
             raise RuntimeError(f"{name} does not serve perturbations by micro-batch")
         closures = check_closures(closures, lambda closure: check_closure(name, closure))
         self._expect("first_step", "step_micro_batches")
+        scaler = check_scaler(grad_scaler, self)
         self._check_groups()
         self._check_ranks()
         hooks.run_own(self, "pre")
@@ -396,25 +403,29 @@ class SharpnessAwareOptimizer(SharedState):
         self._inside_step = True
         losses: list[Any] = []
         mean = GradientMean(self.param_groups, len(closures))
+        scale: LossScale | None = None
         try:
             for closure in closures:
                 context = self.ascent_context if perturbs else None
                 losses.append(self._call(closure, context, repeats))
+                scale = scale or find_scale(self, scaler)
                 if perturbs:
-                    self.first_step(zero_grad=True)
-                    self._ascend_on(closure, repeats, None)
+                    self.first_step(zero_grad=True, grad_scaler=scaler)
+                    self._ascend_on(closure, repeats, scaler)
+                    if scale is not None and self._passes.scalars.vector is not None:
+                        scale.keep_first(self._passes.scalars.vector)
                     self._call(closure, self.descent_context, repeats)
                     assert self._flight is not None
                     spec = self._spec(self._flight)
                     batch = self._passes.collect_second(spec, self.state)
                     check_reduced(batch, self._flight, self.param_groups)
-                mean.add()
+                mean.add(None if scale is None else scale.keep_last())
                 self.restore()
             self._zero_gradients()
             mean.leave()
-            self._plain(None)
+            self._plain(scale)
             if perturbs:  # the gradients were those of perturbed weights
-                self._last = self._spec(InFlight(True))
+                self._last = self._spec(InFlight(True, scale=scale))
         except BaseException as error:
             try:
                 self.restore()
@@ -480,7 +491,7 @@ class SharpnessAwareOptimizer(SharedState):
                     flight.suspend()
             yield
         finally:
-            with uninterrupted(), torch.no_grad():
+            with uninterrupted(insists=True), torch.no_grad():
                 self._unperturbed -= 1
                 if flight is not None and swaps and self._flight is flight:
                     flight.resume()
@@ -537,7 +548,7 @@ class SharpnessAwareOptimizer(SharedState):
             hooks.run_own(self, "pre")
             self._check_groups()
             self._check_ranks()
-        flight = self._flight or self._begin(True, scaler)
+        flight = self._flight or self._begin(True, find_scale(self, scaler))
         spec = self._last = self._spec(flight)
         try:
             with uninterrupted():  # nothing may come between perturbing and remembering it
@@ -621,7 +632,7 @@ class SharpnessAwareOptimizer(SharedState):
             hooks.run_own(self, "pre")
             self._check_groups()
             self._check_ranks()
-        self._plain(scaler)
+        self._plain(find_scale(self, scaler))
         self._after_step(zero_grad)
 
     def restore(self) -> None:
@@ -668,16 +679,15 @@ class SharpnessAwareOptimizer(SharedState):
 
     # --- parts of a step ---
 
-    def _begin(self, perturbs: bool, scaler: GradScaler | None) -> InFlight:
+    def _begin(self, perturbs: bool, scale: LossScale | None) -> InFlight:
         """Decide on the host what the step will be."""
         replicas = self._find_replicas() if perturbs else None
         if replicas is not None:
             name = type(self).__name__
             check_replicas(name, self.descent, self.renormalize, self.param_groups)
         flight = InFlight(
-            perturbs, self._next_lam(), self.ascent_steps, scale=find_scale(self, scaler),
-            replicas=replicas,
-        )  # fmt: skip
+            perturbs, self._next_lam(), self.ascent_steps, scale=scale, replicas=replicas
+        )
         if perturbs and replicas is None and self.ascent_context is not None:
             # replicas would drift apart if this context is one that keeps gradients apart
             matters = self.renormalize or self.descent is not None or flight.scale is not None
@@ -685,10 +695,10 @@ class SharpnessAwareOptimizer(SharedState):
                 self._warnings.once("unknown context", UNKNOWN_CONTEXT)
         return flight
 
-    def _plain(self, scaler: GradScaler | None) -> None:
+    def _plain(self, scale: LossScale | None) -> None:
         """A step of the base alone."""
         self._run_base_hooks("pre")
-        flight = self._begin(False, scaler)
+        flight = self._begin(False, scale)
         spec = self._last = self._spec(flight)
         try:
             batch = self._passes.collect_second(spec, self.state)

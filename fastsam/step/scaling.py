@@ -65,6 +65,7 @@ class LossScale:
     def __init__(self, optimizer: Optimizer, grad_scaler: GradScaler | None) -> None:
         self._optimizer = optimizer
         self.scaler = grad_scaler
+        self.found: list[Tensor] = []  # not 0 where micro-batches overflowed, whose mean comes
 
     def write(self, slot: Scalar, scalars: Tensor, opens_step: bool) -> None:
         """Put the inverse scale of one pass's gradients, and what was found, among the scalars.
@@ -74,20 +75,8 @@ class LossScale:
         Raises:
             RuntimeError: If the scaler has not scaled a loss yet.
         """
-        scale = getattr(self._optimizer, "grad_scale", None)
-        found = [getattr(self._optimizer, "found_inf", None)]
-        if self.scaler is not None:
-            state = self.scaler._per_optimizer_states[id(self._optimizer)]
-            if state["stage"] is OptState.UNSCALED:  # by the user; the next pass's are scaled again
-                state["stage"], scale = OptState.READY, None
-                found += state["found_inf_per_device"].values()
-            else:
-                scale = self.scaler._get_scale_async()
-                if scale is None:
-                    raise RuntimeError(
-                        "grad_scaler has scaled no loss yet: call "
-                        "grad_scaler.scale(loss).backward()"
-                    )
+        is_unscaled, found = self._look()
+        scale = None if is_unscaled else self._scale()
         if scale is None:
             scalars[slot].fill_(1)
         else:
@@ -95,10 +84,46 @@ class LossScale:
             scalars[slot] = scale.to(scalars.device, non_blocking=True).reciprocal()
         if opens_step:
             scalars[Scalar.FOUND_INF].zero_()
-        for x in found:
-            if x is not None:  # a ShardedGradScaler's has one dimension
-                x = torch.as_tensor(x, dtype=scalars.dtype).reshape(())
-                scalars[Scalar.FOUND_INF] += x.to(scalars.device, non_blocking=True)
+        for x in (*found, *self.found):
+            scalars[Scalar.FOUND_INF] += _like(x, scalars)
+
+    def _scale(self) -> Any:
+        if self.scaler is None:
+            return getattr(self._optimizer, "grad_scale", None)
+        scale = self.scaler._get_scale_async()
+        if scale is None:
+            raise RuntimeError(
+                "grad_scaler has scaled no loss yet: call grad_scaler.scale(loss).backward()"
+            )
+        return scale
+
+    def _look(self) -> tuple[bool, list[Any]]:
+        """Whether the present gradients have been unscaled by the user, and what others found.
+
+        The next pass's are scaled again.
+        """
+        found = [getattr(self._optimizer, "found_inf", None)]
+        is_unscaled = False
+        if self.scaler is not None:
+            state = self.scaler._per_optimizer_states[id(self._optimizer)]
+            if state["stage"] is OptState.UNSCALED:
+                state["stage"], is_unscaled = OptState.READY, True
+                found += state["found_inf_per_device"].values()
+        return is_unscaled, [x for x in found if x is not None]
+
+    def keep_first(self, scalars: Tensor) -> None:
+        """Remember whether a micro-batch's first gradients overflowed."""
+        self.found.append(scalars[Scalar.FOUND_INF] + ~scalars[Scalar.GRAD_NORM].isfinite())
+
+    def keep_last(self) -> Any:
+        """Remember what others found in the gradients that are to be part of the mean.
+
+        Returns:
+            What these are to be multiplied by to carry the scale; None if they do.
+        """
+        is_unscaled, found = self._look()
+        self.found += found
+        return self._scale() if is_unscaled else None
 
     def record(self, scalars: Tensor, found_inf: Tensor) -> None:
         """Tell the scaler, whose ``update`` comes next, whether the step was accepted.
@@ -111,6 +136,12 @@ class LossScale:
         torch.eq(scalars[Scalar.ACCEPTED], 0, out=found_inf)
         state["found_inf_per_device"] = {scalars.device: found_inf}
         state["stage"] = OptState.STEPPED
+
+
+def _like(x: Any, scalars: Tensor) -> Tensor:
+    """A number as one of the scalars; a ShardedGradScaler's has one dimension."""
+    x = torch.as_tensor(x, dtype=scalars.dtype).reshape(())
+    return x.to(scalars.device, non_blocking=True)
 
 
 def find_scale(optimizer: Optimizer, grad_scaler: GradScaler | None) -> LossScale | None:
