@@ -93,7 +93,9 @@ class uninterrupted:  # noqa: N801 - used like a function
             if self._handlers:  # not the first attempt
                 numbers = [number for number in numbers if _signal.getsignal(number) is not self]
             # in C from end to end: no handler is replaced without being remembered
-            self._handlers.update(zip(numbers, map(_signal.signal, numbers, repeat(self))))
+            self._handlers.update(
+                zip(numbers, map(_signal.signal, numbers, repeat(self)), strict=True)
+            )
             if not all(map(callable, self._handlers.values())):
                 self._give_up_defaults()
             _holder = self

@@ -140,8 +140,8 @@ class LossScale:
 
 def _like(x: Any, scalars: Tensor) -> Tensor:
     """A number as one of the scalars; a ShardedGradScaler's has one dimension."""
-    x = torch.as_tensor(x, dtype=scalars.dtype).reshape(())
-    return x.to(scalars.device, non_blocking=True)
+    number: Tensor = torch.as_tensor(x, dtype=scalars.dtype).reshape(())
+    return number.to(scalars.device, non_blocking=True)
 
 
 def find_scale(optimizer: Optimizer, grad_scaler: GradScaler | None) -> LossScale | None:
