@@ -134,6 +134,37 @@ def test_sigint_in_the_update_waits_for_its_end(monkeypatch):
     assert rho != before and rho == float(lets._nu.exp())
 
 
+@pytest.mark.parametrize("where", ["first", "second"])
+def test_interrupted_steps_do_not_shift_the_interval(where, monkeypatch):
+    """Ctrl-C in the second pass arrives when the step is complete, which then counts."""
+    _, _, lets, closures = make(interval=2)
+    _, _, twin, twin_closures = make(interval=2)
+    backends = type(lets.optimizer._passes.backends)
+    serving, passes = backends.serving, []
+
+    def interrupted(self, name, batch):
+        passes.append(batch)
+        if len(passes) == (1 if where == "first" else 2):
+            signal.raise_signal(signal.SIGINT)
+        return serving(self, name, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(backends, "serving", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            lets.step(*closures)
+    steps = 0 if where == "first" else 1
+    assert lets.state_dict()["lets"]["steps"] == steps == lets.optimizer.kept["t"] - 1
+    restored = copy.deepcopy(lets)
+    assert restored.state_dict()["lets"]["steps"] == steps
+    for _ in range(2 - steps):
+        lets.step(*closures)
+    for _ in range(2):
+        twin.step(*twin_closures)
+    radii = [each.param_groups[0]["rho"] for each in (lets, twin)]
+    assert radii[0] == radii[1] != 0.05
+    assert lets.state_dict()["lets"]["steps"] == 2
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("method", ["sam", "ssam-adaptive-clip"])
 def test_gradients_are_zeroed_before_every_call_and_only_read(method, backend):
