@@ -122,7 +122,7 @@ class LossScale:
             What these are to be multiplied by to carry the scale; None if they do.
         """
         is_unscaled, found = self._look()
-        self.found += found
+        self.found += [torch.as_tensor(x).clone() for x in found]  # which somebody may zero
         return self._scale() if is_unscaled else None
 
     def record(self, scalars: Tensor, found_inf: Tensor) -> None:
