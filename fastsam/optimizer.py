@@ -417,8 +417,11 @@ class SharpnessAwareOptimizer(SharedState):
                     self._call(closure, self.descent_context, repeats)
                     assert self._flight is not None
                     spec = self._spec(self._flight)
-                    batch = self._passes.collect_second(spec, self.state)
-                    check_reduced(batch, self._flight, self.param_groups)
+                    check_reduced(  # by no name, which would keep the gradients
+                        self._passes.collect_second(spec, self.state),
+                        self._flight,
+                        self.param_groups,
+                    )
                 mean.add(None if scale is None else scale.keep_last())
                 self.restore()
             self._zero_gradients()

@@ -49,8 +49,11 @@ def gradient(problem, params, part):
     return [None if g is None else g for g in grads]
 
 
-def mean_gradient(problem, params, method, t):
-    """The mean of the micro-batches' gradients, each at ``w + e`` of its own; ``None`` for none."""
+def mean_gradient(problem, params, method, t, sign=1):
+    """The mean of the micro-batches' gradients, each at ``w + e`` of its own; ``None`` for none.
+
+    ``sign`` is -1 where the base maximizes, and the worst point is that of the lowest loss.
+    """
     spec = METHODS[method]
     lam = spec.oracle.get("lam", 1.0)
     lam = lam(t) if callable(lam) else lam
@@ -62,7 +65,7 @@ def mean_gradient(problem, params, method, t):
                   for p in params]  # fmt: skip
         squares = sum(float((s * g).square().sum()) for s, g in zip(scales, grads, strict=True)
                       if g is not None)  # fmt: skip
-        factor = group["rho"] * (1 - lam + lam / (squares**0.5 + 1e-12))
+        factor = sign * group["rho"] * (1 - lam + lam / (squares**0.5 + 1e-12))
         there = [
             (p.detach() + (0 if g is None else factor * s**2 * g)).requires_grad_()
             for p, g, s in zip(params, grads, scales, strict=True)
@@ -75,7 +78,8 @@ def mean_gradient(problem, params, method, t):
 
 
 def expected_step(base, twins, method, problem, t):
-    grads = mean_gradient(problem, twins, method, t)
+    sign = -1 if base.defaults.get("maximize") else 1
+    grads = mean_gradient(problem, twins, method, t, sign)
     for q, g in zip(twins, grads, strict=True):
         q.grad = None if g is None else g.clone()
     if "max_grad_norm" in METHODS[method].kwargs:
