@@ -170,6 +170,9 @@ def _of_ascent(types: Sequence[str], spec: StepSpec) -> Iterator[Variant]:
         storage = next(iter(_storages(types)))
         yield _variant("perturb_kernel", types, **storage, **perturb_constants(by_layer))
         yield _reduction(types, hypergradient_sums(by_layer, "diag"), False)
+    if spec.ascent.advance is None and spec.ascent.accumulate is None:  # it may come several times
+        storage = next(iter(_storages(types)))
+        yield _variant("perturb_kernel", types, **storage, **perturb_constants(spec, False))
     if spec.ascent.norm is not None:
         for master in _masters(types, spec.adaptive):
             yield _reduction(types, ascent_sums(spec), **master)

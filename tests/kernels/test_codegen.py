@@ -129,7 +129,8 @@ def take_steps(optimizer, params, grads) -> None:
     for _ in range(2):
         for param, grad in zip(params, grads, strict=True):
             param.grad = grad
-        optimizer.first_step()
+        for _ in range(optimizer.ascent_steps):
+            optimizer.first_step()
         optimizer.second_step()
 
 
@@ -145,6 +146,12 @@ def test_all_launches_are_known_variants(dtype):
         optimizer = create(method, params, "triton", base)
         with launches.record(execute=False) as log:
             take_steps(optimizer, params, grads)
+        assert log.variants <= known
+    for method in ("sam", "asam"):
+        params = parameters([torch.ones(3).numpy()], dtypes)
+        optimizer = create(method, params, "triton", "sgd", ascent_steps=2)
+        with launches.record(execute=False) as log:
+            take_steps(optimizer, params, [torch.ones(3, dtype=torch_dtype(dtypes.grad))])
         assert log.variants <= known
 
 
