@@ -4,6 +4,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from itertools import chain
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -31,23 +32,32 @@ from .passes import Passes
 from .randomness import RepeatedRandom
 from .replicas import is_distributed, replicas_of
 from .step import hooks
+from .step.arguments import (
+    FLAG,
+    OF_STATE,
+    Choice,
+    GroupArguments,
+    Integer,
+    Number,
+    context,
+    setting,
+)
 from .step.batch import Batch
 from .step.caches import forget_parametrizations, forget_weights
 from .step.checkpoint import Loading, SharedState, parts_of, read_kept, set_parts, write_kept
 from .step.checks import (
+    asks_for_state,
     check_ascent_steps,
     check_base,
     check_closure,
-    check_flag,
-    check_group,
     check_keys,
-    check_max_grad_norm,
     check_partitioned,
     check_perturb,
-    check_schedule,
     check_states,
+    check_stop,
     entered,
 )
+from .step.dtypes import Dtypes
 from .step.first_look import FirstLook
 from .step.flight import InFlight
 from .step.gradients import zeroes_as_torch
@@ -61,7 +71,7 @@ from .step.guards import (
 )
 from .step.interrupts import uninterrupted
 from .step.loading import LEAST, Receiver, method_name, write_marks
-from .step.precision import MASTER, check_dtypes, check_precision, warn_of_rounding
+from .step.precision import MASTER, ROUNDINGS, check_precision
 from .step.recording import Recording
 from .step.scalars import DeviceScalars
 from .step.scaling import LossScale, check_same_scaler, check_scaler, find_scale
@@ -85,6 +95,22 @@ def uncompiled(function: Function) -> Function:
     """
     disable = getattr(torch, "_disable_dynamo", torch.compiler.disable)
     return cast(Function, disable(function))
+
+
+def _check_ascents(optimizer: "SharpnessAwareOptimizer", ascent_steps: int) -> None:
+    rounds = {
+        "master_weights": optimizer.master_weights,
+        "rounding='stochastic'": optimizer.rounding == "stochastic",
+    }
+    check_ascent_steps(
+        ascent_steps, type(optimizer).__name__, optimizer.ascent, optimizer.descent, rounds
+    )
+
+
+def _check_served(optimizer: "SharpnessAwareOptimizer", backend: str) -> None:
+    params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+    first = next(params, None)
+    backends.resolve(backend, torch.device("cpu") if first is None else first.device)
 
 
 class SharpnessAwareOptimizer(SharedState):
@@ -123,7 +149,25 @@ class SharpnessAwareOptimizer(SharedState):
     _TRANSIENT = ("_owner", "_several", "_passes", "_flight", "_last", "_warnings", "_first_look",
                   "_loading",
                   "_replicas", "_agreement", "_inside_step", "_inside_closure", "_mode", "_random",
-                  "_unperturbed")  # fmt: skip
+                  "_unperturbed", "_arguments", "_dtypes")  # fmt: skip
+
+    renormalize: bool = setting(FLAG)
+    max_grad_norm: float | None = setting(
+        Number(with_low=False, with_high=True, tensors=None, optional=True)
+    )
+    skip_nonfinite: bool = setting(FLAG)
+    perturb_every: int = setting(Integer(1))
+    start: int = setting(Integer(0))
+    stop: int | None = setting(Integer(1, optional=True))
+    master_weights: bool = setting(FLAG, fixed=OF_STATE)
+    rounding: str = setting(Choice(ROUNDINGS), fixed=OF_STATE)
+    seed: int = setting(Integer(0, 2**32))
+    ascent_steps: int = setting(Integer(1), then=_check_ascents)
+    ascent_context: Context | None = setting(context)
+    descent_context: Context | None = setting(context)
+    repeat_random: bool = setting(FLAG)
+    set_to_none: bool = setting(FLAG)
+    backend: str = setting(Choice(backends.NAMES), then=_check_served)
 
     def __init__(
         self,
@@ -160,16 +204,6 @@ class SharpnessAwareOptimizer(SharedState):
         classes = {cls.__name__: cls}
         if taken is None:
             params, classes = named_classes(params, cls, check)
-        has_own = not takes_base(type(self))
-        check_together(type(self).__name__, has_own, classes, master_weights)
-        check_max_grad_norm(max_grad_norm)
-        check_flag("repeat_random", repeat_random)
-        check_flag("set_to_none", set_to_none)
-        own = {"rho": rho, "adaptive": adaptive, "eta": eta, "perturb": True, **(own or {})}
-        is_fused = find_base(cls) is not None
-        self._base = find_base(cls) if len(classes) == 1 else None
-        check_precision(master_weights, rounding, seed, is_fused or len(classes) > 1)
-        check_group(own | base_kwargs, is_fused, self.ascent.scales)
         check_norm(norm, self.ascent)
         self._norm = norm
         self.renormalize = renormalize
@@ -180,10 +214,20 @@ class SharpnessAwareOptimizer(SharedState):
         self.rounding, self.seed = rounding, seed
         self.repeat_random = repeat_random
         self.ascent_steps = ascent_steps
-        self._check_ascent_steps()
         self.ascent_context, self.descent_context = ascent_context, descent_context
         self.set_to_none = set_to_none
-        self.backend = backend
+        check_stop(self.start, self.stop)
+        has_own = not takes_base(type(self))
+        check_together(type(self).__name__, has_own, classes, self.master_weights)
+        first = find_base(cls)
+        self._base = first if len(classes) == 1 else None
+        fused = first is not None or len(classes) > 1
+        check_precision(self.master_weights, self.rounding, fused)
+        own = {"rho": rho, "adaptive": adaptive, "eta": eta, "perturb": True, **(own or {})}
+        self._make_checks()
+        given = own | base_kwargs
+        self._arguments.check(given, first, complete=False)
+        own, base_kwargs = ({key: given[key] for key in keys} for keys in (own, base_kwargs))
         self._owner = SimpleNamespace()  # until the base is there
         super().__init__(params, own)
         # The base validates its own arguments and completes the groups, which are its own then.
@@ -208,10 +252,7 @@ class SharpnessAwareOptimizer(SharedState):
             self.kept |= getattr(self.base_optimizer, "kept", {})
         self._write_own(self.param_groups)
         self._start()
-        params_ = [p for group in self.param_groups for p in group["params"]]
-        backends.resolve(backend, params_[0].device if params_ else torch.device("cpu"))
-        if rounding == "nearest" and not master_weights:
-            warn_of_rounding(params_)
+        self.backend = backend
 
     @classmethod
     def from_optimizer(cls, optimizer: Optimizer, *args: Any, **kwargs: Any) -> "Self":
@@ -257,12 +298,18 @@ class SharpnessAwareOptimizer(SharedState):
             self.kept["rounding_step"] = 0.0
         return slots
 
+    def _make_checks(self, warned: Iterable[Tensor] = ()) -> None:
+        """Make what looks at groups and at dtypes; of ``warned`` the user knows the latter."""
+        self._arguments = GroupArguments(self.ascent, self.descent)
+        self._dtypes = Dtypes(self.rounding, self.master_weights, warned)
+
     def _start(self) -> None:
         """Make the parts that live only as long as this process."""
         self._own_base(self.base_optimizer)
         if isinstance(getattr(self._owner, "kept", None), dict):  # it keeps numbers of its own
             self._owner.kept = self.kept
-        self._passes = Passes(type(self).__name__, DeviceScalars(self.kept, self._slots))
+        scalars = DeviceScalars(self.kept, self._slots)
+        self._passes = Passes(type(self).__name__, scalars, self._dtypes)
         self._flight: InFlight | None = None  # None between two steps
         self._last: StepSpec | None = None  # of the present step, or the last
         self._warnings, self._first_look = Warnings(), FirstLook()
@@ -859,10 +906,12 @@ class SharpnessAwareOptimizer(SharedState):
                 f"it comes several times before second_step, {left} more in this step"
             )
         if (due == "second_step") != (self._flight is not None):
-            due = "first_step" if self._flight is None else "second_step"
+            due, undo = "first_step", ""
+            if self._flight is not None:
+                due, undo = "second_step", "; where what comes between failed, call restore() first"
             raise RuntimeError(
                 f"expected {due}, which has to come before another {call}: first_step and "
-                "second_step alternate"
+                f"second_step alternate{undo}"
             )
 
     def _run_base_hooks(self, when: str) -> None:
@@ -885,15 +934,18 @@ class SharpnessAwareOptimizer(SharedState):
             ValueError: If a hyper-parameter is out of range; nothing has been added then.
             RuntimeError: If DeepSpeed has partitioned a parameter (ZeRO, stage 3); the same.
         """
-        if hasattr(self, "base_optimizer"):
-            complete(self.base_optimizer, param_group)
-        self._check_group(self.defaults | param_group)
+        if isinstance(param_group, dict):  # else torch says so
+            if hasattr(self, "base_optimizer"):
+                complete(self.base_optimizer, param_group)
+            group = self.defaults | param_group
+            self._check_group(group)
+            param_group.update([(key, group[key]) for key in param_group])
         with uninterrupted():
             super().add_param_group(param_group)
             try:
                 check_partitioned(self.param_groups[-1]["params"])
-                check_dtypes(self.param_groups[-1]["params"], self.rounding)
-            except (RuntimeError, ValueError):
+                self._dtypes.check(self.param_groups[-1]["params"])
+            except Exception:  # a warning, too, where the user makes errors of them
                 self.param_groups.pop()
                 raise
             if hasattr(self, "kept"):
@@ -906,38 +958,24 @@ class SharpnessAwareOptimizer(SharedState):
         write_kept(groups, self.kept)
 
     def _check_groups(self) -> None:
-        check_schedule(self.perturb_every, self.start, self.stop)
-        check_max_grad_norm(self.max_grad_norm)
-        self._check_ascent_steps()
-        for group in self.param_groups:
-            if "adaptive" not in group:  # given to the base alone, or assigned
-                for key, value in self.defaults.items():
-                    group.setdefault(key, value)
-            self._check_group(group)
+        """In a step: what has been set since the last one."""
+        if self.stop is not None:
+            check_stop(self.start, self.stop)
+        if self.renormalize:
+            check_perturb(self.param_groups)
+        self._arguments.check_again(self.param_groups, self._base_of, self.defaults)
 
     def _check_ranks(self) -> None:
         if self._agreement.needed:
             self._agreement.check(self)
 
-    def _check_ascent_steps(self) -> None:
-        rounds = {
-            "master_weights": self.master_weights,
-            "rounding='stochastic'": self.rounding == "stochastic",
-        }
-        check_ascent_steps(
-            self.ascent_steps, type(self).__name__, self.ascent, self.descent, rounds
-        )
-
     def _check_group(self, group: dict[str, Any]) -> None:
-        check_perturb(group, self.renormalize)
-        if not hasattr(self, "base_optimizer"):  # which will complete the groups
-            check_group(group, self._base is not None, self.ascent.scales)
-            return
-        base = self._base if self._several is None else self._several.base_of(group)
-        check_group(group, base is not None, self.ascent.scales)
-        for rule in (self.ascent, self.descent, base):
-            if rule is not None and rule.check is not None:
-                rule.check(group)
+        """A group that is new, with the values of tensors; floats and bools replace their like."""
+        # the base will complete the first ones
+        whole = hasattr(self, "base_optimizer")
+        self._arguments.check(group, self._base_of(group) if whole else self._base, whole)
+        if self.renormalize:
+            check_perturb([group])
 
     def state_dict(self) -> dict[str, Any]:
         """As in ``torch.optim``, with everything that a resumed run needs."""
@@ -966,10 +1004,10 @@ class SharpnessAwareOptimizer(SharedState):
     def creates_state_only(self) -> bool:
         """Whether a call of ``step`` without a closure asks for the state that a step creates.
 
-        ``torch.distributed.checkpoint`` does, before any step, with every learning rate 0.
+        ``torch.distributed.checkpoint`` does, before any step, with every learning rate 0 and a
+        gradient of zeros in every parameter.
         """
-        rates = [group.get("lr") for group in self.param_groups]
-        return not self.state and all(lr is not None and float(lr) == 0 for lr in rates)
+        return asks_for_state(self.param_groups, self.state)
 
     def create_state(self) -> None:
         """Create what a first step would."""
@@ -999,6 +1037,7 @@ class SharpnessAwareOptimizer(SharedState):
         own = {MASTER}.union(*map(self.ascent.states, groups))
         set_parts(self.base_optimizer, parts, own)
         if base is not None:
+            self._make_checks(p for group in self.param_groups for p in group["params"])
             self._start()
 
     # --- what a step measured ---

@@ -18,6 +18,7 @@ from .step.batch import Batch
 from .step.caches import forget_weights
 from .step.capture import check_capture, is_captured
 from .step.collect import Collector
+from .step.dtypes import Dtypes
 from .step.flight import InFlight, check_unperturbed
 from .step.gradients import take_over
 from .step.precision import find_masters, find_places
@@ -43,17 +44,19 @@ class Passes:
     Args:
         name: The optimizer's, for messages.
         scalars: Its numbers on the device.
+        dtypes: Looks at the parameters' dtypes.
 
     Attributes:
         collector: Finds the tensors of a pass.
-        scalars: The same.
+        scalars, dtypes: The same.
         backends: Those that have been needed so far.
         recording: What takes in the step that is complete, where somebody asked for it.
     """
 
-    def __init__(self, name: str, scalars: DeviceScalars) -> None:
+    def __init__(self, name: str, scalars: DeviceScalars, dtypes: Dtypes) -> None:
         self._name = name
-        self.collector = Collector()
+        self.dtypes = dtypes
+        self.collector = Collector(dtypes.check)
         self.scalars = scalars
         self.backends = backends.Backends()
         self.recording: Recording | None = None

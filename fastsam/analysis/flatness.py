@@ -13,9 +13,10 @@ from fastsam.backends.base import complete
 from fastsam.backends.equations import element_scale, perturbation, radius
 from fastsam.backends.sums import global_norm, scaled_norm
 from fastsam.kernels.layout import Scalar
+from fastsam.step.arguments import COMMON, Integer, settle
 from fastsam.step.batch import Batch
 from fastsam.step.caches import forget_weights
-from fastsam.step.checks import check_group, check_tensors
+from fastsam.step.checks import check_tensors
 from fastsam.step.interrupts import uninterrupted
 from fastsam.step.scalars import new_scalars
 from fastsam.step.spec import StepSpec
@@ -95,9 +96,8 @@ def sharpness(
     improving generalization", ICLR 2021; Kwon, Kim, Park and Choi, "ASAM", ICML 2021.
     """
     group = {"rho": rho, "adaptive": adaptive, "eta": eta}
-    check_group(group, fused=False, scales=True)
-    if isinstance(steps, bool) or not (isinstance(steps, int) and steps >= 1):
-        raise ValueError(f"steps must be an integer of at least 1, got {steps!r}")
+    settle(group, COMMON)
+    Integer(1)("steps", steps)
     probe = Probe(model, loss_closure, "sharpness")
     before, grads = probe.gradient()
     offsets, norm = ascend(probe.weights(grads), grads, group)

@@ -8,10 +8,15 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from fastsam.arithmetic import narrowed
+from fastsam.step.arguments import FLAG, POSITIVE, RATE, Argument, settle
 from fastsam.step.checkpoint import Loading, write_kept
 from fastsam.step.checks import check_tensors
 from fastsam.step.loading import LEAST, Receiver, write_marks
 from fastsam.step.spec import Base, Columns, Group, sign_of
+
+from .uncorrected import ARGUMENTS as LIGHT_ARGUMENTS
+
+ARGUMENTS: dict[str, Argument] = {"lr": RATE, "maximize": FLAG}
 
 
 class AdaGradNorm(Optimizer):
@@ -31,8 +36,8 @@ class AdaGradNorm(Optimizer):
         maximize: Ascend instead of descend. Default False.
 
     Raises:
-        ValueError: If ``lr`` or ``initial_accumulator_value`` is negative, or ``lr`` a tensor of
-            several elements.
+        ValueError: If ``lr`` or ``initial_accumulator_value`` is negative or not finite, ``lr`` a
+            tensor of several elements, or ``maximize`` neither True nor False.
 
     Reference: Ward, Wu and Bottou, "AdaGrad stepsizes: sharp convergence over nonconvex
     landscapes", ICML 2019.
@@ -46,20 +51,20 @@ class AdaGradNorm(Optimizer):
         initial_accumulator_value: float = 0.0,
         maximize: bool = False,
     ):
-        if isinstance(lr, Tensor) and lr.numel() != 1:
-            raise ValueError("Tensor lr must be 1-element")
-        if not lr >= 0:
-            raise ValueError(f"lr must be at least 0, got {lr}")
-        if not initial_accumulator_value >= 0:
-            raise ValueError(
-                f"initial_accumulator_value must be at least 0, got {initial_accumulator_value}"
-            )
-        super().__init__(params, {"lr": lr, "maximize": maximize})
-        self.kept: dict[str, Any] = {"squared_norms": float(initial_accumulator_value)}
+        start = POSITIVE("initial_accumulator_value", initial_accumulator_value)
+        defaults = {"lr": lr, "maximize": maximize}
+        settle(defaults, ARGUMENTS)
+        super().__init__(params, defaults)
+        self.kept: dict[str, Any] = {"squared_norms": float(start)}
         self._write_own(self.param_groups)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in ``torch.optim``."""
+        """As in ``torch.optim``.
+
+        Raises:
+            ValueError: If a hyper-parameter is out of range; nothing has been added then.
+        """
+        settle(param_group, ARGUMENTS)
         super().add_param_group(param_group)
         if hasattr(self, "kept"):
             self._write_own(self.param_groups[-1:])
@@ -161,5 +166,6 @@ ADAGRAD_NORM = Base(
     update=adagrad_norm,
     columns=adagrad_norm_columns,
     accumulator=no_start,
+    arguments=LIGHT_ARGUMENTS | ARGUMENTS,
     eager="fastsam.backends.eager.fused:AdaGradNorm",
 )

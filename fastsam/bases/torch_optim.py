@@ -11,7 +11,22 @@ import torch
 from torch import Tensor
 
 from fastsam.arithmetic import narrowed
+from fastsam.step.arguments import BETAS, FINITE, FLAG, RATE, WEIGHT, Argument
 from fastsam.step.spec import Base, Columns, Group, sign_of
+
+#: As torch's constructors have them, which look at the defaults and not at groups.
+SGD_ARGUMENTS: dict[str, Argument] = {
+    "lr": RATE, "momentum": WEIGHT, "dampening": FINITE, "weight_decay": WEIGHT,
+    "nesterov": FLAG, "maximize": FLAG,
+}  # fmt: skip
+ADAM_ARGUMENTS: dict[str, Argument] = {
+    "lr": RATE, "betas": BETAS, "eps": WEIGHT, "weight_decay": WEIGHT, "amsgrad": FLAG,
+    "maximize": FLAG, "decoupled_weight_decay": FLAG,
+}  # fmt: skip
+ADAGRAD_ARGUMENTS: dict[str, Argument] = {
+    "lr": RATE, "lr_decay": WEIGHT, "weight_decay": WEIGHT, "initial_accumulator_value": WEIGHT,
+    "eps": WEIGHT, "maximize": FLAG,
+}  # fmt: skip
 
 
 def _add_weight_decay(w: Tensor, u: Tensor, group: Group) -> Tensor:
@@ -131,6 +146,7 @@ SGD = Base(
     columns=_sgd_columns,
     states=_sgd_states,
     starts_from_gradient="momentum_buffer",
+    arguments=SGD_ARGUMENTS,
     eager="fastsam.backends.eager.fused:SGD",
 )
 ADAM = Base(
@@ -140,6 +156,7 @@ ADAM = Base(
     columns=_adam_columns,
     states=adam_states,
     counts_steps=True,
+    arguments=ADAM_ARGUMENTS,
     eager="fastsam.backends.eager.fused:Adam",
 )
 ADAGRAD = Base(
@@ -149,5 +166,6 @@ ADAGRAD = Base(
     columns=_adagrad_columns,
     states=_adagrad_states,
     counts_steps=True,
+    arguments=ADAGRAD_ARGUMENTS,
     eager="fastsam.backends.eager.fused:Adagrad",
 )

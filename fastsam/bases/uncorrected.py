@@ -1,7 +1,5 @@
 """LightSAM's and AdaSAM's updates: nothing is bias-corrected, and no eps is added."""
 
-import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,30 +7,17 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from fastsam.arithmetic import narrowed, over_root
+from fastsam.step.arguments import BETAS, FLAG, RATE, WEIGHT, Argument, Number, settle
 from fastsam.step.spec import Base, Columns, Group, sign_of
 
 from .torch_optim import adam_states
 
-
-def check_uncorrected(group: Mapping[str, Any]) -> None:
-    """The hyper-parameters that are present are in range.
-
-    Raises:
-        ValueError: If not.
-    """
-    for key in ("lr", "weight_decay"):
-        value = group.get(key, 0.0)
-        if isinstance(value, Tensor):  # not looked at: it may be on a device
-            if value.numel() != 1:
-                raise ValueError(f"{key} must be one number, got shape {tuple(value.shape)}")
-        elif not 0 <= value < math.inf:
-            raise ValueError(f"{key} must be at least 0 and finite, got {value}")
-    eps = group.get("eps", 1e-8)
-    if not 1e-18 <= eps < 1e18:  # its square must be a normal number in float32
-        raise ValueError(f"eps must be at least 1e-18 and below 1e18, got {eps}")
-    betas = group.get("betas", (0.9, 0.999))
-    if not (len(betas) == 2 and all(0 <= beta < 1 for beta in betas)):
-        raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
+#: The square of eps must be a normal number in float32.
+EPS = Number(1e-18, 1e18, tensors="one element", words="at least 1e-18 and below 1e18")
+ARGUMENTS: dict[str, Argument] = {
+    "lr": RATE, "eps": EPS, "weight_decay": WEIGHT, "betas": BETAS, "amsgrad": FLAG,
+    "maximize": FLAG,
+}  # fmt: skip
 
 
 class Uncorrected(Optimizer):
@@ -52,9 +37,10 @@ class Uncorrected(Optimizer):
         amsgrad: bool = False,
         maximize: bool = False,
     ):
-        check_uncorrected({"lr": lr, "eps": eps, "weight_decay": weight_decay, "betas": betas})
         defaults = dict(lr=lr, eps=eps, weight_decay=weight_decay, betas=betas, amsgrad=amsgrad)
-        super().__init__(params, defaults | {"maximize": maximize})
+        defaults["maximize"] = maximize
+        settle(defaults, ARGUMENTS)
+        super().__init__(params, defaults)
 
 
 class UncorrectedAdam(Uncorrected):
@@ -127,7 +113,7 @@ UNCORRECTED_ADAM = Base(
     columns=_adam_columns,
     states=_adam_states,
     wide=True,
-    check=check_uncorrected,
+    arguments=ARGUMENTS,
     eager="fastsam.backends.eager.fused:UncorrectedAdam",
 )
 UNCORRECTED_ADAGRAD = Base(
@@ -137,6 +123,6 @@ UNCORRECTED_ADAGRAD = Base(
     columns=_adagrad_columns,
     states=_adagrad_states,
     wide=True,
-    check=check_uncorrected,
+    arguments=ARGUMENTS,
     eager="fastsam.backends.eager.fused:UncorrectedAdagrad",
 )

@@ -13,6 +13,7 @@ from torch.optim.optimizer import Optimizer
 from fastsam.bases import find_base
 from fastsam.kernels import table
 from fastsam.optimizer import SharpnessAwareOptimizer, uncompiled
+from fastsam.step.arguments import Choice, Integer, setting, shown
 from fastsam.step.capture import refuse
 from fastsam.step.checkpoint import SharedState
 from fastsam.step.checks import check_closure, check_lets, check_loss
@@ -80,6 +81,9 @@ class LETS(SharedState):
     perturbation radius", ECML-PKDD 2024, arXiv 2408.08222.
     """
 
+    hessian: str = setting(Choice(("diag", "difference")))
+    interval: int = setting(Integer(1))
+
     def __init__(
         self,
         optimizer: SharpnessAwareOptimizer,
@@ -94,7 +98,7 @@ class LETS(SharedState):
             if isinstance(optimizer, Optimizer):
                 hint = "; make one of it with fastsam.SAM.from_optimizer(optimizer)"
             raise TypeError(
-                f"optimizer must be one of fastsam's with a radius, got {optimizer!r}{hint}"
+                f"optimizer must be one of fastsam's with a radius, got {shown(optimizer)}{hint}"
             )
         if optimizer.master_weights:
             raise ValueError("optimizer must have master_weights=False to learn its radius")
@@ -103,9 +107,9 @@ class LETS(SharedState):
                 f"optimizer must have ascent_steps=1 to learn its radius, got "
                 f"{optimizer.ascent_steps}"
             )
-        check_lets(rho_lr, hessian, interval, rho_optimizer, optimizer.param_groups)
         self.hessian = hessian
         self.interval = interval
+        rho_lr = check_lets(rho_lr, rho_optimizer, optimizer.param_groups)
         self.optimizer = optimizer
         self._owner = SimpleNamespace()  # torch's constructor makes groups and state of its own
         super().__init__(optimizer.param_groups, {})

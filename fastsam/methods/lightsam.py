@@ -14,7 +14,8 @@ from fastsam.bases.uncorrected import (
     UncorrectedAdam,
 )
 from fastsam.optimizer import SharpnessAwareOptimizer
-from fastsam.step.checks import check_common, check_rule
+from fastsam.step.arguments import Choice
+from fastsam.step.checks import check_common
 from fastsam.step.spec import Ascent, Columns, Group
 
 # --- I: a sum of squared norms ---
@@ -200,12 +201,16 @@ class LightSAM(SharpnessAwareOptimizer):
         maximize: bool = False,
         **kwargs: Any,
     ):
-        check_rule(rule, RULES)
+        self._rule = Choice(tuple(RULES))("rule", rule)
         check_common(kwargs, type(self))
-        self.rule = rule
         self.ascent, base = RULES[rule]
         super().__init__(
             params, base, rho=rho, backend=backend,
             lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize,
             **kwargs,
         )  # fmt: skip
+
+    @property
+    def rule(self) -> str:
+        """Which of the three it is."""
+        return self._rule

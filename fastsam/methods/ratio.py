@@ -1,10 +1,15 @@
 """SAMAR's own rule for the weight of its regulariser."""
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from fastsam.step.arguments import Number
+
+BOUND = Number(tensors=None)
+ARGUMENTS = {"c": Number(low=1.0, tensors=None), "lam_min": BOUND, "lam_max": BOUND,
+             "smoothing": Number(high=1.0, tensors=None)}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,15 +44,12 @@ class SharpnessRatio:
     smoothing: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 1 <= self.c < math.inf:
-            raise ValueError(f"c must be at least 1 and finite, got {self.c}")
-        if not 0 <= self.lam_min <= self.lam_max < math.inf:
+        for name, argument in ARGUMENTS.items():
+            object.__setattr__(self, name, float(argument(name, getattr(self, name))))
+        if self.lam_min > self.lam_max:
             raise ValueError(
-                "lam_min and lam_max must be finite with 0 <= lam_min <= lam_max, got "
-                f"{self.lam_min} and {self.lam_max}"
+                f"lam_min must be at most lam_max={self.lam_max!r}, got {self.lam_min!r}"
             )
-        if not 0 <= self.smoothing < 1:
-            raise ValueError(f"smoothing must be in [0, 1), got {self.smoothing}")
 
     def __call__(self, lam: Tensor, sharpness: Tensor, previous: Tensor) -> Tensor:
         """The next lam, from two successive values of (smoothed) sharpness; 0-dim tensors."""

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from fastsam.optimizer import Context, SharpnessAwareOptimizer
+from fastsam.step.arguments import setting, unified_lam
 from fastsam.step.checks import check_lam
 
 
@@ -210,6 +211,8 @@ class UnifiedSAM(SharpnessAwareOptimizer):
     rates", ICLR 2025, arXiv 2503.02225.
     """
 
+    lam: Any = setting(unified_lam)
+
     def __init__(
         self,
         params: ParamsT,
@@ -218,8 +221,6 @@ class UnifiedSAM(SharpnessAwareOptimizer):
         lam: float | str | Callable[[int], float] = 0.5,
         **kwargs: Any,
     ):
-        if not (callable(lam) or lam in ("1/t", "1-1/t")):
-            check_lam(lam)
         self.lam = lam
         super().__init__(params, base_optimizer, rho=rho, **kwargs)
 
@@ -233,7 +234,7 @@ class UnifiedSAM(SharpnessAwareOptimizer):
             return 1 / t
         if self.lam == "1-1/t":
             return 1 - 1 / t
-        return check_lam(self.lam(t) if callable(self.lam) else self.lam)
+        return check_lam(self.lam(t)) if callable(self.lam) else self.lam
 
     @property
     def metrics(self) -> dict[str, Tensor]:

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from numbers import Real
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from fastsam.kernels import table
 from fastsam.optimizer import SharpnessAwareOptimizer
+from fastsam.step.arguments import Number, shown
 from fastsam.step.spec import Columns, Descent, Group
 
 from .ratio import SharpnessRatio
@@ -73,13 +73,6 @@ def mixture(rule: LamRule, lam: float) -> Descent:
 MIX = mixture(SharpnessRatio(), 1.0)
 
 
-def _check(lam: Any, rule: Any) -> None:
-    if not (isinstance(lam, Real) and 0 <= float(lam) < math.inf):
-        raise ValueError(f"lam must be at least 0 and finite, got {lam!r}")
-    if not (rule is None or callable(rule)):
-        raise TypeError(f"rule must be a SharpnessRatio or another callable, got {rule!r}")
-
-
 class SAMAR(SharpnessAwareOptimizer):
     r"""SAM with adaptive regularisation: both passes' gradients, mixed.
 
@@ -138,7 +131,9 @@ class SAMAR(SharpnessAwareOptimizer):
         rule: LamRule | None = None,
         **kwargs: Any,
     ):
-        _check(lam, rule)
+        lam = Number(tensors=None)("lam", lam)
+        if not (rule is None or callable(rule)):
+            raise TypeError(f"rule must be a SharpnessRatio or another callable, got {shown(rule)}")
         self._rule = SharpnessRatio() if rule is None else rule
         self.descent = mixture(self._rule, lam)
         super().__init__(params, base_optimizer, rho=rho, **kwargs)

@@ -1,7 +1,5 @@
 """VaSSO: SAM along an average of the gradients, not along the last one."""
 
-from collections.abc import Mapping
-from numbers import Real
 from typing import Any
 
 import torch
@@ -10,6 +8,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from fastsam.arithmetic import gives_direction, where
 from fastsam.optimizer import SharpnessAwareOptimizer
+from fastsam.step.arguments import Number
 from fastsam.step.spec import Ascent, Columns, Group
 
 EPS = 1e-7  # the authors', added to the norm
@@ -42,12 +41,6 @@ def _usable(state: dict[str, Tensor], norm: Tensor) -> Tensor:
     return norm.isfinite()
 
 
-def _check(group: Mapping[str, Any]) -> None:
-    theta = group.get("theta", 0.9)
-    if not (isinstance(theta, Real) and 0 <= float(theta) <= 1):
-        raise ValueError(f"theta must be in [0, 1], got {theta!r}")
-
-
 EMA = Ascent(
     name="ema",
     kernel="fastsam.kernels.ascent.ema",
@@ -58,7 +51,7 @@ EMA = Ascent(
     columns=_columns,
     states=_states,
     norm="direction",
-    check=_check,
+    arguments={"theta": Number(high=1.0, with_high=True, tensors=None)},
     eager="fastsam.backends.eager.ascents:along_average",
 )
 

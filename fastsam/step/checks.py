@@ -1,7 +1,6 @@
 """Bad input, found before anything changes: each error names the argument and what is allowed."""
 
 import inspect
-import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -13,7 +12,9 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .arguments import Number, refuse, shown, unified_lam
 from .checkpoint import is_own
+from .sharding import local
 from .spec import Ascent, Base, Descent
 
 #: What is said of parameters that DeepSpeed has taken over.
@@ -39,59 +40,17 @@ CLOSURELESS = {
 }
 
 
-def check_group(group: Mapping[str, Any], fused: bool, scales: bool) -> None:
-    """A parameter group's own hyper-parameters, and what its optimizer cannot do.
-
-    Args:
-        group: Present keys are checked, whichever they are.
-        fused: Whether the base optimizer is.
-        scales: Whether the ascent rule has ASAM's element-wise scale.
-    """
-    for key in ("rho", "eta"):
-        value = group.get(key, 0.0)
-        if type(value) is float and 0 <= value < math.inf:
-            continue
-        if isinstance(value, Tensor):
-            if value.ndim != 0:
-                raise ValueError(
-                    f"{key} must be a number or a 0-dim tensor, got shape {tuple(value.shape)}"
-                )
-        elif not (isinstance(value, Real) and 0 <= float(value) < math.inf):
-            raise ValueError(f"{key} must be at least 0 and finite, got {value!r}")
-    if group.get("adaptive") and not scales:
-        raise ValueError("adaptive must be False: LightSAM has no element-wise scale")
-    if group.get("differentiable") and fused:
-        raise ValueError("differentiable must be False with a fused base optimizer")
-
-
-def check_perturb(group: Mapping[str, Any], renormalize: bool) -> None:
-    """Whether a group is perturbed."""
-    value = group.get("perturb", True)
-    if value is True:
-        return
-    if value is not False:
-        raise ValueError(f"perturb must be True or False, got {value!r}")
-    if renormalize:
+def check_perturb(groups: Iterable[Mapping[str, Any]]) -> None:
+    """With ``renormalize`` every group is perturbed."""
+    if not all(group.get("perturb", True) for group in groups):
         raise ValueError(
             "perturb must be True in every group with renormalize=True, which compares the norms "
-            "of both gradients over all of them"
+            "of both gradients over all of them, got False"
         )
 
 
-def check_max_grad_norm(value: Any) -> None:
-    """The bound on the final gradient's norm."""
-    if value is not None and not (isinstance(value, Real) and float(value) > 0):
-        raise ValueError(f"max_grad_norm must be None or above 0, got {value!r}")
-
-
-def check_flag(name: str, value: Any) -> None:
-    """A switch: ``"False"`` would count as true."""
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} must be True or False, got {value!r}")
-
-
 def check_ascent_steps(
-    value: Any, name: str, ascent: Ascent, descent: Descent | None, rounds: Mapping[str, bool]
+    value: int, name: str, ascent: Ascent, descent: Descent | None, rounds: Mapping[str, bool]
 ) -> None:
     """How many first passes a step has, and what cannot have several.
 
@@ -102,12 +61,10 @@ def check_ascent_steps(
         rounds: What keeps 16-bit weights, by its argument, and whether that was asked for.
 
     Raises:
-        ValueError: If it is out of range, or the optimizer cannot have several.
+        ValueError: If the optimizer cannot have several.
     """
-    if value == 1 and type(value) is int:
+    if value == 1:
         return
-    if isinstance(value, bool) or not (isinstance(value, int) and value >= 1):
-        raise ValueError(f"ascent_steps must be an integer of at least 1, got {value!r}")
     if ascent.advance is not None or ascent.accumulate is not None:
         why = f"{name}, whose ascent has state that follows one gradient a step"
     elif descent is not None:
@@ -118,15 +75,6 @@ def check_ascent_steps(
             return
         why += ", as w + e is rounded after every ascent, and the next would begin there"
     raise ValueError(f"ascent_steps must be 1 with {why}; got {value!r}")
-
-
-def check_schedule(perturb_every: Any, start: Any, stop: Any) -> None:
-    """Which steps are sharpness-aware."""
-    for name, value, least in (("perturb_every", perturb_every, 1), ("start", start, 0)):
-        if isinstance(value, bool) or not (isinstance(value, int) and value >= least):
-            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-    if isinstance(stop, bool) or not (stop is None or (isinstance(stop, int) and stop > start)):
-        raise ValueError(f"stop must be None or an integer above start={start}, got {stop!r}")
 
 
 def entered(context: Callable[[], AbstractContextManager[Any]]) -> AbstractContextManager[Any]:
@@ -140,6 +88,32 @@ def entered(context: Callable[[], AbstractContextManager[Any]]) -> AbstractConte
             "ascent_context and descent_context must be None or functions that give a context "
             f"manager (model.no_sync, not model.no_sync()), got {type(context).__name__}"
         ) from error
+
+
+def asks_for_state(groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any]) -> bool:
+    """Whether a step without a closure is ``torch.distributed.checkpoint``'s, that creates state.
+
+    Before it calls, it sets every learning rate to 0 and gives a gradient of zeros to every
+    parameter that can have one. A warm-up from 0 whose closure was forgotten has the rates, too,
+    but gradients of a loss, or none.
+    """
+    rates = [group.get("lr") for group in groups]
+    if state or not all(lr is not None and float(lr) == 0 for lr in rates):
+        return False
+    params = [p for group in groups for p in group["params"] if p.requires_grad]
+    return all(p.grad is not None for p in params) and all(is_zero(p.grad) for p in params)
+
+
+def is_zero(grad: Tensor) -> bool:
+    """Whether all of it, or of this rank's shard, is 0; of a tensor without data yes."""
+    grad = local(grad)
+    return grad.is_meta or (grad.layout == torch.strided and not bool(grad.any()))
+
+
+def check_stop(start: int, stop: int | None) -> None:
+    """The steps that are sharpness-aware end after they begin."""
+    if stop is not None and stop <= start:
+        raise ValueError(f"stop must be None or an integer above start={start}, got {stop!r}")
 
 
 def check_closure(name: str, closure: Any) -> None:
@@ -179,19 +153,11 @@ def check_partitioned(params: Iterable[Tensor]) -> None:
 
 
 def check_lam(value: Any) -> float:
-    """Unified SAM's weight, or what its schedule gave."""
-    if isinstance(value, Real) and 0 <= float(value) <= 1:
-        return float(value)
-    raise ValueError(
-        "lam must be a number in [0, 1], '1/t', '1-1/t', or a callable that gives a number in "
-        f"[0, 1], got {value!r}"
-    )
-
-
-def check_rule(rule: Any, known: Iterable[str]) -> None:
-    """LightSAM's rule, by name."""
-    if rule not in known:
-        raise ValueError(f"rule must be one of {', '.join(map(repr, known))}, got {rule!r}")
+    """What Unified SAM's schedule gave."""
+    if callable(value) or isinstance(value, str):  # which lam itself may be
+        raise refuse("lam", "a callable that gives a number in [0, 1]", value)
+    lam: float = unified_lam("lam", value)
+    return lam
 
 
 def check_common(kwargs: Mapping[str, Any], cls: type) -> None:
@@ -206,20 +172,13 @@ def check_common(kwargs: Mapping[str, Any], cls: type) -> None:
         )
 
 
-def check_lets(
-    rho_lr: Any, hessian: Any, interval: Any, rho_optimizer: Any, groups: Sequence[Any]
-) -> None:
-    """The arguments of LETS, and the groups of the optimizer that it wraps."""
-    if not (isinstance(rho_lr, Real) and 0 <= float(rho_lr) < math.inf):
-        raise ValueError(f"rho_lr must be at least 0 and finite, got {rho_lr!r}")
-    if hessian not in ("diag", "difference"):
-        raise ValueError(f"hessian must be 'diag' or 'difference', got {hessian!r}")
-    if isinstance(interval, bool) or not (isinstance(interval, int) and interval >= 1):
-        raise ValueError(f"interval must be an integer of at least 1, got {interval!r}")
+def check_lets(rho_lr: Any, rho_optimizer: Any, groups: Sequence[Any]) -> float:
+    """The arguments of LETS, and the groups of the optimizer that it wraps; ``rho_lr`` as kept."""
+    rho_lr = Number(tensors=None)("rho_lr", rho_lr)
     if not (isinstance(rho_optimizer, type) and issubclass(rho_optimizer, Optimizer)):
         raise TypeError(
             "rho_optimizer must be a subclass of torch.optim.Optimizer (the class itself), got "
-            f"{rho_optimizer!r}"
+            f"{shown(rho_optimizer)}"
         )
     check_closure_free("rho_optimizer", rho_optimizer)
     if not float(groups[0]["rho"]) > 0:
@@ -228,6 +187,7 @@ def check_lets(
         )
     if not all(isinstance(group.get("lr"), (Real, Tensor)) for group in groups):
         raise ValueError("lr must be a number or a tensor in every group: the radius depends on it")
+    return float(rho_lr)
 
 
 def check_loss(name: str, loss: Any, like: Tensor) -> Tensor:
@@ -246,7 +206,7 @@ def check_base(base: Any, not_below: type) -> None:
     if not (isinstance(base, type) and issubclass(base, Optimizer)):
         raise TypeError(
             f"base_optimizer must be a subclass of torch.optim.Optimizer (the class itself), "
-            f"got {base!r}"
+            f"got {shown(base)}"
         )
     if issubclass(base, not_below):
         raise TypeError(f"base_optimizer must not be sharpness-aware itself, got {base.__name__}")

@@ -5,7 +5,7 @@ follows from everything else is worked out once and kept with a :class:`Layout`;
 few sweeps over the parameters, in C wherever Python offers that.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, repeat
 from typing import Any
 
@@ -21,10 +21,20 @@ from .spec import Group, is_perturbed
 PATTERNS = 8
 
 
-class Sweep:
-    """Collects the parameters that have a gradient in one of an optimizer's passes."""
+def ignore(params: list[Tensor]) -> None:
+    """What there is to check where nobody says otherwise."""
 
-    def __init__(self) -> None:
+
+class Sweep:
+    """Collects the parameters that have a gradient in one of an optimizer's passes.
+
+    Args:
+        check: Called with the parameters where they, or their dtypes, are not those of the last
+            pass; may raise.
+    """
+
+    def __init__(self, check: Callable[[list[Tensor]], None] = ignore) -> None:
+        self._check = check
         self.lists: list[list[Tensor]] = []  # of parameters, by group
         self._known: object = None  # lists of another sweep that are the same
         self._unique: tuple[list[Tensor], list[int]] = ([], [])
@@ -81,6 +91,7 @@ class Sweep:
         if layout is None or addresses is None or not _fits(layout, grads, addresses, again):
             for k, (param, grad) in enumerate(zip(params, grads, strict=True)):
                 check_tensors(param, grad, params[:1] if k else [], name)
+            self._check(params)
             if len(self.layouts) >= PATTERNS:
                 self.layouts = {}
             self.made += 1
@@ -163,10 +174,16 @@ def _fits(layout: Layout, grads: list[Tensor], addresses: list[int], again: bool
 
 
 class Collector:
-    """Finds the tensors of an optimizer's passes: a :class:`Sweep` for each kind of pass."""
+    """Finds the tensors of an optimizer's passes: a :class:`Sweep` for each kind of pass.
 
-    def __init__(self) -> None:
-        self._sweeps = {name: Sweep() for name in ("first", "further", "second", "other")}
+    Args:
+        check: As a sweep has it.
+    """
+
+    def __init__(self, check: Callable[[list[Tensor]], None] = ignore) -> None:
+        self._check = check
+        names = ("first", "further", "second", "other")
+        self._sweeps = {name: Sweep(check) for name in names}
         self._made = 0  # layouts of the first pass that the second pass's sweep knows of
 
     def first(self, groups: Sequence[Group], name: str) -> Batch:
@@ -174,7 +191,7 @@ class Collector:
         batch = self._sweeps["first"].collect(groups, name, perturbs=True)
         if self._sweeps["first"].made != self._made:
             for name_ in ("further", "second"):  # which do not look at everything again
-                self._sweeps[name_] = Sweep()
+                self._sweeps[name_] = Sweep(self._check)
             self._made = self._sweeps["first"].made
         return batch
 
@@ -201,4 +218,4 @@ class Collector:
 
     def forget(self) -> None:
         """Look at everything anew from now on."""
-        self.__init__()  # type: ignore[misc]
+        self.__init__(self._check)  # type: ignore[misc]

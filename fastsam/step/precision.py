@@ -1,6 +1,5 @@
 """Parameters in 16 bits: master weights, and what stochastic rounding depends on."""
 
-import warnings
 from collections.abc import Iterable
 from itertools import chain
 from typing import Any
@@ -19,41 +18,16 @@ ROUNDINGS = ("nearest", "stochastic")
 MASTER = "master_weight"
 
 
-def check_precision(master_weights: Any, rounding: Any, seed: Any, fused: bool) -> None:
+def check_precision(master_weights: bool, rounding: str, fused: bool) -> None:
     """How 16-bit parameters are kept.
 
     Raises:
-        ValueError: If something is out of range, or does not go together.
+        ValueError: If it does not go together.
     """
-    if rounding not in ROUNDINGS:
-        raise ValueError(
-            f"rounding must be one of {', '.join(map(repr, ROUNDINGS))}, got {rounding!r}"
-        )
-    if isinstance(seed, bool) or not (isinstance(seed, int) and 0 <= seed < 2**32):
-        raise ValueError(f"seed must be an integer of at least 0 and below 2**32, got {seed!r}")
     if master_weights and rounding == "stochastic":
         raise ValueError("rounding must be 'nearest' with master_weights, which lose nothing")
     if master_weights and not fused:
         raise ValueError("master_weights must be False with a base optimizer that is not fused")
-
-
-def check_dtypes(params: Iterable[Tensor], rounding: str) -> None:
-    """Raises ValueError for float16 parameters under stochastic rounding."""
-    if rounding == "stochastic" and any(param.dtype == torch.float16 for param in params):
-        raise ValueError(
-            "rounding='stochastic' is for bfloat16 parameters; use master_weights=True for float16"
-        )
-
-
-def warn_of_rounding(params: Iterable[Tensor]) -> None:
-    """Say what happens to 16-bit parameters that are neither."""
-    if any(param.dtype in HALF for param in params):
-        warnings.warn(
-            "some parameters are float16 or bfloat16: a perturbation of norm rho is mostly below "
-            "their resolution and is rounded away; use master_weights=True, or "
-            "rounding='stochastic' for bfloat16, or float32 parameters with torch.autocast",
-            stacklevel=4,
-        )
 
 
 def find_masters(name: str, batch: Batch, state: Any) -> list[Tensor | None]:

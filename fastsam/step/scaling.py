@@ -16,6 +16,7 @@ from torch.optim.optimizer import Optimizer
 from fastsam.arithmetic import wide_dtype
 from fastsam.kernels.layout import Scalar
 
+from .arguments import is_bool, shown
 from .batch import Batch
 
 
@@ -25,11 +26,14 @@ def check_scaler(
     """The scaler if it is one that is enabled, else None.
 
     Raises:
-        TypeError: If it is something else, or was given in the place of ``zero_grad``.
+        TypeError: If it is something else, or was given in the place of ``zero_grad``; if
+            ``zero_grad`` is no bool.
         RuntimeError: If its ``update`` has not been called since the optimizer's last step.
     """
     if isinstance(zero_grad, GradScaler):
         raise TypeError("grad_scaler must be given by its name, as in grad_scaler=scaler")
+    if zero_grad is not False and zero_grad is not True and not is_bool(zero_grad):
+        raise TypeError(f"zero_grad must be True or False, got {shown(zero_grad)}")
     if grad_scaler is None:
         return None
     if not isinstance(grad_scaler, GradScaler):

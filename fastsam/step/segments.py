@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
+from .arguments import Choice
 from .batch import Batch
 from .spec import Ascent, Group
 
@@ -19,8 +20,7 @@ def check_norm(norm: Any, ascent: Ascent) -> None:
     Raises:
         ValueError: If it is unknown, or the rule does not divide by such a norm.
     """
-    if norm not in NORMS:
-        raise ValueError(f"norm must be one of {', '.join(map(repr, NORMS))}, got {norm!r}")
+    Choice(NORMS)("norm", norm)
     if norm != "global" and (ascent.norm is None or ascent.accumulate is not None):
         raise ValueError(
             f"norm must be 'global' with ascent {ascent.name!r}, which does not divide by the norm "

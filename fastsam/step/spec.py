@@ -15,6 +15,8 @@ from torch import Tensor
 
 from fastsam.kernels.layout import ASCENT_STATES, BASE_STATES, DESCENT_SCALARS
 
+from .arguments import Argument
+
 Group = dict[str, Any]
 #: Hyper-parameters of a rule by the names that its kernel file gives to columns.
 Columns = dict[str, Any]
@@ -83,7 +85,10 @@ class Ascent:
         norm: ``"gradient"`` or ``"direction"``: of which the global norm is taken, with ``T``.
             None: none is needed. A direction whose norm is taken is 0 where gradient and state are.
         scales: Whether ASAM's element-wise scale is defined for it.
-        check: Raises ValueError for a group whose hyper-parameters are out of range.
+        arguments: What the hyper-parameters may be, by group key (``fastsam.rules.Number`` and
+            ``Flag``): checked where they are given, and in a step where they have changed.
+        check: Raises ValueError for a group whose hyper-parameters are out of range, in what
+            ``arguments`` does not say. Called in every step.
         eager: For torch's operators on a CPU, ``"module:name"`` of a fast path. Default: none, the
             equations run piece by piece.
 
@@ -103,6 +108,7 @@ class Ascent:
     states: Callable[[Group], dict[str, float]] = _no_states
     norm: str | None = "gradient"
     scales: bool = True
+    arguments: Mapping[str, Argument] = field(default_factory=dict)
     check: Callable[[Mapping[str, Any]], None] | None = None
     eager: str = ""
 
@@ -164,7 +170,10 @@ class Descent:
         adapt: ``(state, sharpness, h)`` to the scalars after this step. They stay as they were
             where the step was rejected or nothing was perturbed.
         adapts_on_host: Whether ``adapt`` runs in torch on every backend, as a user's function does.
-        check: Raises ValueError for a group whose hyper-parameters are out of range.
+        arguments: What the hyper-parameters may be, by group key (``fastsam.rules.Number`` and
+            ``Flag``): checked where they are given, and in a step where they have changed.
+        check: Raises ValueError for a group whose hyper-parameters are out of range, in what
+            ``arguments`` does not say. Called in every step.
 
     Raises:
         ValueError: If something is missing or unknown, or there is too much of it.
@@ -179,6 +188,7 @@ class Descent:
     least: Mapping[str, float] = field(default_factory=dict)
     adapt: Callable[[dict[str, Tensor], Tensor, Columns], dict[str, Any]] | None = None
     adapts_on_host: bool = False
+    arguments: Mapping[str, Argument] = field(default_factory=dict)
     check: Callable[[Mapping[str, Any]], None] | None = None
 
     def __post_init__(self) -> None:
@@ -229,7 +239,10 @@ class Base:
         accumulator: Where the sum of the squared norms of ``u`` starts, if the update takes it:
             ``(group)``, of the first group, to a number.
         wide: Whether state is in float32 whatever the parameter's dtype (float64 for float64).
-        check: Raises ValueError for a group whose hyper-parameters are out of range.
+        arguments: What the hyper-parameters may be, by group key (``fastsam.rules.Number`` and
+            ``Flag``): checked where they are given, and in a step where they have changed.
+        check: Raises ValueError for a group whose hyper-parameters are out of range, in what
+            ``arguments`` does not say. Called in every step.
         eager: For torch's operators on a CPU, ``"module:name"`` of a fast path. Default: none, the
             equation runs tensor by tensor.
 
@@ -246,6 +259,7 @@ class Base:
     counts_steps: bool = False
     accumulator: Callable[[Group], float] | None = None
     wide: bool = False
+    arguments: Mapping[str, Argument] = field(default_factory=dict)
     check: Callable[[Mapping[str, Any]], None] | None = None
     eager: str = ""
 

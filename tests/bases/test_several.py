@@ -488,7 +488,7 @@ def test_more_groups():
             "Muon, .*got 'SGD'|AdamW, Muon, got 'SGD'",
         ),
         ({"base_optimizer": "Muon", "lr": -1.0}, ValueError, "Learning rate"),
-        ({"lr": -1.0}, ValueError, "Invalid learning rate"),
+        ({"lr": -1.0}, ValueError, "lr must be at least 0 and finite"),
     ):
         with pytest.raises(error, match=match):
             optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2, 2))], **group})
@@ -581,7 +581,7 @@ def refused(params, base=torch.optim.AdamW, method=fastsam.SAM, first=torch.opti
         ({"first": torch.optim.SGD, "group": {"differentiable": True}}, ValueError,
          "differentiable must be False"),
         ({"other": {"base_optimizer": torch.optim.Muon}}, ValueError, "2D"),
-        ({"lr": -1.0}, ValueError, "Invalid learning rate"),
+        ({"lr": -1.0}, ValueError, "lr must be at least 0 and finite"),
         ({"method": lambda groups, base, **k: fastsam.AdaSAM(groups, lr=0.1, rho=0.1)}, TypeError,
          "AdaSAM has an update of its own"),
     ],

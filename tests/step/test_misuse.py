@@ -251,11 +251,18 @@ def test_a_second_pass_without_gradients(explicit):
 @pytest.mark.parametrize("name", ["ascent_context", "descent_context"])
 @pytest.mark.parametrize("wrong", [torch.no_grad(), nullcontext(), "x", 0])
 def test_what_is_no_function_that_gives_a_context(wrong, name):
-    model, loss_fn, optimizer = make(**{name: wrong})
+    message = rf"{name} must be None or a function that gives a context manager .*, got "
+    with pytest.raises(TypeError, match=message):
+        make(**{name: wrong})
+    model, loss_fn, optimizer = make()
     before = bits(model)
-    with pytest.raises(TypeError, match=r"functions that give a context manager .*, got "):
-        optimizer.step(closure_of(loss_fn))
-    assert same(bits(model), before)
+    with pytest.raises(TypeError, match=message):
+        setattr(optimizer, name, wrong)
+    setattr(optimizer, name, lambda: wrong)  # not known before it is called
+    if not hasattr(wrong, "__enter__"):
+        with pytest.raises((TypeError, AttributeError)):
+            optimizer.step(closure_of(loss_fn))
+        assert same(bits(model), before)
 
     def own():
         raise TypeError("of the function's own")
@@ -272,9 +279,20 @@ def test_what_is_no_function_that_gives_a_context(wrong, name):
     ("name", "value"), [("perturb_every", 0), ("start", -1), ("stop", 0), ("max_grad_norm", 0.0)]
 )
 def test_attributes_out_of_range(name, value):
-    model, loss_fn, optimizer = make()
+    """They stay as they are."""
+    _, loss_fn, optimizer = make()
+    before = getattr(optimizer, name)
+    with pytest.raises(ValueError, match=f"{name} must be .*, got {value}"):
+        setattr(optimizer, name, value)
+    assert getattr(optimizer, name) == before
+    optimizer.step(closure_of(loss_fn))
+
+
+def test_settings_that_exclude_each_other():
+    """In any order of setting them; a step says so, before anything changes."""
+    model, loss_fn, optimizer = make(start=2, stop=5)
     before = bits(model)
-    setattr(optimizer, name, value)
+    optimizer.start = 9
     loss_fn().backward()
     closure = closure_of(loss_fn)
     for call in (
@@ -283,9 +301,12 @@ def test_attributes_out_of_range(name, value):
         optimizer.first_step,
         optimizer.plain_step,
     ):
-        with pytest.raises(ValueError, match=f"{name} must be"):
+        with pytest.raises(ValueError, match="stop must be .* above start=9, got 5"):
             call()
     assert same(bits(model), before)
+    optimizer.stop = 10
+    optimizer.zero_grad()
+    optimizer.step(closure)
 
 
 def test_groups_out_of_range_in_a_step_of_the_base():

@@ -66,7 +66,7 @@ def inputs(cases: dict[str, dict[str, Any]]) -> Callable[..., list[OptimizerInpu
 def errors(
     required: dict[str, Any],
     own: Iterable[tuple[dict[str, Any], type[Exception], str]] = (),
-    lr_error: str = "Tensor lr must be 1-element",
+    lr_error: str = "lr must be one number",
 ) -> Callable[..., list[ErrorOptimizerInput]]:
     """What the database calls for the inputs to be refused: torch's, and those of a class.
 
@@ -144,13 +144,17 @@ COMMON_ERRORS = [
     ({"typo": 1}, TypeError, "typo"),
 ]
 SAM_ERRORS = COMMON_ERRORS + [
-    ({"lr": -0.5}, ValueError, "Invalid learning rate: -0.5"),
-    ({"momentum": -0.5}, ValueError, "Invalid momentum value: -0.5"),
-    ({"weight_decay": -1}, ValueError, "Invalid weight_decay value: -1"),
+    ({"lr": -0.5}, ValueError, "lr must be at least 0 and finite, got -0.5"),
+    ({"momentum": -0.5}, ValueError, "momentum must be at least 0 and finite, got -0.5"),
+    ({"weight_decay": -1}, ValueError, "weight_decay must be at least 0 and finite, got -1"),
     ({"eta": -1.0}, ValueError, "eta must be at least 0 and finite, got -1.0"),
     ({"differentiable": True}, ValueError, "differentiable must be False"),
     ({"base_optimizer": torch.optim.LBFGS}, TypeError, "LBFGS needs one"),
-    ({"base_optimizer": Adam, "betas": (1.0, 0.0)}, ValueError, "Invalid beta parameter at index"),
+    (
+        {"base_optimizer": Adam, "betas": (1.0, 0.0)},
+        ValueError,
+        r"betas must be two numbers in \[0, 1",
+    ),
 ]
 LIGHT_ERRORS = COMMON_ERRORS + [
     ({"lr": -0.5}, ValueError, "lr must be at least 0 and finite, got -0.5"),
@@ -171,7 +175,7 @@ def info(
     cases: dict[str, dict[str, Any]],
     own_errors: Iterable[tuple[dict[str, Any], type[Exception], str]],
     required: dict[str, Any] | None = None,
-    lr_error: str = "Tensor lr must be 1-element",
+    lr_error: str = "lr must be one number",
     **kwargs: Any,
 ) -> OptimizerInfo:
     """An entry of the database, for what all of fastsam's classes have in common."""
@@ -247,7 +251,7 @@ fastsam_db = [
     info(
         LETS, LEARNED,
         [*SAM_ERRORS, ({"rho_lr": -1.0}, ValueError, "rho_lr must be at least 0 and finite"),
-         ({"hessian": "exact"}, ValueError, "hessian must be 'diag' or 'difference'")],
+         ({"hessian": "exact"}, ValueError, "hessian must be one of 'diag', 'difference'")],
     ),
     info(
         fastsam.AdaGradNorm,
@@ -258,8 +262,8 @@ fastsam_db = [
             "maximize": {"maximize": True},
         },
         [
-            ({"lr": -0.5}, ValueError, "lr must be at least 0, got -0.5"),
-            ({"lr": NAN}, ValueError, "lr must be at least 0, got nan"),
+            ({"lr": -0.5}, ValueError, "lr must be at least 0 and finite, got -0.5"),
+            ({"lr": NAN}, ValueError, "lr must be at least 0 and finite, got nan"),
             ({"initial_accumulator_value": -1.0}, ValueError, "initial_accumulator_value must be"),
         ],
         {},

@@ -1,0 +1,431 @@
+"""What a number, a switch or a name may be: checked where it is given, set or loaded, by name.
+
+An *argument* is a function ``(name, value, look)`` that gives the value as it is kept: itself, or a
+float or bool that is equal to it. It raises ValueError for anything else. ``look=False`` leaves the
+values of tensors on a device alone, as the host would have to wait for them.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from numbers import Integral, Real
+from operator import is_, itemgetter
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from .batch import identical
+
+#: Integers above are not all exact as floats, and the largest overflow torch's arithmetic.
+EXACT = 2**53
+#: Tensors whose values can be looked at: one that stands for another has none.
+PLAIN = (Tensor, Parameter)
+
+
+class Argument(Protocol):
+    def __call__(self, name: str, value: Any, look: bool = True) -> Any:
+        """The value as it is kept; ValueError where it is not allowed."""
+
+
+def shown(value: Any) -> str:
+    """A value in a message, on one line and not too long; some integers have no repr."""
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:
+        text = f"an integer of {value.bit_length()} bits"
+    return text if len(text) <= 100 else f"{text[:80]}..."
+
+
+def refuse(name: str, allowed: str, value: Any) -> ValueError:
+    return ValueError(f"{name} must be {allowed}, got {shown(value)}")
+
+
+def is_bool(value: Any) -> bool:
+    """Whether it is Python's or numpy's."""
+    kind = type(value)
+    return kind is bool or (kind.__module__ == "numpy" and kind.__name__ in ("bool", "bool_"))
+
+
+def as_float(value: Any) -> float | None:
+    """A number as a float; None for anything else, and for integers that no float can hold."""
+    if not isinstance(value, (Real, Decimal)) or is_bool(value):
+        return None
+    try:
+        return float(value)
+    except (OverflowError, ValueError):
+        return None
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number in a range: whatever ``float`` takes, but bools, or a tensor of one element.
+
+    Fractions, decimals and numpy's numbers are kept as floats.
+
+    Args:
+        low, high: The range. Default: at least 0.
+        with_low, with_high: Whether its ends belong to it. Default: the lower one does.
+        tensors: Which tensors are allowed: none, those of no dimension (``"0-dim"``, the default),
+            or those of one element. These are kept as views of no dimension,
+        keeps_shape: or as they are.
+        optional: Whether None is allowed.
+        others: Whether what is neither a number nor a tensor is somebody else's to check.
+        words: The range, for messages. Default: made of the above.
+    """
+
+    low: float = 0.0
+    high: float = math.inf
+    with_low: bool = True
+    with_high: bool = False
+    tensors: str | None = "0-dim"
+    keeps_shape: bool = False
+    optional: bool = False
+    others: bool = False
+    words: str = ""
+
+    def __call__(self, name: str, value: Any, look: bool = True) -> Any:
+        kind = type(value)
+        if kind is float:
+            if self.low < value < self.high or self._has(value):
+                return value
+        elif isinstance(value, Tensor):
+            return self._tensor(name, value, look)
+        elif value is None and self.optional:
+            return None
+        else:
+            number = as_float(value)
+            if number is None and self.others and not isinstance(value, (Real, Decimal)):
+                return value
+            if number is not None and self._has(number):
+                return value if kind is int and -EXACT < value < EXACT else number
+        raise refuse(name, self.allowed, value)
+
+    def _has(self, x: float) -> bool:
+        inside = self.low <= x <= self.high
+        at_open_end = (x == self.low and not self.with_low) or (
+            x == self.high and not self.with_high
+        )
+        return inside and not at_open_end
+
+    def _tensor(self, name: str, value: Tensor, look: bool) -> Tensor:
+        if self.tensors is None:
+            raise refuse(name, f"{self.allowed}, and no tensor", value)
+        if value.ndim != 0 and (self.tensors == "0-dim" or value.numel() != 1):
+            allowed = "a number or a 0-dim tensor" if self.tensors == "0-dim" else "one number"
+            raise ValueError(f"{name} must be {allowed}, got shape {tuple(value.shape)}")
+        if value.is_meta or value.layout != torch.strided:
+            raise ValueError(
+                f"{name} must be a number or a tensor that holds one, got one on the device "
+                f"{value.device} with the layout {value.layout}"
+            )
+        if value.is_complex() or value.dtype == torch.bool:
+            raise ValueError(
+                f"{name} must be a number or a tensor of a real dtype, got {value.dtype}"
+            )
+        if (look or value.device.type == "cpu") and type(value) in PLAIN:
+            # tolist reads a CPU's memory as it is; item is an operator, as it has to be elsewhere
+            number: Any = value.reshape(()).tolist()
+            if not self._has(float(number)):
+                raise refuse(name, self.allowed, value)
+        return value if value.ndim == 0 or self.keeps_shape else value.reshape(())
+
+    @property
+    def allowed(self) -> str:
+        """The range in words."""
+        if self.words:
+            return self.words
+        none = "None or " if self.optional else ""
+        if self.high < math.inf:
+            left, right = "[" if self.with_low else "(", "]" if self.with_high else ")"
+            return f"{none}in {left}{self.low:g}, {self.high:g}{right}"
+        if self.low == -math.inf:
+            return f"{none}finite"
+        text = f"{'at least' if self.with_low else 'above'} {self.low:g}"
+        return none + text + ("" if self.with_high else " and finite")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two numbers, each in the range of ``each``."""
+
+    each: Number
+
+    def __call__(self, name: str, value: Any, look: bool = True) -> Any:
+        if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2:
+            try:
+                kept = tuple([self.each(name, x, look) for x in value])
+            except ValueError:
+                pass
+            else:
+                return value if identical(kept, value) else kept
+        raise refuse(name, f"two numbers {self.each.allowed}", value)
+
+
+@dataclass(frozen=True)
+class Flag:
+    """True or False, Python's or numpy's; nothing that merely counts as one of them.
+
+    Args:
+        only: The one of both that is allowed. Default None: both are.
+        why: What is said of it.
+    """
+
+    only: bool | None = None
+    why: str = ""
+
+    def __call__(self, name: str, value: Any, look: bool = True) -> bool:
+        if value is not True and value is not False and not is_bool(value):
+            raise refuse(name, "True or False", value)
+        kept = bool(value)
+        if self.only is not None and kept is not self.only:
+            raise ValueError(f"{name} must be {self.only}{self.why}")
+        return kept
+
+
+@dataclass(frozen=True)
+class Integer:
+    """An integer of at least ``low`` and, if ``high`` is given, below that."""
+
+    low: int
+    high: int | None = None
+    optional: bool = False
+
+    def __call__(self, name: str, value: Any, look: bool = True) -> int | None:
+        if value is None and self.optional:
+            return None
+        if isinstance(value, Integral) and not is_bool(value):
+            kept = int(value)
+            if kept >= self.low and (self.high is None or kept < self.high):
+                return kept
+        none = "None or " if self.optional else ""
+        power = "" if self.high is None else f" and below 2**{self.high.bit_length() - 1}"
+        raise refuse(name, f"{none}an integer of at least {self.low}{power}", value)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of some names."""
+
+    names: Sequence[str]
+
+    def __call__(self, name: str, value: Any, look: bool = True) -> str:
+        if isinstance(value, str) and value in self.names:
+            return value
+        raise refuse(name, f"one of {', '.join(map(repr, self.names))}", value)
+
+
+#: At least 0 and finite, as most hyper-parameters are.
+POSITIVE = Number()
+FINITE = Number(low=-math.inf, with_low=False)
+#: As ``torch.optim`` has it: a number, or a tensor of one element.
+RATE = Number(tensors="one element", keeps_shape=True)
+WEIGHT = Number(tensors="one element")
+BETAS = Pair(Number(high=1.0, tensors="one element"))
+FLAG = Flag()
+#: Group keys that every optimizer has, and the learning rate of whatever base there is.
+COMMON: dict[str, Argument] = {
+    "rho": POSITIVE, "adaptive": FLAG, "eta": POSITIVE, "perturb": FLAG,
+    "lr": Number(tensors="one element", keeps_shape=True, others=True),
+}  # fmt: skip
+UNSCALED: dict[str, Argument] = {
+    "adaptive": Flag(only=False, why=": LightSAM has no element-wise scale")
+}
+FUSED: dict[str, Argument] = {
+    "differentiable": Flag(only=False, why=" with a fused base optimizer")
+}
+
+
+def settle(group: dict[str, Any], arguments: Mapping[str, Argument], look: bool = True) -> None:
+    """Check the keys that a group has, and put the values into it that are kept.
+
+    Raises:
+        ValueError: If one is not allowed; nothing has changed then.
+    """
+    kept = {
+        key: argument(key, group[key], look) for key, argument in arguments.items() if key in group
+    }
+    group.update((key, value) for key, value in kept.items() if value is not group[key])
+
+
+#: In the place of a value that has to be looked at: a tensor on a CPU may change where it is.
+UNSEEN = object()
+Rule = Any
+
+
+def _is_steady(value: Any) -> bool:
+    """Whether the host cannot find another value in the same object."""
+    if isinstance(value, Tensor):
+        return value.device.type != "cpu"
+    return all(map(_is_steady, value)) if type(value) is tuple else type(value) is not list
+
+
+class Known:
+    """What a group was found to be, so that a step looks at what has been replaced alone.
+
+    Args:
+        group: Of which this is.
+        arguments: By key.
+        checks: Of its rules.
+    """
+
+    def __init__(
+        self,
+        group: dict[str, Any],
+        arguments: Mapping[str, Argument],
+        checks: Sequence[Callable[[Mapping[str, Any]], None]],
+    ) -> None:
+        self.group, self.checks = group, checks
+        self.keys = [key for key in arguments if key in group]
+        self._arguments = [arguments[key] for key in self.keys]
+        self.find = itemgetter(*self.keys or ("",))
+        self.values = [UNSEEN] * len(self.keys)
+
+    def check_changed(self) -> None:
+        """Check the values that are not those of the last time."""
+        for k, key in enumerate(self.keys):
+            value = self.group[key]
+            if value is not self.values[k]:
+                kept = self.group[key] = self._arguments[k](key, value, look=False)
+                self.values[k] = kept if _is_steady(kept) else UNSEEN
+
+
+class GroupArguments:
+    """The hyper-parameters of an optimizer's groups.
+
+    Args:
+        ascent, descent: The optimizer's rules, which say what theirs may be, as bases do.
+    """
+
+    def __init__(self, ascent: Rule, descent: Rule) -> None:
+        self._rules = ascent, descent
+        self._of: dict[Rule, tuple[dict[str, Argument], list[Any]]] = {}  # by base
+        self._known: list[Known] = []
+
+    def of(self, base: Rule) -> tuple[dict[str, Argument], list[Any]]:
+        """Arguments by key, and rules' own checks, of groups with this base; None is not fused."""
+        found = self._of.get(base)
+        if found is None:
+            arguments = dict(COMMON)
+            rules = [rule for rule in (*self._rules, base) if rule is not None]
+            for rule in rules:
+                arguments |= rule.arguments
+            arguments |= {} if base is None else FUSED
+            arguments |= {} if self._rules[0].scales else UNSCALED
+            checks = [rule.check for rule in rules if rule.check is not None]
+            found = self._of[base] = arguments, checks
+        return found
+
+    def check(self, group: dict[str, Any], base: Rule, complete: bool) -> None:
+        """A group that is new, with the values of its tensors.
+
+        Args:
+            group: Present keys are checked; floats and bools are put in the place of their like.
+            base: The declaration of its base optimizer; None of one that is not fused.
+            complete: Whether it has all keys.
+        """
+        arguments, checks = self.of(base)
+        settle(group, arguments)
+        if complete:
+            for check in checks:
+                check(group)
+
+    def check_again(
+        self,
+        groups: Sequence[dict[str, Any]],
+        base_of: Callable[[dict[str, Any]], Rule],
+        defaults: Mapping[str, Any],
+    ) -> None:
+        """All groups, in a step: what has been replaced since the last one, without any waiting.
+
+        Args:
+            groups: The optimizer's.
+            base_of: Gives the base of a group, as :meth:`check` takes it.
+            defaults: For groups that were given to the base alone, or assigned.
+        """
+        known = self._known
+        if len(known) != len(groups):
+            known = self._known = [Known({}, {}, [])] * len(groups)
+        for k, group in enumerate(groups):
+            one = known[k]
+            try:
+                same = one.group is group and all(map(is_, one.find(group), one.values))
+            except KeyError:  # which has been deleted
+                same = False
+            if not same:
+                if one.group is not group or not all([key in group for key in one.keys]):
+                    for key, value in defaults.items():
+                        group.setdefault(key, value)
+                    one = known[k] = Known(group, *self.of(base_of(group)))
+                one.check_changed()
+            for check in one.checks:
+                check(group)
+
+
+class Setting:
+    """An attribute that is checked whenever it is set.
+
+    It has no ``__get__``, so that reading costs what it costs of any other attribute.
+
+    Args:
+        argument: What it may be.
+        fixed: Why it cannot change after construction. Default: it can.
+        then: Called with the owner and the value before that is taken over; may raise.
+    """
+
+    def __init__(
+        self,
+        argument: Argument,
+        fixed: str = "",
+        then: Callable[[Any, Any], None] | None = None,
+    ) -> None:
+        self._argument, self._fixed, self._then = argument, fixed, then
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __set__(self, owner: Any, value: Any) -> None:
+        name, held = self._name, owner.__dict__
+        value = self._argument(name, value)
+        if self._fixed and name in held and value != held[name]:
+            raise AttributeError(
+                f"{name} must stay {held[name]!r} after construction, got {value!r}: {self._fixed}"
+            )
+        if self._then is not None:
+            self._then(owner, value)
+        held[name] = value
+
+
+def setting(
+    argument: Argument, fixed: str = "", then: Callable[[Any, Any], None] | None = None
+) -> Any:
+    """A :class:`Setting`, for type checkers of the attribute's own type."""
+    return Setting(argument, fixed, then)
+
+
+#: Of settings that decide what state there is.
+OF_STATE = "state depends on it; construct another optimizer and load the state dict"
+
+
+def context(name: str, value: Any, look: bool = True) -> Any:
+    """None, or a function that gives a context manager, and is none."""
+    is_manager = hasattr(value, "__enter__") and not isinstance(value, type)
+    if value is None or (callable(value) and not is_manager):
+        return value
+    raise TypeError(
+        f"{name} must be None or a function that gives a context manager (model.no_sync, not "
+        f"model.no_sync()), got {type(value).__name__}"
+    )
+
+
+def unified_lam(name: str, value: Any, look: bool = True) -> Any:
+    """Unified SAM's weight, a schedule of it, or the name of one."""
+    if callable(value) or (isinstance(value, str) and value in ("1/t", "1-1/t")):
+        return value
+    number = as_float(value)
+    if number is not None and 0 <= number <= 1:
+        return number
+    allowed = "a number in [0, 1], '1/t', '1-1/t', or a callable that gives a number in [0, 1]"
+    raise refuse(name, allowed, value)
