@@ -356,8 +356,9 @@ class GroupArguments:
                 same = False
             if not same:
                 if one.group is not group or not all([key in group for key in one.keys]):
-                    for key, value in defaults.items():
-                        group.setdefault(key, value)
+                    if "adaptive" not in group:
+                        for key, value in defaults.items():
+                            group.setdefault(key, value)
                     one = known[k] = Known(group, *self.of(base_of(group)))
                 one.check_changed()
             for check in one.checks:

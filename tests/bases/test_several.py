@@ -576,7 +576,7 @@ def refused(params, base=torch.optim.AdamW, method=fastsam.SAM, first=torch.opti
         ({"first": fastsam.SAM}, TypeError, "sharpness-aware itself"),
         ({"first": "Muon"}, TypeError, r"base_optimizer must be a subclass.*got 'Muon'"),
         ({"other": {"base_optimizer": Muon}}, ValueError, "two classes Muon"),
-        ({"group": {"lr": -1.0}}, ValueError, "Learning rate"),
+        ({"group": {"lr": -1.0}}, ValueError, "lr must be at least 0"),
         ({"group": {"rho": -1.0}}, ValueError, "rho must be"),
         ({"first": torch.optim.SGD, "group": {"differentiable": True}}, ValueError,
          "differentiable must be False"),
