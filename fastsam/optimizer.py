@@ -935,6 +935,7 @@ class SharpnessAwareOptimizer(SharedState):
             RuntimeError: If DeepSpeed has partitioned a parameter (ZeRO, stage 3); the same.
         """
         if isinstance(param_group, dict):  # else torch says so
+            self._arguments.check(dict(param_group), None, complete=False)
             if hasattr(self, "base_optimizer"):
                 complete(self.base_optimizer, param_group)
             group = self.defaults | param_group

@@ -487,7 +487,7 @@ def test_more_groups():
             ValueError,
             "Muon, .*got 'SGD'|AdamW, Muon, got 'SGD'",
         ),
-        ({"base_optimizer": "Muon", "lr": -1.0}, ValueError, "Learning rate"),
+        ({"base_optimizer": "Muon", "lr": -1.0}, ValueError, "lr must be at least 0"),
         ({"lr": -1.0}, ValueError, "lr must be at least 0 and finite"),
     ):
         with pytest.raises(error, match=match):
