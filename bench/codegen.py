@@ -22,7 +22,7 @@ import os
 import re
 import sys
 import tempfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -239,7 +239,7 @@ def _variant(kernel: str, types: Sequence[str], several: bool = False, **constan
         arguments["arrivals"] = "*i32"
     chunk, lanes = CHUNK, LANES
     if kernel == "reduce_kernel":
-        arguments |= {"partials": f"*{wide}", "tasks": "i32"}
+        arguments |= {"partials": "*fp64", "tasks": "i32"}
         chunk, lanes = STREAMS_CHUNK if several else REDUCE_CHUNK, REDUCE_LANES
     constants |= dict(zip("PGS", types, strict=False), ACC=wide, CHUNK=chunk, LANES=lanes)
     options = {"num_warps": lanes // 32, "enable_fp_fusion": True}
@@ -289,9 +289,11 @@ def measure(variant: Variant, target_name: str) -> Report:
     for place, bits in _accesses(code):
         accesses[place].append(bits)
     report = Report(variant, registers, spilled, {}, [f"{spilled} B spilled"] if spilled else [])
-    for place, stream, bits in _chunk_accesses(compiled.asm["ttir"], variant["CHUNK"]):
+    # a reduction's second look has the places of its first
+    looks = Counter(_chunk_accesses(compiled.asm["ttir"], variant["CHUNK"]))
+    for (place, stream, bits), times in looks.items():
         found = accesses[place]
-        expected = bits * variant["CHUNK"] // variant["LANES"]
+        expected = times * bits * variant["CHUNK"] // variant["LANES"]
         if (variant.kernel, stream) in SPARSE:
             continue
         report.widths[stream] = min(found, default=0)

@@ -22,6 +22,12 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def bounded(scale: Any, like: Tensor) -> Any:
+    """A factor that may be too large for a tensor's dtype, as the largest that it has."""
+    most = torch.finfo(like.dtype).max
+    return scale.clamp(max=most) if isinstance(scale, Tensor) else min(scale, most)
+
+
 def where(condition: Any, x: Any) -> Any:
     """``x`` where the condition holds, else 0; of numbers or of tensors."""
     if isinstance(condition, Tensor):

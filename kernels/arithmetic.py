@@ -7,6 +7,8 @@ import triton.language as tl
 EPS = tl.constexpr(1e-12)
 #: The smallest normal float32.
 SMALLEST = tl.constexpr(2.0**-126)
+#: The largest float32.
+LARGEST = tl.constexpr((2 - 2.0**-23) * 2.0**127)
 
 
 @triton.jit

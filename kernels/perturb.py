@@ -55,10 +55,13 @@ def norm_of(table, columns, tensor, scalars, ACC: tl.constexpr, SEGMENTS: tl.con
 
 
 @triton.jit
-def length(row, scalars, norm, RADIUS: tl.constexpr, ACC: tl.constexpr):
+def length(row, scalars, norm, RADIUS: tl.constexpr, ACCUMULATES: tl.constexpr,
+           ACC: tl.constexpr):  # fmt: skip
     """What the direction is multiplied by, in one group."""
     rho = tl.load(row + RHO)
-    return RADIUS(rho, norm, tl.load(scalars + NEXT_ACCUMULATED).to(ACC), row + ASCENT)
+    # a compiler would drop the load where the rule ignores it, the interpreter would not
+    total = 0.0 if ACCUMULATES is None else tl.load(scalars + NEXT_ACCUMULATED)
+    return RADIUS(rho, norm, total, row + ASCENT).to(ACC)
 
 
 @triton.jit
@@ -110,8 +113,8 @@ def _perturb(table, columns, tensor, start, offsets, mask, row, scalars, origin,
 def perturb_kernel(table, chunks, columns, hyper, scalars, origin, P: tl.constexpr,
                    G: tl.constexpr, ACC: tl.constexpr, ADVANCE: tl.constexpr,
                    DIRECTION: tl.constexpr, RADIUS: tl.constexpr, USABLE: tl.constexpr,
-                   STATES: tl.constexpr, ADAPTIVE: tl.constexpr, SEGMENTS: tl.constexpr,
-                   BACKS_UP: tl.constexpr,
+                   ACCUMULATES: tl.constexpr, STATES: tl.constexpr, ADAPTIVE: tl.constexpr,
+                   SEGMENTS: tl.constexpr, BACKS_UP: tl.constexpr,
                    HAS_MASTER: tl.constexpr, STOCHASTIC: tl.constexpr,
                    CHUNK: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
     """``e = radius * T^2 * direction``, one chunk per program.
@@ -123,8 +126,8 @@ def perturb_kernel(table, chunks, columns, hyper, scalars, origin, P: tl.constex
         scalars: Device scalars (``layout.Scalar``), float64.
         origin: Address that the table's backups count from.
         P, G, ACC: Dtypes of parameter, gradient and arithmetic.
-        ADVANCE, DIRECTION, RADIUS, USABLE: The rule's functions (``ascent/``); None for those that
-            it does not have.
+        ADVANCE, DIRECTION, RADIUS, USABLE, ACCUMULATES: The rule's functions (``ascent/``); None
+            for those that it does not have.
         STATES: Number of the rule's state tensors per parameter, which are in ``ACC``.
         ADAPTIVE: Whether some group has ASAM's element-wise scale.
         SEGMENTS: Whether the norm is that of the tensor's segment.
@@ -136,7 +139,7 @@ def perturb_kernel(table, chunks, columns, hyper, scalars, origin, P: tl.constex
     start = index * CHUNK
     row = hyper_row(hyper, group)
     norm = norm_of(table, columns, tensor, scalars, ACC, SEGMENTS)
-    scale = length(row, scalars, norm, RADIUS, ACC)
+    scale = length(row, scalars, norm, RADIUS, ACCUMULATES, ACC)
     key = 0
     if STOCHASTIC:
         key = pass_key(table, columns, tensor, scalars, 0)

@@ -4,11 +4,17 @@ Deterministic, without floating-point atomics: each program writes one partial p
 one to arrive (an integer counter decides) adds the partials in a fixed order, in float64, and
 writes the finished scalars (``finish.py``). So no later pass re-reads the partials, and one launch
 is enough.
+
+A program adds up in float32, which squares leave where gradients are below 1e-19 or above 1e19. One
+that finds its sums to be that small, or not finite, looks at its chunk again with the gradients
+multiplied by a power of two; so norms are right over all of float32, and float64, of which most
+GPUs do little, is kept to a few operations per program.
 """
 
 import triton
 import triton.language as tl
 
+from .arithmetic import is_finite
 from .finish import COEFFICIENT, INVERSE_SCALE
 from .layout import Hyper, Scalar, Task
 from .perturb import ASCENT, FIRST_INVERSE_SCALE, SIGN, element_scale, length, norm_of
@@ -37,16 +43,26 @@ FIRST = tl.constexpr(int(Task.FIRST))
 LAST = tl.constexpr(int(Task.LAST))
 #: Partials that the last program adds per loop turn.
 WINDOW = tl.constexpr(1024)
+#: What gradients are multiplied by in a second look: where sums are small, and where they are not
+#: finite. The squares' own factors, undone in float64, are 2^200 and 2^-140.
+RAISE = tl.constexpr(2.0**100)
+LOWER = tl.constexpr(2.0**-70)
+#: A sum of squares below this may have lost more than its rounding: 8192 squares, the most that a
+#: chunk has, of less than the smallest normal float32 are a part in 2^25 of it.
+SMALL = tl.constexpr(2.0**-88)
 
 
 @triton.jit
-def _terms(table, columns, tensor, start, offsets, mask, row, scalars, origin,
+def _terms(table, columns, tensor, start, offsets, mask, row, scalars, origin, factor,
            P: tl.constexpr, G: tl.constexpr, ACC: tl.constexpr, TERMS: tl.constexpr,
            ASCENDS: tl.constexpr, BOTH: tl.constexpr, LETS: tl.constexpr, ADVANCE: tl.constexpr,
-           DIRECTION: tl.constexpr, RADIUS: tl.constexpr, STATES: tl.constexpr,
-           ADAPTIVE: tl.constexpr, SEGMENTS: tl.constexpr, SCALED: tl.constexpr,
-           HAS_MASTER: tl.constexpr, ALIGNED: tl.constexpr):  # fmt: skip
-    """What is summed, element by element: the streams that ``TERMS`` combines."""
+           DIRECTION: tl.constexpr, RADIUS: tl.constexpr, ACCUMULATES: tl.constexpr,
+           STATES: tl.constexpr, ADAPTIVE: tl.constexpr, SEGMENTS: tl.constexpr,
+           SCALED: tl.constexpr, HAS_MASTER: tl.constexpr, ALIGNED: tl.constexpr):  # fmt: skip
+    """What is summed, element by element: the streams that ``TERMS`` combines.
+
+    What has the gradients' size is multiplied by ``factor``, if there is one.
+    """
     grad = stream(table, GRAD, columns, tensor, start, G, ALIGNED) + offsets
     SCALE: tl.constexpr = FIRST_INVERSE_SCALE if ASCENDS else INVERSE_SCALE
     sign = 1.0
@@ -103,7 +119,7 @@ def _terms(table, columns, tensor, start, offsets, mask, row, scalars, origin,
                 before = tl.load(backup, mask=perturbed, other=0.0).to(ACC)
                 t = element_scale(before, row, ADAPTIVE)
             norm = norm_of(table, columns, tensor, scalars, ACC, SEGMENTS)
-            scale = length(row, scalars, norm, RADIUS, ACC)
+            scale = length(row, scalars, norm, RADIUS, ACCUMULATES, ACC)
             e = DIRECTION(g, later, row + ASCENT)
             e = tl.where(scale != 0, scale * (t * (t * e)), 0.0)
     delta = present
@@ -115,7 +131,71 @@ def _terms(table, columns, tensor, start, offsets, mask, row, scalars, origin,
         training = stream(table, TRAINING, columns, tensor, start, G, ALIGNED) + offsets
         delta -= tl.load(training, mask=trained, other=0.0).to(ACC)
         delta = tl.load(row + LR) * tl.load(scalars + COEFFICIENT).to(ACC) * delta
+    if factor is not None:
+        present, d, g = factor * present, factor * d, factor * g
     return TERMS(here, present, d, g, e, perturbed, delta)
+
+
+@triton.jit
+def _sums(table, chunks, columns, hyper, scalars, origin, factor, P: tl.constexpr, G: tl.constexpr,
+          ACC: tl.constexpr, TERMS: tl.constexpr, ASCENDS: tl.constexpr, BOTH: tl.constexpr,
+          LETS: tl.constexpr, ADVANCE: tl.constexpr, DIRECTION: tl.constexpr, RADIUS: tl.constexpr,
+          ACCUMULATES: tl.constexpr, STATES: tl.constexpr, ADAPTIVE: tl.constexpr,
+          SEGMENTS: tl.constexpr, SCALED: tl.constexpr, HAS_MASTER: tl.constexpr,
+          SUMS: tl.constexpr, CHUNK: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
+    """The sums over this program's chunk."""
+    tensor, group, index, size, vector = read_chunk(chunks, tl.program_id(0))
+    start = index * CHUNK
+    row = hyper_row(hyper, group)
+    sum0 = tl.zeros([1], ACC)
+    sum1 = tl.zeros([1], ACC)
+    sum2 = tl.zeros([1], ACC)
+    sum3 = tl.zeros([1], ACC)
+    sum4 = tl.zeros([1], ACC)
+    if vector > 0:
+        offsets = tl.arange(0, CHUNK)
+        a, b, c, d, f = _terms(table, columns, tensor, start, offsets, offsets < vector, row,
+                               scalars, origin, factor, P, G, ACC, TERMS, ASCENDS, BOTH, LETS,
+                               ADVANCE, DIRECTION, RADIUS, ACCUMULATES, STATES, ADAPTIVE,
+                               SEGMENTS, SCALED, HAS_MASTER, True)  # fmt: skip
+        sum0 += tl.sum(a)
+        if SUMS > 1:
+            sum1 += tl.sum(b)
+        if SUMS > 2:
+            sum2 += tl.sum(c)
+            sum3 += tl.sum(d)
+            sum4 += tl.sum(f)
+    if vector < size:
+        lanes0 = tl.zeros([LANES], ACC)
+        lanes1 = tl.zeros([LANES], ACC)
+        lanes2 = tl.zeros([LANES], ACC)
+        lanes3 = tl.zeros([LANES], ACC)
+        lanes4 = tl.zeros([LANES], ACC)
+        for first in range(vector, size, LANES):
+            offsets = first + tl.arange(0, LANES)
+            a, b, c, d, f = _terms(table, columns, tensor, start, offsets, offsets < size, row,
+                                   scalars, origin, factor, P, G, ACC, TERMS, ASCENDS, BOTH, LETS,
+                                   ADVANCE, DIRECTION, RADIUS, ACCUMULATES, STATES, ADAPTIVE,
+                                   SEGMENTS, SCALED, HAS_MASTER, False)  # fmt: skip
+            lanes0 += a
+            lanes1 += b
+            lanes2 += c
+            lanes3 += d
+            lanes4 += f
+        sum0 += tl.sum(lanes0)
+        if SUMS > 1:
+            sum1 += tl.sum(lanes1)
+        if SUMS > 2:
+            sum2 += tl.sum(lanes2)
+            sum3 += tl.sum(lanes3)
+            sum4 += tl.sum(lanes4)
+    return sum0, sum1, sum2, sum3, sum4
+
+
+@triton.jit
+def _seen_again(sum, again, distrusted, back):
+    """A sum in float64, and without the factor, from the second look where that is needed."""
+    return tl.where(distrusted, again.to(tl.float64) * back, sum.to(tl.float64))
 
 
 @triton.jit
@@ -123,9 +203,8 @@ def _row(partials, row: tl.constexpr, programs, first):
     """A window of one row of partials."""
     offsets = first + tl.arange(0, WINDOW)
     # .cg: the partials come from other processors, whose writes this one's L1 has not seen
-    part = tl.load(partials + row * programs + offsets, mask=offsets < programs, other=0.0,
+    return tl.load(partials + row * programs + offsets, mask=offsets < programs, other=0.0,
                    cache_modifier=".cg")  # fmt: skip
-    return part.to(tl.float64)
 
 
 @triton.jit
@@ -151,7 +230,7 @@ def reduce_kernel(table, chunks, columns, hyper, scalars, partials, arrivals, ta
     """Sums over one bucket.
 
     Args:
-        partials: Scratch in ``ACC``, a row of one number per program for every sum.
+        partials: Scratch in float64, a row of one number per program for every sum.
         arrivals: One int32, zero before and after every launch.
         tasks: Bits of ``layout.Task``: how the sums are finished.
         TERMS: What is added up, a function of ``sums.py``.
@@ -174,59 +253,47 @@ def reduce_kernel(table, chunks, columns, hyper, scalars, partials, arrivals, ta
     """
     program = tl.program_id(0)
     programs = tl.num_programs(0)
-    tensor, group, index, size, vector = read_chunk(chunks, program)
-    start = index * CHUNK
-    row = hyper_row(hyper, group)
-    sum0 = tl.zeros([1], ACC)
-    sum1 = tl.zeros([1], ACC)
-    sum2 = tl.zeros([1], ACC)
-    sum3 = tl.zeros([1], ACC)
-    sum4 = tl.zeros([1], ACC)
-    if vector > 0:
-        offsets = tl.arange(0, CHUNK)
-        a, b, c, d, f = _terms(table, columns, tensor, start, offsets, offsets < vector, row,
-                               scalars, origin, P, G, ACC, TERMS, ASCENDS, BOTH, LETS, ADVANCE,
-                               DIRECTION, RADIUS, STATES, ADAPTIVE, SEGMENTS, SCALED, HAS_MASTER,
-                               True)  # fmt: skip
-        sum0 += tl.sum(a)
-        if SUMS > 1:
-            sum1 += tl.sum(b)
-        if SUMS > 2:
-            sum2 += tl.sum(c)
-            sum3 += tl.sum(d)
-            sum4 += tl.sum(f)
-    if vector < size:
-        lanes0 = tl.zeros([LANES], ACC)
-        lanes1 = tl.zeros([LANES], ACC)
-        lanes2 = tl.zeros([LANES], ACC)
-        lanes3 = tl.zeros([LANES], ACC)
-        lanes4 = tl.zeros([LANES], ACC)
-        for first in range(vector, size, LANES):
-            offsets = first + tl.arange(0, LANES)
-            a, b, c, d, f = _terms(table, columns, tensor, start, offsets, offsets < size, row,
-                                   scalars, origin, P, G, ACC, TERMS, ASCENDS, BOTH, LETS, ADVANCE,
-                                   DIRECTION, RADIUS, STATES, ADAPTIVE, SEGMENTS, SCALED,
-                                   HAS_MASTER, False)  # fmt: skip
-            lanes0 += a
-            lanes1 += b
-            lanes2 += c
-            lanes3 += d
-            lanes4 += f
-        sum0 += tl.sum(lanes0)
-        if SUMS > 1:
-            sum1 += tl.sum(lanes1)
-        if SUMS > 2:
-            sum2 += tl.sum(lanes2)
-            sum3 += tl.sum(lanes3)
-            sum4 += tl.sum(lanes4)
+    sum0, sum1, sum2, sum3, sum4 = _sums(
+        table, chunks, columns, hyper, scalars, origin, None, P, G, ACC, TERMS, ASCENDS, BOTH,
+        LETS, ADVANCE, DIRECTION, RADIUS, ACCUMULATES, STATES, ADAPTIVE, SEGMENTS, SCALED,
+        HAS_MASTER, SUMS, CHUNK, LANES)  # fmt: skip
     mine = partials + program + tl.arange(0, 1)
-    tl.store(mine, sum0)
+    tl.store(mine, sum0.to(tl.float64))
     if SUMS > 1:
-        tl.store(mine + programs, sum1)
+        tl.store(mine + programs, sum1.to(tl.float64))
     if SUMS > 2:
-        tl.store(mine + 2 * programs, sum2)
-        tl.store(mine + 3 * programs, sum3)
-        tl.store(mine + 4 * programs, sum4)
+        tl.store(mine + 2 * programs, sum2.to(tl.float64))
+        tl.store(mine + 3 * programs, sum3.to(tl.float64))
+        tl.store(mine + 4 * programs, sum4.to(tl.float64))
+    if ACC == tl.float32 and not LETS:  # whose sum is no norm; float64 has room for squares
+        low = sum0 < SMALL
+        lost = is_finite(sum0) == 0
+        if SUMS > 1:
+            low = low | (sum1 < SMALL)
+            lost = lost | (is_finite(sum1) == 0)
+        if SUMS > 2:
+            low = low | (sum4 < SMALL)
+            lost = lost | (is_finite(sum3) == 0) | (is_finite(sum4) == 0)
+        low = tl.max(low.to(tl.int32), 0)
+        lost = tl.max(lost.to(tl.int32), 0)
+        if low + lost > 0:
+            # of both kinds at once, those that are not finite matter
+            factor = tl.where(lost != 0, LOWER, RAISE).to(ACC)
+            back = tl.where(lost != 0, 2.0**140, 2.0**-200).to(tl.float64)
+            again0, again1, again2, again3, again4 = _sums(
+                table, chunks, columns, hyper, scalars, origin, factor, P, G, ACC, TERMS, ASCENDS,
+                BOTH, LETS, ADVANCE, DIRECTION, RADIUS, ACCUMULATES, STATES, ADAPTIVE, SEGMENTS,
+                SCALED, HAS_MASTER, SUMS, CHUNK, LANES)  # fmt: skip
+            a = tl.where(lost != 0, is_finite(sum0) == 0, sum0 < SMALL)
+            tl.store(mine, _seen_again(sum0, again0, a, back))
+            if SUMS > 1:
+                b = tl.where(lost != 0, is_finite(sum1) == 0, sum1 < SMALL)
+                tl.store(mine + programs, _seen_again(sum1, again1, b, back))
+            if SUMS > 2:  # the third has a perturbation in it, whose size is another
+                f = tl.where(lost != 0, is_finite(sum4) == 0, sum4 < SMALL)
+                d = tl.where(lost != 0, is_finite(sum3) == 0, b & f)
+                tl.store(mine + 3 * programs, _seen_again(sum3, again3, d, back))
+                tl.store(mine + 4 * programs, _seen_again(sum4, again4, f, back))
     tl.debug_barrier()
     if tl.atomic_add(arrivals, 1, sem="acq_rel") == programs - 1:
         tl.store(arrivals, 0)

@@ -42,8 +42,8 @@ BASE_COLUMNS = tl.constexpr(int(Hyper.BASE))
 def _update(table, columns, tensor, start, offsets, mask, h, scalars, origin, step, fresh, key,
             P: tl.constexpr, G: tl.constexpr, S: tl.constexpr, ACC: tl.constexpr,
             UPDATE: tl.constexpr, STATES: tl.constexpr, SCALE: tl.constexpr, MIX: tl.constexpr,
-            SKIP: tl.constexpr, ASCENT_STATES: tl.constexpr, HAS_MASTER: tl.constexpr,
-            STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr):  # fmt: skip
+            SKIP: tl.constexpr, BY_NORM: tl.constexpr, ASCENT_STATES: tl.constexpr,
+            HAS_MASTER: tl.constexpr, STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr):  # fmt: skip
     param = stream(table, PARAM, columns, tensor, start, P, ALIGNED) + offsets
     grad = stream(table, GRAD, columns, tensor, start, G, ALIGNED) + offsets
     if HAS_MASTER:
@@ -76,7 +76,10 @@ def _update(table, columns, tensor, start, offsets, mask, h, scalars, origin, st
     if STATES > 2:
         state2 = stream(table, STATE2, columns, tensor, start, S, ALIGNED) + offsets
         state = state + (tl.load(state2, mask=mask).to(ACC),)
-    new, later = UPDATE(w, u, state, h, step, fresh, tl.load(scalars + SQUARED_NORMS))
+    squared_norms = 0.0
+    if BY_NORM:  # a compiler would drop the load where it is ignored, the interpreter would not
+        squared_norms = tl.load(scalars + SQUARED_NORMS)
+    new, later = UPDATE(w, u, state, h, step, fresh, squared_norms)
     new0 = later[0] if STATES > 0 else new
     new1 = later[1] if STATES > 1 else new
     new2 = later[2] if STATES > 2 else new
@@ -117,8 +120,8 @@ def update_kernel(table, chunks, columns, hyper, scalars, arrivals, origin, P: t
                   G: tl.constexpr, S: tl.constexpr, ACC: tl.constexpr,
                   UPDATE: tl.constexpr, COUNTS: tl.constexpr, STARTS: tl.constexpr,
                   STATES: tl.constexpr, SCALE: tl.constexpr, MIX: tl.constexpr,
-                  SKIP: tl.constexpr, ASCENT_STATES: tl.constexpr, HAS_MASTER: tl.constexpr,
-                  STOCHASTIC: tl.constexpr, CHUNK: tl.constexpr,
+                  SKIP: tl.constexpr, BY_NORM: tl.constexpr, ASCENT_STATES: tl.constexpr,
+                  HAS_MASTER: tl.constexpr, STOCHASTIC: tl.constexpr, CHUNK: tl.constexpr,
                   LANES: tl.constexpr):  # fmt: skip
     """Restore, ``u = coefficient * g~ + first coefficient * g``, base update: a chunk per program.
 
@@ -133,6 +136,7 @@ def update_kernel(table, chunks, columns, hyper, scalars, arrivals, origin, P: t
             scale).
         MIX: Whether ``u`` has a part along the first gradient.
         SKIP: Whether a step may be rejected on the device.
+        BY_NORM: Whether the base update takes the sum of squared norms.
         ASCENT_STATES: With SKIP, number of the ascent rule's state tensors, to be rejected too.
 
     The other arguments are ``perturb_kernel``'s.
@@ -155,12 +159,12 @@ def update_kernel(table, chunks, columns, hyper, scalars, arrivals, origin, P: t
         offsets = tl.arange(0, CHUNK)
         _update(table, columns, tensor, start, offsets, offsets < vector, h, scalars, origin,
                 step, fresh, key, P, G, S, ACC, UPDATE, STATES, SCALE, MIX, SKIP,
-                ASCENT_STATES, HAS_MASTER, STOCHASTIC, True)  # fmt: skip
+                BY_NORM, ASCENT_STATES, HAS_MASTER, STOCHASTIC, True)  # fmt: skip
     for first in range(vector, size, LANES):
         offsets = first + tl.arange(0, LANES)
         _update(table, columns, tensor, start, offsets, offsets < size, h, scalars, origin,
                 step, fresh, key, P, G, S, ACC, UPDATE, STATES, SCALE, MIX, SKIP,
-                ASCENT_STATES, HAS_MASTER, STOCHASTIC, False)  # fmt: skip
+                BY_NORM, ASCENT_STATES, HAS_MASTER, STOCHASTIC, False)  # fmt: skip
     if COUNTS:
         # Every chunk of a tensor reads its step count, so only the last to finish may write it;
         # the barrier keeps this program's own reads ahead of its arrival.

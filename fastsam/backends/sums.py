@@ -73,7 +73,7 @@ def dot(
     shardings: Sequence[Sharding] | None = None,
 ) -> Pass[Tensor]:
     """The sum of products over all pairs of tensors, as a 0-dim tensor like ``like``."""
-    products = [(x * y).sum(dtype=like.dtype).to(like.device) for x, y in pairs]
+    products = [(x.to(like.dtype) * y).sum().to(like.device) for x, y in pairs]
     result = total(products, shardings)
     yield result
     return result
@@ -132,7 +132,7 @@ def descent_sums(
     for (g, e), grad, i in zip(passes, batch.grads, batch.groups, strict=True):
         second = signed(grad, spec.groups[i])
         found = [torch.linalg.vector_norm(g, dtype=scalars.dtype).square()]
-        found.append((g * second).sum(dtype=scalars.dtype))
+        found.append((g.to(scalars.dtype) * second).sum())
         if rule.needs_perturbation:
             found.append(((g + second) * e).sum(dtype=scalars.dtype) / 2)
         parts.append(torch.stack(found).to(scalars.device))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from fastsam.arithmetic import narrowed
+from fastsam.arithmetic import bounded, narrowed
 from fastsam.step.arguments import FLAG, POSITIVE, RATE, Argument, settle
 from fastsam.step.checkpoint import Loading, write_kept
 from fastsam.step.checks import check_tensors
@@ -27,7 +27,8 @@ class AdaGradNorm(Optimizer):
     A base optimizer for fastsam's classes, which fuse it; it also works on its own. The
     accumulator is ``kept["squared_norms"]``: a number at first, from the first step on a 0-dim
     float64 tensor. A state dict has it in every group, as ``fastsam_squared_norms``. Nothing moves
-    while it is zero.
+    while it is zero. Norms are right over the whole range of float32; :math:`lr / \sqrt{b^2}` is at
+    most the largest number of the parameter's dtype.
 
     Args:
         params: Parameters or parameter groups, as in ``torch.optim``.
@@ -126,7 +127,8 @@ class AdaGradNorm(Optimizer):
             scale = torch.where(total == 0, 0.0, lr / total.sqrt())
             for p in group["params"]:
                 if p.grad is not None:
-                    p.add_(scale * p.grad if group["maximize"] else -scale * p.grad)
+                    step = bounded(scale, p) * p.grad
+                    p.add_(step if group["maximize"] else -step)
         return loss
 
 
@@ -152,6 +154,7 @@ def adagrad_norm(
         w.mul_(1 - lr * group["weight_decay"])
     # 0 where nothing has been accumulated: every gradient so far was zero
     scale = torch.where(squared_norms == 0, 0.0, lr / squared_norms.sqrt())
+    scale = bounded(scale, w)
     w.add_((scale if group.get("maximize") else -scale).to(w.dtype) * u)
 
 

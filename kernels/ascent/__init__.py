@@ -12,5 +12,6 @@ state tensors in the order of their declaration, and ``h`` points to the hyper-p
 | ``usable(state, norm)`` | whether the new state may replace the old | with state |
 | ``accumulate(total, squared_norm)`` | the accumulator after this step | with an accumulator |
 
-``norm`` is the norm that the declaration asks for, ``total`` the accumulator with this step's norm.
+``norm`` is the norm that the declaration asks for. ``total`` is the accumulator with this step's
+norm, in float64; 0 for a rule that has none.
 """

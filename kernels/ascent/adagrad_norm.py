@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..arithmetic import is_finite, over_root
+from ..arithmetic import is_finite
 
 
 @triton.jit
@@ -13,8 +13,9 @@ def direction(g, state, h):
 
 @triton.jit
 def radius(rho, norm, total, h):
-    scale = over_root(rho, total)
-    return tl.where(is_finite(norm), scale, 0.0)
+    # in the accumulator's float64: squares of norms above 1.8e19 leave float32
+    scale = (rho.to(tl.float64) / tl.sqrt(total)).to(rho.dtype)
+    return tl.where(is_finite(norm) & (total > 0), scale, 0.0)
 
 
 @triton.jit

@@ -31,16 +31,16 @@ from .scratch import Memory, ScratchBackup
 
 
 def global_norm(batch: Batch, like: Tensor) -> Pass[Tensor]:
-    """The L2 norm of all gradients, accumulated in float32 or wider."""
+    """The L2 norm of all gradients, accumulated in the dtype of ``like``."""
     if batch.shardings is not None and any(batch.shardings):
         return (yield from sums.global_norm(batch.grads, like, batch.shardings))
     by_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
     for g in batch.grads:
         by_dtype[g.dtype].append(g)
     norms: list[Tensor] = []
-    for dtype, same in by_dtype.items():
-        norms += torch._foreach_norm(same, 2, dtype=torch.promote_types(dtype, torch.float32))
-    squared = torch.stack([norm.to(like.dtype) for norm in norms]).square().sum()
+    for same in by_dtype.values():
+        norms += torch._foreach_norm(same, 2, dtype=like.dtype)
+    squared = torch.stack(norms).square().sum()
     yield squared
     return squared.sqrt()
 

@@ -25,7 +25,7 @@ from ..weights import at_weights, follow_parameters
 from .ascents import along_gradient, path_of
 from .blocks import dots
 from .fused import Part, Update, update_of
-from .norms import norm, served, span_norms, total
+from .norms import leaves_float32, norm, served, span_norms, total
 from .scratch import Memory, ScratchBackup, known_of
 
 
@@ -206,8 +206,9 @@ def descent_sums(
         return {}
     is_part = batch.shardings is not None and any(batch.shardings)
     along = path_of(spec.ascent) is along_gradient
-    own_norms = batch.squares is not None
-    if others or spec.adaptive or not along or is_part or batch.part is not None or own_norms:
+    apart = others or spec.adaptive or not along or is_part or batch.part is not None
+    apart = apart or batch.squares is not None
+    if apart or any(leaves_float32(n.square()) for n in (plain, scalars[Scalar.GRAD_NORM])):
         return (yield from sums.descent_sums(batch, backup, spec, scalars))
     squared = torch.zeros_like(plain)  # of the first gradient
     product, sharpness = squared, squared

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsam.arithmetic import SMALLEST
+from fastsam.arithmetic import SMALLEST, bounded
 from fastsam.kernels.layout import Scalar
 from fastsam.step.batch import Batch
 from fastsam.step.spec import Base, Group, StepSpec, sign_of
@@ -217,6 +217,7 @@ class AdaGradNorm(Update):
     def update(self, weights: Tensors, u: Tensors, states: list[Tensors], steps: Tensors) -> None:
         self._decay(weights)
         scale = self.hyper["lr"] / self.squared_norms**0.5 if self.squared_norms != 0 else 0.0
+        scale = bounded(scale, weights[0])
         torch._foreach_add_(weights, u, alpha=-sign_of(self.group) * scale)
 
 

@@ -70,10 +70,12 @@ def norm(
     """``||x||`` over all groups; with memory for it ``||T x||`` at the parameters' present values.
 
     How a tensor's norm is taken, and the order in which they are added, depend on the tensors
-    alone: equal gradients have equal norms in both passes, and in any groups.
+    alone: equal gradients have equal norms in both passes, and in any groups. Where squares leave
+    float32, below 1e-19 and above 1e19, the norm is taken again in float64.
     """
     adaptive = memory is not None and spec.adaptive
-    members: dict[Sharding, list[int]] = {(): list(range(len(vectors)))}
+    everything = list(range(len(vectors)))
+    members: dict[Sharding, list[int]] = {(): everything}
     if batch.shardings is not None and any(batch.shardings):
         members = defaultdict(list)
         for k, sharding in enumerate(batch.shardings):
@@ -81,6 +83,8 @@ def norm(
     elif not adaptive and vectors is batch.grads and _in_order(batch):
         ends, spans = span_norms(vectors)
         squared = total((*ends.values(), *spans.values()), like, squares=True)
+        if leaves_float32(squared):
+            squared = _square_again(everything, vectors, batch, spec, False)
         yield squared
         return squared.sqrt()
     squared = add_up({
@@ -138,7 +142,31 @@ def _square(
             measure([same[j] for j in positions], t)
     for values in found:
         values.sort(key=itemgetter(0))
-    return total((value for values in found for _, value in values), like, squares=True)
+    squared = total((value for values in found for _, value in values), like, squares=True)
+    if leaves_float32(squared):
+        squared = _square_again(members, vectors, batch, spec, memory is not None)
+    return squared
+
+
+def leaves_float32(squared: Tensor) -> bool:
+    """Whether squares that make up a sum may have left float32, so that it is not to be trusted.
+
+    Of a sum above this bound, 2^40 squares below the smallest normal float32 are a part in 2^26.
+    """
+    return not 2.0**-60 <= float(squared) < 2.0**120
+
+
+def _square_again(
+    members: list[int], vectors: Sequence[Tensor], batch: Batch, spec: StepSpec, scaled: bool
+) -> Tensor:
+    """As ``_square``, from squares in float64: slower, and seldom needed."""
+    norms = []
+    for k in members:
+        x, group = vectors[k], spec.groups[batch.groups[k]]
+        if scaled and group["adaptive"]:
+            x = element_scale(batch.params[k], group) * x.double()
+        norms.append(torch.linalg.vector_norm(x, dtype=torch.float64))
+    return torch.stack(norms).square().sum()
 
 
 def total(values: Iterable[Tensor], like: Tensor, squares: bool = False) -> Tensor:

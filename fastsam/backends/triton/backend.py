@@ -243,7 +243,7 @@ class TritonBackend(Launcher, DeviceBackend):
                 last = is_whole and i == len(same) - 1
                 reduction.parts[sharding].append(self._prepare(
                     reduce_kernel, bucket, spec, scalars, launch,
-                    self._scratch("partials", partials, bucket.arithmetic, scalars.device),
+                    self._scratch("partials", partials, torch.float64, scalars.device),
                     self._scratch("reduced", 1, torch.int32, scalars.device),
                     tasks | (FIRST if i == 0 else 0) | (LAST if last else 0),
                     HAS_MASTER=bucket.has_master and has_scale,
@@ -273,7 +273,7 @@ class TritonBackend(Launcher, DeviceBackend):
             bucket.ranges = Upload(device, self._captured)(ranges)
         if is_capturing(device):
             self._captured += [bucket.ranges, batch.squares]
-        partials = self._scratch("partials", 1, bucket.arithmetic, device)
+        partials = self._scratch("partials", 1, torch.float64, device)
         arguments = partials, bucket.ranges, batch.squares, FIRST if opens else 0
         return partial(segments_kernel[(count,)], *arguments, num_warps=4)
 

@@ -93,8 +93,8 @@ def perturb_constants(spec: StepSpec, backs_up: bool = True) -> dict[str, Any]:
     rule = functions_of(spec.ascent, ASCENT)
     return {
         "ADVANCE": rule["advance"], "DIRECTION": rule["direction"], "RADIUS": rule["radius"],
-        "USABLE": rule["usable"], "STATES": states_of(spec), "ADAPTIVE": spec.adaptive,
-        "SEGMENTS": spec.norm != "global", "BACKS_UP": backs_up,
+        "USABLE": rule["usable"], "ACCUMULATES": rule["accumulate"], "STATES": states_of(spec),
+        "ADAPTIVE": spec.adaptive, "SEGMENTS": spec.norm != "global", "BACKS_UP": backs_up,
     }  # fmt: skip
 
 
@@ -114,7 +114,8 @@ def update_constants(
     return {
         "UPDATE": functions_of(base, BASE)["update"], "COUNTS": base.counts_steps,
         "STARTS": starts, "SCALE": spec.rescales, "MIX": spec.descent is not None,
-        "SKIP": spec.skip_nonfinite, "ASCENT_STATES": ascent_states,
+        "SKIP": spec.skip_nonfinite, "BY_NORM": spec.base.needs_norm,
+        "ASCENT_STATES": ascent_states,
     }  # fmt: skip
 
 
@@ -193,8 +194,9 @@ def _perturbation(spec: StepSpec) -> dict[str, Any]:
     """What makes the perturbation once more."""
     rule = functions_of(spec.ascent, ASCENT)
     return {
-        "DIRECTION": rule["direction"], "RADIUS": rule["radius"], "STATES": states_of(spec),
-        "ADAPTIVE": spec.adaptive, "SEGMENTS": spec.norm != "global",
+        "DIRECTION": rule["direction"], "RADIUS": rule["radius"],
+        "ACCUMULATES": rule["accumulate"], "STATES": states_of(spec), "ADAPTIVE": spec.adaptive,
+        "SEGMENTS": spec.norm != "global",
     }  # fmt: skip
 
 
