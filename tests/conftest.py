@@ -6,6 +6,8 @@ import signal
 import pytest
 import torch
 
+import pairs
+
 # Before any kernel is imported: without a GPU the real kernels run in Triton's interpreter.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -21,22 +23,32 @@ torch.set_num_threads(1)  # the suite runs in parallel processes, on small tenso
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _is_interpreted(item: pytest.Item) -> bool:
-    params = getattr(getattr(item, "callspec", None), "params", {})
-    return params.get("backend") == "triton"
-
-
-#: Files with hundreds of cases for every backend. Without a GPU the triton backend's take Triton's
-#: interpreter a second and more each: it runs every third, or with FASTSAM_EVERY_CASE=1 all.
-SAMPLED = ("test_bases", "test_contract", "test_edges", "test_lets", "test_lets_contract",
-           "test_methods", "test_state", "test_training_loops")  # fmt: skip
+#: Files whose tests run over products of methods, bases, dtypes, sizes and backends, with what
+#: their cases are many of. They take a covering set of them: every two values meet in some case.
+#: With FASTSAM_EVERY_CASE=1 all cases run.
+PRODUCTS = {
+    "test_bases": "bases",
+    "test_cpu": "sizes and odd gradients",
+    "test_devices": "methods with bases, over devices",
+    "test_edges": "sizes and layouts of tensors",
+    "test_faults": "methods, and where they fail",
+    "test_grad_scaler": "methods and scales",
+    "test_lets": "methods and Hessians",
+    "test_lets_contract": "methods and Hessians",
+    "test_master_weights": "methods and dtypes",
+    "test_maximize": "methods with bases",
+    "test_methods": "methods with bases and dtypes",
+    "test_range": "methods and sizes of gradients",
+    "test_resume": "methods, and ways of saving",
+    "test_state": "methods, and ways of saving",
+    "test_training_loops": "methods with bases",
+}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available() and os.environ.get("FASTSAM_EVERY_CASE", "0") == "0":
-        slow = [item for item in items if _is_interpreted(item) and item.path.stem in SAMPLED]
-        left_out = set(slow) - set(slow[::3])
-        config.hook.pytest_deselected(items=[item for item in slow if item in left_out])
+    if os.environ.get("FASTSAM_EVERY_CASE", "0") == "0":
+        left_out = pairs.left_out(item for item in items if item.path.stem in PRODUCTS)
+        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
         items[:] = [item for item in items if item not in left_out]
     if not torch.cuda.is_available():
         for item in items:
