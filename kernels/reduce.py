@@ -332,7 +332,7 @@ def segments_kernel(partials, ranges, squares, tasks):
     """The first sum, segment by segment: one program adds the partials of one segment.
 
     Args:
-        partials: What ``reduce_kernel`` has left, of one bucket.
+        partials: What ``reduce_kernel`` has left, of one bucket, in float64.
         ranges: Two int64 per segment: the first of its programs, and the one after the last.
         squares: One float64 per segment.
         tasks: Bits of ``layout.Task``: without FIRST the sums are added to.
@@ -343,7 +343,7 @@ def segments_kernel(partials, ranges, squares, tasks):
     part = tl.zeros([WINDOW], tl.float64)
     for first in range(start, end, WINDOW):
         offsets = first + tl.arange(0, WINDOW)
-        part += tl.load(partials + offsets, mask=offsets < end, other=0.0).to(tl.float64)
+        part += tl.load(partials + offsets, mask=offsets < end, other=0.0)
     total = tl.sum(part)
     if (tasks & FIRST) == 0:
         total += tl.load(squares + segment)

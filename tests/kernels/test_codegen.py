@@ -94,11 +94,10 @@ for sums in (ascent_sums(average), ascent_sums(light), descent_sums(plain), desc
     for target in TARGETS.values():
         source = ASTSource(finish_kernel, signature, constants, {})
         triton.compile(source, target=target, options={"num_warps": 1, "enable_fp_fusion": True})
-for partials in ("*fp32", "*fp64"):
-    signature = {"partials": partials, "ranges": "*i64", "squares": "*fp64", "tasks": "i32"}
-    for target in TARGETS.values():
-        source = ASTSource(segments_kernel, signature, {}, {})
-        triton.compile(source, target=target, options={"num_warps": 4})
+signature = {"partials": "*fp64", "ranges": "*i64", "squares": "*fp64", "tasks": "i32"}
+for target in TARGETS.values():
+    source = ASTSource(segments_kernel, signature, {}, {})
+    triton.compile(source, target=target, options={"num_warps": 4})
 """
 
 
