@@ -114,7 +114,7 @@ def update_constants(
     return {
         "UPDATE": functions_of(base, BASE)["update"], "COUNTS": base.counts_steps,
         "STARTS": starts, "SCALE": spec.rescales, "MIX": spec.descent is not None,
-        "SKIP": spec.skip_nonfinite, "BY_NORM": spec.base.needs_norm,
+        "SKIP": spec.skip_nonfinite, "BY_NORM": base.needs_norm,
         "ASCENT_STATES": ascent_states,
     }  # fmt: skip
 
