@@ -5,6 +5,7 @@ float or bool that is equal to it. It raises ValueError for anything else. ``loo
 values of tensors on a device alone, as the host would have to wait for them.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -410,10 +411,19 @@ def setting(
 OF_STATE = "state depends on it; construct another optimizer and load the state dict"
 
 
+def needs_no_argument(function: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(function).bind()
+    except TypeError:
+        return False
+    except ValueError:  # it does not say
+        pass
+    return True
+
+
 def context(name: str, value: Any, look: bool = True) -> Any:
-    """None, or a function that gives a context manager, and is none."""
-    is_manager = hasattr(value, "__enter__") and not isinstance(value, type)
-    if value is None or (callable(value) and not is_manager):
+    """None, or a function that gives a context manager. Many of these are decorators as well."""
+    if value is None or (callable(value) and needs_no_argument(value)):
         return value
     raise TypeError(
         f"{name} must be None or a function that gives a context manager (model.no_sync, not "

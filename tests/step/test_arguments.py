@@ -38,7 +38,7 @@ NO_BETAS = [
     0.9, None, "ab", (0.9,), (0.9, 1.0), (0.9, 0.9, 0.9), (-0.1, 0.9), (0.9, math.nan), (True, 0.9),
     ("a", "b"), tensor([0.9, 0.9]), (0.9, META), (0.9, tensor(1.0)), (tensor([0.9, 0.9]), 0.9),
 ]  # fmt: skip
-NO_CONTEXT = [1, "x", True, [], torch.no_grad()]
+NO_CONTEXT = [1, "x", True, [], torch.no_grad(), torch.autograd.set_grad_enabled, lambda x: x]
 #: Torch's own, and those whose values need no check.
 RANGES = {
     **dict.fromkeys(("rho", "eta", "lr", "weight_decay", "momentum", "lr_decay",
