@@ -389,6 +389,7 @@ class SharpnessAwareOptimizer(SharedState):
             self.first_step(zero_grad=True, grad_scaler=grad_scaler)
             self._ascend_on(closure, repeats, grad_scaler)
             self._call(closure, self.descent_context, repeats)
+            self._first_look.after(self._warnings)
             self.second_step(grad_scaler=grad_scaler)
         except BaseException as error:
             try:

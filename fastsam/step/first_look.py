@@ -39,18 +39,20 @@ class FirstLook:
 
     That there are gradients says little: another optimizer's backward may have left them, as a
     generator's does in the discriminator. So they are compared with those of the closure's first
-    call: equal ones are of the same batch at the same weights. Nothing waits for a GPU: what it
-    finds is read in the first step after it is there.
+    two calls. Those that are equal to the first and not to the second are of the same batch at the
+    same weights. Nothing waits for a GPU: what it finds is read in the first pass after it is
+    there.
     """
 
     def __init__(self) -> None:
         self._is_due = True
         self._found: list[Found] = []
-        self._equal: Any = None  # on the host, and an event that says when it is true
+        self._first: Tensor | None = None  # whether they were equal to those of the first call
+        self._result: Any = None  # on the host, and an event that says when it is true
 
     def before(self, groups: Iterable[Group]) -> None:
         """Look at what there is before it is zeroed."""
-        self._found = []
+        self._found, self._first = [], None
         if not self._is_due:  # a closure has failed, and left gradients
             return
         self._is_due = False
@@ -60,27 +62,31 @@ class FirstLook:
         copies = [grad.detach().clone() for grad in grads]
         self._found = list(map(Found, ends, copies, map(_buffer_of, ends)))
 
-    def after(self, given: Warnings, whole: bool) -> None:
-        """Compare it with what the closure's first call has left.
+    def after(self, given: Warnings, whole: bool = False) -> None:
+        """Compare it with what a call of the closure has left.
 
         Args:
             given: The optimizer's warnings.
             whole: Whether DDP, if there is one, has put its buckets back into ``.grad``.
         """
         if self._found:
-            found, self._found = self._found, []
-            if all(_is_plain(one.param) for one in found):
-                buffers = {one.buffer for one in found}
-                if whole and len(buffers) == 1 and None not in buffers:
-                    if all(_buffer_of(one.param) is None for one in found):
-                        given.once("cut off", CUT_OFF)
-                self._equal = _are_equal(found)
-        if self._equal is not None:
-            equal, event = self._equal
+            found, first = self._found, self._first
+            if first is None and whole and _are_cut_off(found):
+                given.once("cut off", CUT_OFF)
+            equal = _are_equal(found)
+            if first is not None:
+                self._first = None
+                self._result = None if equal is None else _on_host(first & ~equal)
+            elif equal is not None and (equal.is_cuda or equal):
+                self._first = equal
+            if self._first is None:
+                self._found = []
+        if self._result is not None:
+            result, event = self._result
             # to ask for an event would end the capture of a graph
             if event is None or (not torch.cuda.is_current_stream_capturing() and event.query()):
-                self._equal = None
-                if equal:
+                self._result = None
+                if result:
                     given.once("computed twice", COMPUTED_TWICE)
 
 
@@ -106,22 +112,35 @@ def _buffer_of(param: Tensor) -> int | None:
     return storage.data_ptr() if is_part else None
 
 
-def _are_equal(found: list[Found]) -> tuple[Any, Any]:
-    """Whether the gradients are the same again and not zero, and when that can be read."""
+def _are_cut_off(found: list[Found]) -> bool:
+    """Whether they were parts of one buffer, and are not any more."""
+    buffers = {one.buffer for one in found}
+    if len(buffers) != 1 or None in buffers:
+        return False
+    present = [one.param for one in found if one.param.grad is not None]
+    return bool(present) and all(_buffer_of(param) is None for param in present)
+
+
+def _are_equal(found: list[Found]) -> Tensor | None:
+    """Whether the gradients are the same again and not zero; None where it cannot be said."""
     results = []
     for one in found:
         again = local(one.param.grad)
-        if again.shape != one.copy.shape or again.device != one.copy.device:
-            return False, None
-        norm, wide = torch.linalg.vector_norm, torch.promote_types(again.dtype, torch.float32)
-        difference = norm(again.to(wide) - one.copy.to(wide))
-        scale = norm(one.copy.to(wide))
-        results.append((difference <= TOLERANCE * scale) & (scale > 0))
-    if results[0].device.type == "cpu":
-        return bool(torch.stack([x.cpu() for x in results]).all()), None
-    equal = torch.stack([x.to(results[0].device) for x in results]).all()
+        if not _is_plain(one.param) or again.shape != one.copy.shape:
+            return None
+        wide = torch.promote_types(again.dtype, torch.float32)
+        before = one.copy.to(again.device, wide)
+        difference, norm = map(torch.linalg.vector_norm, (again.to(wide) - before, before))
+        results.append((difference <= TOLERANCE * norm) & (norm > 0))
+    return torch.stack([x.to(results[0].device) for x in results]).all()
+
+
+def _on_host(result: Tensor) -> tuple[Tensor, Any]:
+    """The result on the host, and the event after which it is there; None for at once."""
+    if result.device.type == "cpu":
+        return result, None
     on_host = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True)
-    on_host.copy_(equal, non_blocking=True)
+    on_host.copy_(result, non_blocking=True)
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record(torch.cuda.current_stream(equal.device))
+    event.record(torch.cuda.current_stream(result.device))
     return on_host, event

@@ -127,6 +127,13 @@ def test_gradients_of_zero():
     until_looked_at(optimizer, closure_of(lambda: (0 * param).sum()))
 
 
+def test_gradients_that_do_not_depend_on_the_weights():
+    """They are the same in every pass, whichever was first."""
+    param = torch.nn.Parameter(torch.ones(3, device=DEVICE))
+    param.grad = torch.ones_like(param)
+    until_looked_at(fastsam.SAM([param], **SGD), closure_of(lambda: param.sum()))
+
+
 def test_the_closures_own_zeroing():
     model, loss_fn = model_and_data()
     optimizer = fastsam.SAM(model.parameters(), **SGD)
