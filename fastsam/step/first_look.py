@@ -13,6 +13,8 @@ from .spec import Group
 
 #: The part of a gradient's norm by which the same one may differ when it is computed again.
 TOLERANCE = 1e-4
+#: Elements of a gradient that are looked at.
+SAMPLE = 16
 COMPUTED_TWICE = (
     "the gradients that step() found are those that the closure computed again: step zeroes them "
     "and calls the closure itself, so that a backward() before it is one pass more, whose result "
@@ -27,7 +29,7 @@ CUT_OFF = (
 
 @dataclass
 class Found:
-    """A gradient that was there: a copy of it, and the buffer that it was a part of."""
+    """A gradient that was there: its first elements, and the buffer that it was a part of."""
 
     param: Tensor
     copy: Tensor
@@ -58,8 +60,7 @@ class FirstLook:
         self._is_due = False
         params = [p for group in groups for p in group["params"] if _is_plain(p)]
         ends = [*params[:1], *params[1:][-1:]]
-        grads = [local(param.grad) for param in ends]
-        copies = [grad.detach().clone() for grad in grads]
+        copies = [_sample(param).clone() for param in ends]
         self._found = list(map(Found, ends, copies, map(_buffer_of, ends)))
 
     def after(self, given: Warnings, whole: bool = False) -> None:
@@ -102,6 +103,12 @@ def _is_plain(param: Tensor) -> bool:
     )
 
 
+def _sample(param: Tensor) -> Tensor:
+    """The first elements of the gradient."""
+    sample: Tensor = local(param.grad).detach().flatten()[:SAMPLE]
+    return sample
+
+
 def _buffer_of(param: Tensor) -> int | None:
     """Where the memory begins that the gradient is a part of; None where it fills it."""
     grad = param.grad
@@ -125,8 +132,10 @@ def _are_equal(found: list[Found]) -> Tensor | None:
     """Whether the gradients are the same again and not zero; None where it cannot be said."""
     results = []
     for one in found:
-        again = local(one.param.grad)
-        if not _is_plain(one.param) or again.shape != one.copy.shape:
+        if not _is_plain(one.param):
+            return None
+        again = _sample(one.param)
+        if again.shape != one.copy.shape:
             return None
         wide = torch.promote_types(again.dtype, torch.float32)
         before = one.copy.to(again.device, wide)
