@@ -176,8 +176,8 @@ def test_python_runs_in_two_processes(name, user, tmp_path):
         env["GLOO_SOCKET_IFNAME"] = "lo"
     code, output, errors = processes.run_command(command, env)
     assert code == 0, errors[-4000:]
-    # what a process writes last is not lost, though it ends without Python's clean-up; the two share
-    # a pipe, to which text and the end of its line go apart, so that lines may mix
+    # what a process writes last is not lost, though it ends without Python's clean-up. The two
+    # share a pipe, to which text and the end of its line go apart, so that lines may mix
     assert [output.count(f"rank {rank} is done") for rank in range(2)] == [1, 1], output
 
 
