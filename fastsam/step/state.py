@@ -113,7 +113,9 @@ def create_base_state(
             raise _refuse_shape(name, state[name], param)
         elif state[name].device != param.device:  # the model moved after its optimizer
             state[name] = state[name].to(param.device)
-        state[name] = fitting(state[name], param)  # where the model has been cast
+        as_grad = name == base.starts_from_gradient and state[name].dtype == grad.dtype
+        if not as_grad:
+            state[name] = fitting(state[name], param)  # where the model has been cast
         if wide:  # torch's own, or a checkpoint's
             state[name] = state[name].to(torch.promote_types(state[name].dtype, torch.float32))
     dtypes = [state[name].dtype for name in starts]
