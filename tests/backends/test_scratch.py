@@ -343,6 +343,7 @@ def test_one_number_in_the_place_of_many():
     lambda x: x.double(), lambda x: x[: BIG // 64].clone(), lambda x: x.t().contiguous().t(),
     lambda x: x.clone(), lambda x: x.bfloat16(),
 ])  # fmt: skip
+@pytest.mark.filterwarnings("ignore:some parameters are float16 or bfloat16")
 def test_other_weights_between_the_steps(change):
     runs = []
     for backend in ("torch", "reference"):

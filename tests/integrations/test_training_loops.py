@@ -394,10 +394,11 @@ def plain_sam(params, base, problem, radii, max_norm):
     """A step of SAM as it is commonly written, clipped by torch; the norm that was clipped."""
     set_grads(params, problem.grad(numpy(params)), FP64)
     norm = torch.stack([p.grad.norm() for p in params]).norm()
+    sign = -1.0 if base.param_groups[0].get("maximize") else 1.0
     before = [p.detach().clone() for p in params]
     with torch.no_grad():
         for p, rho in zip(params, radii, strict=True):
-            p += rho * p.grad / (norm + 1e-12)
+            p += rho * sign * p.grad / (norm + 1e-12)
     set_grads(params, problem.grad(numpy(params)), FP64)
     with torch.no_grad():
         for p, w in zip(params, before, strict=True):
