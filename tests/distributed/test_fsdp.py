@@ -698,7 +698,15 @@ def misplaced(rank, size):
             optimizer.step(closure_of(m, batch))
         states = [optimizer.state_dict() for optimizer in optimizers]
         for m, optimizer, state in zip((model, alone), optimizers, states[::-1], strict=True):
-            optimizer.load_state_dict(state)
+            before = snapshot(m, optimizer)
+            with pytest.raises(ValueError, match="torch.distributed.checkpoint"):
+                optimizer.load_state_dict(state)
+            assert same(before, snapshot(m, optimizer))
+        own, other = ([dict(x.state) for x in xs] for xs in (optimizers, optimizers[::-1]))
+        for m, optimizer, mine, foreign in zip(
+            (model, alone), optimizers, own, other, strict=True
+        ):  # given by hand it is found in the step
+            optimizer.state.update(zip(mine, foreign.values(), strict=True))
             before = snapshot(m, optimizer)
             with pytest.raises(RuntimeError, match="torch.distributed.checkpoint"):
                 optimizer.step(closure_of(m, batch))
