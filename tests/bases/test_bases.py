@@ -60,9 +60,9 @@ def test_rho_zero_is_the_base(case, backend, dtype):
             found = state[key].to(value.device)
             torch.testing.assert_close(found, value, rtol=tolerance, atol=tolerance)
     group = dict(optimizer.param_groups[0])
-    del group["params"], group["fastsam_t"]
-    assert {g: v for g, v in group.items() if g != "fastsam_squared_norms"} == {
-        "rho": 0.0, "adaptive": False, "eta": 0.0,
+    del group["params"]
+    assert {g: v for g, v in group.items() if not g.startswith("fastsam_")} == {
+        "rho": 0.0, "adaptive": False, "eta": 0.0, "perturb": True,
         **{g: v for g, v in expected.param_groups[0].items() if g != "params"}, "foreach": None,
     }  # fmt: skip
 
@@ -274,7 +274,7 @@ def test_adagrad_norm_stands_still_at_zero_gradients(backend):
 
 def test_adagrad_norm_validates():
     param = torch.nn.Parameter(torch.ones(1))
-    with pytest.raises(ValueError, match="lr must be at least 0, got -1"):
+    with pytest.raises(ValueError, match="lr must be at least 0 and finite, got -1"):
         fastsam.AdaGradNorm([param], lr=-1)
     with pytest.raises(ValueError, match="initial_accumulator_value must be at least 0, got -1"):
         fastsam.AdaGradNorm([param], initial_accumulator_value=-1)
