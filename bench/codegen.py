@@ -412,13 +412,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         chosen = [chosen[i * len(chosen) // count] for i in range(count)]
     failed = False
     with tempfile.TemporaryDirectory() as cache:
-        # for the workers: take nothing from an earlier run, print what ptxas -v says, keep places
+        # who compiles takes nothing from an earlier run, prints what ptxas -v says, keeps places
         os.environ |= {"TRITON_CACHE_DIR": cache, "TRITON_ALWAYS_COMPILE": "1",
                        "TRITON_DUMP_PTXAS_LOG": "1", "TRITON_DISABLE_LINE_INFO": "0"}  # fmt: skip
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(args.jobs, mp_context=spawn) as pool:
+        with contextlib.ExitStack() as stack:
+            in_order: Any = map
+            if args.jobs > 1:
+                spawn = multiprocessing.get_context("spawn")
+                pool = stack.enter_context(ProcessPoolExecutor(args.jobs, mp_context=spawn))
+                in_order = partial(pool.map, chunksize=4)
             for target in args.target:
-                reports = list(pool.map(partial(measure, target_name=target), chosen, chunksize=4))
+                reports = list(in_order(partial(measure, target_name=target), chosen))
                 print(f"{target}: triton {triton.__version__}, {len(reports)} variants")
                 problems = [f"FAILED {r.variant}: {p}" for r in reports for p in r.problems]
                 lines = [] if args.summary else reports
