@@ -24,8 +24,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer
 
-from .replicas import is_distributed, replicas_of
-from .step.checks import entered
+from .replicas import is_distributed, replicas_behind, replicas_of
 from .step.guards import warn_user
 from .step.sharding import is_sharded
 
@@ -455,10 +454,8 @@ def described_context(name: str, context: Any) -> str:
     """Whether a context is known to keep the replicas' gradients apart; others may do anything."""
     if context is None:
         return "None"
-    keeps_apart = replicas_of(context) is not None
-    if not keeps_apart and name == "ascent_context":
-        keeps_apart = replicas_of(entered(context)) is not None  # what it gives says more than it
-    return "of replicas" if keeps_apart else "another"
+    replicas = replicas_behind(context) if name == "ascent_context" else replicas_of(context)
+    return "another" if replicas is None else "of replicas"
 
 
 def differences(settings: Mapping[int, Settings]) -> str | None:

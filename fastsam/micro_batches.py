@@ -1,6 +1,6 @@
 """Steps in which every micro-batch has a perturbation of its own: m-sharpness."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
@@ -38,20 +38,3 @@ class GradientMean:
     def leave(self) -> None:
         """Put the mean into ``.grad``, which is None or zero."""
         put_back({p: grad.to(self._dtypes[p]) for p, grad in self._total.items()})
-
-
-def check_closures(closures: Any, check: Callable[[Any], None]) -> list[Callable[[], Any]]:
-    """The closures of the micro-batches, as a list.
-
-    Raises:
-        TypeError: If it is one function, or one of them is none.
-        ValueError: If there is none.
-    """
-    if callable(closures):
-        raise TypeError("closures must be a sequence of functions, got a function")
-    found = list(closures)
-    if not found:
-        raise ValueError("closures must be at least one, got none")
-    for closure in found:
-        check(closure)
-    return found

@@ -147,6 +147,14 @@ def replicas_of(context: Any) -> Any:
     return None
 
 
+def replicas_behind(context: Any) -> Any:
+    """The same of an ``ascent_context``, as it says itself or what it gives for a pass says."""
+    if context is None:
+        return None
+    found = replicas_of(context)
+    return replicas_of(context()) if found is None and is_distributed() else found
+
+
 def is_distributed() -> bool:
     """Whether there are other processes."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

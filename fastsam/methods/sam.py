@@ -6,8 +6,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from fastsam.optimizer import Context, SharpnessAwareOptimizer
-from fastsam.step.arguments import setting, unified_lam
+from fastsam.optimizer import SharpnessAwareOptimizer
+from fastsam.step.arguments import Context, setting, unified_lam
 from fastsam.step.checks import check_lam
 
 

@@ -8,6 +8,7 @@ values of tensors on a device alone, as the host would have to wait for them.
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from decimal import Decimal
 from numbers import Integral, Real
@@ -33,6 +34,8 @@ class Argument(Protocol):
 
 def shown(value: Any) -> str:
     """A value in a message, on one line and not too long; some integers have no repr."""
+    if isinstance(value, Tensor) and value.numel() != 1:
+        return f"a tensor of shape {tuple(value.shape)}"
     try:
         text = " ".join(repr(value).split())
     except ValueError:
@@ -411,7 +414,12 @@ def setting(
 OF_STATE = "state depends on it; construct another optimizer and load the state dict"
 
 
+#: Gives a context manager, for one pass.
+Context = Callable[[], AbstractContextManager[Any]]
+
+
 def needs_no_argument(function: Callable[..., Any]) -> bool:
+    """Whether it can be called as it is, as far as it says."""
     try:
         inspect.signature(function).bind()
     except TypeError:

@@ -7,7 +7,7 @@ themselves these are what they were when a state dict was last made or loaded.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,8 +16,6 @@ from torch.optim.optimizer import Optimizer
 
 from .loading import (
     Receiver,
-    Snapshot,
-    all_or_nothing,
     check_state_dict,
     fitting,
     is_exact,
@@ -38,6 +36,8 @@ class SharedState(Optimizer):
 
     #: Whose they are.
     _owner: Any
+    #: Attributes that a copy or a pickle leaves out: who comes from one makes or finds them anew.
+    _TRANSIENT: tuple[str, ...] = ()
 
     @property
     def state(self) -> Any:
@@ -57,6 +57,11 @@ class SharedState(Optimizer):
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
         self._owner.param_groups = groups
+
+    def __getstate__(self) -> dict[str, Any]:
+        # hooks stay behind as in torch, and so does the wrapper that an LR scheduler puts on step
+        left = {*self._TRANSIENT, "step"}
+        return {k: x for k, x in vars(self).items() if k not in left and not k.endswith("_hooks")}
 
 
 def write_kept(groups: list[Group], kept: Mapping[str, Any]) -> None:
@@ -103,6 +108,40 @@ def nothing() -> None:
     """What there is to check, or to do, where nobody says otherwise."""
 
 
+class Rollback:
+    """What optimizers hold, to be put back should a load fail.
+
+    A load makes new groups and new entries: it is enough to remember which were there.
+
+    Args:
+        optimizers: Whose attributes.
+        kept: Their own numbers.
+    """
+
+    def __init__(self, optimizers: Iterable[Optimizer], kept: dict[str, Any]) -> None:
+        self._attributes = [(vars(one), dict(vars(one))) for one in optimizers]
+        self._kept, self._values = kept, dict(kept)
+
+    def put_back(self) -> None:
+        """Let everything be as it was."""
+        for attributes, before in self._attributes:
+            attributes.clear()
+            attributes.update(before)
+        self._kept.clear()
+        self._kept.update(self._values)
+
+
+@contextmanager
+def all_or_nothing(optimizers: Iterable[Optimizer], kept: dict[str, Any]) -> Iterator[None]:
+    """A block after whose failure everything is as it was."""
+    rollback = Rollback(optimizers, kept)
+    try:
+        yield
+    except BaseException:
+        rollback.put_back()
+        raise
+
+
 class Loading:
     """What torch's ``load_state_dict`` leaves out, as hooks around it.
 
@@ -127,7 +166,7 @@ class Loading:
         self._before: list[Group] = []
         self._given: dict[str, Any] = {}
         self._exact: list[bool] = []  # by group
-        self._snapshot: Snapshot | None = None
+        self._rollback: Rollback | None = None
 
     def pre(self, optimizer: Optimizer, given: dict[str, Any]) -> None:
         """Before torch loads ``given``; the last of such hooks, so that users' count."""
@@ -136,18 +175,17 @@ class Loading:
             check_state_dict(given, receiver)
             check_bases(given["param_groups"], receiver.groups)
             self._exact = list(map(is_exact, receiver.bases, receiver.rules))
-        holders = {id(x): x for x in (optimizer, getattr(optimizer, "_owner", optimizer))}
-        self._snapshot = Snapshot(holders.values(), self._kept)
+        self._rollback = Rollback(_holders(optimizer), self._kept)
         self._before, self._given = optimizer.param_groups, given
 
     def post(self, optimizer: Optimizer) -> None:
         """After it; the first of such hooks, so that users' find everything complete."""
-        snapshot = self._snapshot
+        rollback = self._rollback
         try:
             self._complete(optimizer)
         except BaseException:
-            if snapshot is not None:
-                snapshot.put_back()
+            if rollback is not None:
+                rollback.put_back()
             raise
 
     def _complete(self, optimizer: Optimizer) -> None:
@@ -170,7 +208,7 @@ class Loading:
         self._done()
 
     def _forget(self) -> None:
-        self._before, self._given, self._exact, self._snapshot = [], {}, [], None
+        self._before, self._given, self._exact, self._rollback = [], {}, [], None
 
     @contextmanager
     def around(self, optimizer: Optimizer) -> Iterator[None]:
@@ -179,9 +217,8 @@ class Loading:
             optimizer.register_load_state_dict_pre_hook(self.pre),
             optimizer.register_load_state_dict_post_hook(self.post, prepend=True),
         ]
-        owner = getattr(optimizer, "_owner", optimizer)
         try:
-            with all_or_nothing({id(x): x for x in (optimizer, owner)}.values(), self._kept):
+            with all_or_nothing(_holders(optimizer), self._kept):
                 yield
         finally:
             self._forget()
@@ -192,6 +229,11 @@ class Loading:
         """Have the hooks on the optimizer for good."""
         optimizer.register_load_state_dict_pre_hook(self.pre)
         optimizer.register_load_state_dict_post_hook(self.post, prepend=True)
+
+
+def _holders(optimizer: Optimizer) -> Iterable[Optimizer]:
+    """The optimizer, and the one whose groups and state it shows."""
+    return {id(x): x for x in (optimizer, getattr(optimizer, "_owner", optimizer))}.values()
 
 
 def parts_of(base: Optimizer) -> tuple[type[Optimizer], dict[str, Any]]:

@@ -1,10 +1,7 @@
 """Bad input, found before anything changes: each error names the argument and what is allowed."""
 
 import inspect
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from numbers import Real
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +9,8 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .arguments import Number, refuse, shown, unified_lam
-from .checkpoint import is_own
-from .sharding import local
+from .arguments import refuse, shown, unified_lam
+from .checkpoint import SharedState, is_own
 from .spec import Ascent, Base, Descent
 
 #: What is said of parameters that DeepSpeed has taken over.
@@ -29,15 +25,6 @@ FSDP1 = (
     "not say of what they are shards: norms would be those of one rank's part; use FSDP2 "
     "(torch.distributed.fsdp.fully_shard) instead"
 )
-
-#: Modules whose loops call ``step`` without a closure, once imported, and what serves there.
-CLOSURELESS = {
-    "lightning.pytorch": "in Lightning's 16-mixed, fastsam.lightning.MixedPrecision",
-    "pytorch_lightning": "in Lightning's 16-mixed, fastsam.lightning.MixedPrecision",
-    "transformers.trainer": "in Hugging Face's Trainer, fastsam.huggingface.SAMTrainer",
-    "accelerate": "in Accelerate, fastsam.accelerate.AcceleratedSAM",
-    "deepspeed": "instead of DeepSpeed's ZeRO, FSDP2 (torch.distributed.fsdp.fully_shard)",
-}
 
 
 def check_perturb(groups: Iterable[Mapping[str, Any]]) -> None:
@@ -77,68 +64,10 @@ def check_ascent_steps(
     raise ValueError(f"ascent_steps must be 1 with {why}; got {value!r}")
 
 
-def entered(context: Callable[[], AbstractContextManager[Any]]) -> AbstractContextManager[Any]:
-    """What a closure is called in: ``ascent_context`` or ``descent_context`` gives it."""
-    try:
-        return context()
-    except TypeError as error:
-        if callable(context) and not hasattr(context, "__enter__"):
-            raise  # its own
-        raise TypeError(
-            "ascent_context and descent_context must be None or functions that give a context "
-            f"manager (model.no_sync, not model.no_sync()), got {type(context).__name__}"
-        ) from error
-
-
-def asks_for_state(groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any]) -> bool:
-    """Whether a step without a closure is ``torch.distributed.checkpoint``'s, that creates state.
-
-    Before it calls, it sets every learning rate to 0 and gives a gradient of zeros to every
-    parameter that can have one. A warm-up from 0 whose closure was forgotten has the rates, too,
-    but gradients of a loss, or none.
-    """
-    rates = [group.get("lr") for group in groups]
-    if state or not all(lr is not None and float(lr) == 0 for lr in rates):
-        return False
-    params = [p for group in groups for p in group["params"] if p.requires_grad]
-    return all(p.grad is not None for p in params) and all(is_zero(p.grad) for p in params)
-
-
-def is_zero(grad: Tensor) -> bool:
-    """Whether all of it, or of this rank's shard, is 0; of a tensor without data yes."""
-    grad = local(grad)
-    return grad.is_meta or (grad.layout == torch.strided and not bool(grad.any()))
-
-
 def check_stop(start: int, stop: int | None) -> None:
     """The steps that are sharpness-aware end after they begin."""
     if stop is not None and stop <= start:
         raise ValueError(f"stop must be None or an integer above start={start}, got {stop!r}")
-
-
-def check_closure(name: str, closure: Any) -> None:
-    """What ``step`` was given."""
-    if closure is None:
-        others = dict.fromkeys(use for module, use in CLOSURELESS.items() if module in sys.modules)
-        raise RuntimeError(
-            f"{name}.step needs a closure that computes the loss and calls backward; without one, "
-            "alternate first_step and second_step; with a GradScaler, call step(closure, "
-            f"grad_scaler=scaler) instead of scaler.step{''.join('; ' + use for use in others)}"
-        )
-    if not callable(closure):
-        raise TypeError(
-            f"closure must be a function that computes the loss, calls backward and returns the "
-            f"loss, got {type(closure).__name__}"
-        )
-    # Lightning's closure has the last micro-batch alone; the others have been accumulated
-    module = next(iter(getattr(closure, "args", None) or ()), None)
-    micro_batches = getattr(getattr(module, "_trainer", None), "accumulate_grad_batches", 1)
-    if isinstance(micro_batches, int) and micro_batches > 1:
-        raise RuntimeError(
-            "accumulate_grad_batches must be 1 with automatic optimization, which does not repeat "
-            f"the micro-batches before the last one for the second pass, got {micro_batches}; use "
-            "manual optimization, with a closure that runs all of them"
-        )
 
 
 def check_partitioned(params: Iterable[Tensor]) -> None:
@@ -172,43 +101,14 @@ def check_common(kwargs: Mapping[str, Any], cls: type) -> None:
         )
 
 
-def check_lets(rho_lr: Any, rho_optimizer: Any, groups: Sequence[Any]) -> float:
-    """The arguments of LETS, and the groups of the optimizer that it wraps; ``rho_lr`` as kept."""
-    rho_lr = Number(tensors=None)("rho_lr", rho_lr)
-    if not (isinstance(rho_optimizer, type) and issubclass(rho_optimizer, Optimizer)):
-        raise TypeError(
-            "rho_optimizer must be a subclass of torch.optim.Optimizer (the class itself), got "
-            f"{shown(rho_optimizer)}"
-        )
-    check_closure_free("rho_optimizer", rho_optimizer)
-    if not float(groups[0]["rho"]) > 0:
-        raise ValueError(
-            f"rho must be above 0 in the first group, to be learned, got {groups[0]['rho']}"
-        )
-    if not all(isinstance(group.get("lr"), (Real, Tensor)) for group in groups):
-        raise ValueError("lr must be a number or a tensor in every group: the radius depends on it")
-    return float(rho_lr)
-
-
-def check_loss(name: str, loss: Any, like: Tensor) -> Tensor:
-    """What a closure returned, as a 0-dim tensor of the dtype and on the device of ``like``."""
-    if isinstance(loss, Real):  # filled in: a copy from the host would wait for the device
-        return torch.full_like(like, float(loss))
-    if not (isinstance(loss, Tensor) and loss.numel() == 1):
-        raise RuntimeError(
-            f"{name} must return the loss, a number or a tensor of one, got {loss!r}"
-        )
-    return loss.detach().reshape(()).to(like)
-
-
-def check_base(base: Any, not_below: type) -> None:
+def check_base(base: Any) -> None:
     """The base optimizer: a class, not sharpness-aware itself, that steps without a closure."""
     if not (isinstance(base, type) and issubclass(base, Optimizer)):
         raise TypeError(
             f"base_optimizer must be a subclass of torch.optim.Optimizer (the class itself), "
             f"got {shown(base)}"
         )
-    if issubclass(base, not_below):
+    if issubclass(base, SharedState):
         raise TypeError(f"base_optimizer must not be sharpness-aware itself, got {base.__name__}")
     check_closure_free("base_optimizer", base)
 

@@ -64,6 +64,11 @@ NO_GRADIENTS = (
     "the closure left no gradient in any parameter: it has to call backward() on the loss of the "
     "model whose parameters are optimized"
 )
+#: Said where a loop, or the closure's last call, has left none.
+NO_SECOND_GRADIENTS = (
+    "the second pass left no gradients: backward has to be called on the loss at the perturbed "
+    "weights as well; the step changes nothing"
+)
 #: Said where replicas would drift apart if the context is one that keeps gradients apart.
 UNKNOWN_CONTEXT = (
     "ascent_context is none that is known to keep gradients apart. If it does, the replicas' "

@@ -9,8 +9,7 @@ import functools
 import inspect
 import math
 from collections import defaultdict
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
@@ -21,6 +20,7 @@ from torch.optim.optimizer import Optimizer
 
 from fastsam.arithmetic import wide_dtype
 
+from .arguments import shown
 from .precision import MASTER
 from .scalars import PREFIX
 from .sharding import check_shards, local
@@ -117,7 +117,7 @@ def check_count(name: str, value: Any, least: float = 0) -> None:
     if number is None or not number.is_integer() or number < least:
         raise ValueError(
             f"{name} in a state dict must be a whole number of at least {least:.0f}, got "
-            f"{_shown(value)}"
+            f"{shown(value)}"
         )
 
 
@@ -137,15 +137,7 @@ def check_scalar(name: str, value: Any, least: float | None = None, nan: bool = 
     good = number is not None and (math.isfinite(number) or nan and math.isnan(number))
     if not good or (least is not None and number < least):  # type: ignore[operator]
         bound = "" if least is None else f" and at least {least:g}"
-        raise ValueError(f"{name} in a state dict must be finite{bound}, got {_shown(value)}")
-
-
-def _shown(value: Any) -> str:
-    """A value in a message: short, whatever it is."""
-    if isinstance(value, Tensor) and value.numel() != 1:
-        return f"a tensor of shape {tuple(value.shape)}"
-    text = repr(value)
-    return text if len(text) < 80 else f"{text[:60]}... ({type(value).__name__})"
+        raise ValueError(f"{name} in a state dict must be finite{bound}, got {shown(value)}")
 
 
 # --- the whole -------------------------------------------------------------------------------
@@ -157,7 +149,7 @@ def check_state_dict(given: Mapping[str, Any], receiver: Receiver) -> None:
     Raises:
         ValueError: If something is missing, out of range or made by another optimizer.
     """
-    groups, state = _parts(given)
+    groups, state = parts_in(given)
     sizes = [len(group["params"]) for group in groups]
     if sizes != [len(group["params"]) for group in receiver.groups]:
         return  # which torch refuses, before anything changes
@@ -180,8 +172,7 @@ def check_state_dict(given: Mapping[str, Any], receiver: Receiver) -> None:
             entry = state.get(key, {})
             if not isinstance(entry, Mapping):
                 raise ValueError(
-                    f"state of parameter {key!r} in a state dict must be a dict, got "
-                    f"{_shown(entry)}"
+                    f"state of parameter {key!r} in a state dict must be a dict, got {shown(entry)}"
                 )
             where = f"of parameter {key!r}"
             if receiver.method:
@@ -228,7 +219,7 @@ def _rehearse(
         ) from error
 
 
-def _parts(given: Mapping[str, Any]) -> tuple[list[Group], Mapping[Hashable, Any]]:
+def parts_in(given: Mapping[str, Any]) -> tuple[list[Group], Mapping[Hashable, Any]]:
     for key in ("param_groups", "state"):
         if key not in given:
             raise ValueError(f"{key!r} is missing in the state dict, which has {', '.join(given)}")
@@ -240,10 +231,10 @@ def _parts(given: Mapping[str, Any]) -> tuple[list[Group], Mapping[Hashable, Any
     if not good:
         raise ValueError(
             "param_groups of a state dict must be a list of dicts with a list of 'params', got "
-            f"{_shown(groups)}"
+            f"{shown(groups)}"
         )
     if not isinstance(state, Mapping):
-        raise ValueError(f"state of a state dict must be a dict, got {_shown(state)}")
+        raise ValueError(f"state of a state dict must be a dict, got {shown(state)}")
     return list(groups), state
 
 
@@ -347,7 +338,7 @@ def _check_hyperparameters(saved: Group, merged: Group, i: int, receiver: Receiv
         if isinstance(value, Tensor) and (value.ndim == 0 or (key == "lr" and value.numel() == 1)):
             number = number_of(value)
             if number is None:
-                raise ValueError(f"{key} in a state dict must be a number, got {_shown(value)}")
+                raise ValueError(f"{key} in a state dict must be a number, got {shown(value)}")
             looked[key] = number
     base = receiver.bases[i]
     for key, default in base.defaults.items() if _is_torchs(base) or _is_own(base) else ():
@@ -369,7 +360,7 @@ def _check_hyperparameters(saved: Group, merged: Group, i: int, receiver: Receiv
                 wrong = "numbers in [0, 1)"
         if wrong:
             raise ValueError(
-                f"{key} of group {i} in a state dict must be {wrong}, got {_shown(value)}"
+                f"{key} of group {i} in a state dict must be {wrong}, got {shown(value)}"
             )
     try:
         receiver.check_group(looked)
@@ -396,7 +387,7 @@ def _check_by_construction(cls: type[Optimizer], group: Group, i: int) -> None:
     for key, value in values.items():
         if complaint(**{key: value}) is not None:
             raise ValueError(
-                f"{key} of group {i} in a state dict is out of range, got {_shown(value)}: {error}"
+                f"{key} of group {i} in a state dict is out of range, got {shown(value)}: {error}"
             )
     raise ValueError(f"group {i} in a state dict is not usable: {error}")
 
@@ -517,65 +508,6 @@ def _check_sharding(entry: Mapping[str, Any], param: Tensor) -> None:
         raise ValueError(str(error)) from error
 
 
-# --- LETS's radius ---------------------------------------------------------------------------
-
-
-def check_learned(own: Any, groups: int, optimizer: Optimizer, rule: Base | None) -> None:
-    """What a state dict of LETS has for the radius.
-
-    Args:
-        own: That.
-        groups: How many groups there are.
-        optimizer: The scalar optimizer.
-        rule: Its declaration, if it has one.
-
-    Raises:
-        ValueError: If it is not what this optimizer would save.
-    """
-    needed = {"log_rho", "ratios", "steps", "optimizer"}
-    good = isinstance(own, Mapping) and own.keys() >= needed
-    if not (good and isinstance(own["ratios"], (list, tuple)) and len(own["ratios"]) == groups):
-        raise ValueError("state_dict['lets'] was not made by LETS for as many groups")
-    name = type(optimizer).__name__
-    maker = own.get("rho_optimizer", name)
-    if maker != name:
-        raise ValueError(
-            f"state_dict['lets'] was made with rho_optimizer={maker} and cannot be loaded with "
-            f"rho_optimizer={name}"
-        )
-    check_scalar("log_rho", own["log_rho"])
-    radius = torch.tensor(number_of(own["log_rho"]), dtype=torch.float64).exp()
-    if not 0 < float(radius) < math.inf:
-        raise ValueError(f"log_rho in a state dict must be of a radius, got {own['log_rho']}")
-    for ratio in own["ratios"]:
-        check_scalar("ratios", ratio, least=0)
-    check_count("steps", own["steps"])
-    try:
-        if not isinstance(own["optimizer"], Mapping):
-            raise ValueError(f"it must be a state dict, got {_shown(own['optimizer'])}")
-        count = len(optimizer.param_groups)
-        receiver = Receiver("", optimizer.param_groups, [optimizer] * count, [rule] * count)
-        check_state_dict(own["optimizer"], receiver)
-        if len(own["optimizer"]["param_groups"]) != count:
-            raise ValueError(f"it must have {count} group")
-    except ValueError as error:
-        message = f"state_dict['lets']['optimizer'] does not fit rho_optimizer={name}: {error}"
-        raise ValueError(message) from error
-
-
-def check_radius(given: Mapping[str, Any], present: Any) -> None:
-    """The first radius in a state dict of the optimizer that LETS wraps.
-
-    Raises:
-        ValueError: If it cannot be learned.
-    """
-    groups, _ = _parts(given)
-    rho = groups[0].get("rho", present) if groups else present
-    number = number_of(rho)
-    if number is None or not 0 < number < math.inf:
-        raise ValueError(f"rho must be above 0 in the first group, to be learned, got {rho}")
-
-
 # --- what goes with what ---------------------------------------------------------------------
 
 
@@ -602,40 +534,3 @@ def fitting(x: Tensor, param: Tensor, exact: bool = False) -> Tensor:
 def is_exact(base: Optimizer, rule: Base | None) -> bool:
     """Whether a base steps with state of the parameters' dtype alone: torch's that is not fused."""
     return rule is None and _is_torchs(base)
-
-
-# --- nothing by halves -----------------------------------------------------------------------
-
-
-class Snapshot:
-    """What optimizers hold, to be put back should a load fail.
-
-    A load makes new groups and new entries: it is enough to remember which were there.
-
-    Args:
-        optimizers: Whose attributes.
-        kept: Their own numbers.
-    """
-
-    def __init__(self, optimizers: Iterable[Optimizer], kept: dict[str, Any]) -> None:
-        self._attributes = [(vars(one), dict(vars(one))) for one in optimizers]
-        self._kept, self._values = kept, dict(kept)
-
-    def put_back(self) -> None:
-        """Let everything be as it was."""
-        for attributes, before in self._attributes:
-            attributes.clear()
-            attributes.update(before)
-        self._kept.clear()
-        self._kept.update(self._values)
-
-
-@contextmanager
-def all_or_nothing(optimizers: Iterable[Optimizer], kept: dict[str, Any]) -> Iterator[None]:
-    """A block after whose failure everything is as it was."""
-    snapshot = Snapshot(optimizers, kept)
-    try:
-        yield
-    except BaseException:
-        snapshot.put_back()
-        raise

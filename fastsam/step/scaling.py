@@ -150,8 +150,8 @@ def _like(x: Any, scalars: Tensor) -> Tensor:
 
 def find_scale(optimizer: Optimizer, grad_scaler: GradScaler | None) -> LossScale | None:
     """The loss scale of a step; None where nobody scales the loss, nor looks for overflows."""
-    attributes = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
-    if grad_scaler is None and all(x is None for x in attributes):
+    scale, found = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+    if grad_scaler is None and scale is None and found is None:
         return None
     return LossScale(optimizer, grad_scaler)
 

@@ -24,7 +24,7 @@ import fastsam
 import fastsam.testing
 from fastsam import bases
 from fastsam.step import spec
-from fastsam.step.checks import CLOSURELESS
+from fastsam.step.closures import CLOSURELESS
 
 import processes
 

@@ -1,6 +1,7 @@
-"""What the first call of ``step`` finds in ``.grad``, and what that says of the loop around it."""
+"""The closure that ``step`` is given, and what its first call says of the loop around it."""
 
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,14 @@ from .guards import Warnings
 from .sharding import is_sharded, local
 from .spec import Group
 
+#: Modules whose loops call ``step`` without a closure, once imported, and what serves there.
+CLOSURELESS = {
+    "lightning.pytorch": "in Lightning's 16-mixed, fastsam.lightning.MixedPrecision",
+    "pytorch_lightning": "in Lightning's 16-mixed, fastsam.lightning.MixedPrecision",
+    "transformers.trainer": "in Hugging Face's Trainer, fastsam.huggingface.SAMTrainer",
+    "accelerate": "in Accelerate, fastsam.accelerate.AcceleratedSAM",
+    "deepspeed": "instead of DeepSpeed's ZeRO, FSDP2 (torch.distributed.fsdp.fully_shard)",
+}
 #: The part of a gradient's norm by which the same one may differ when it is computed again.
 TOLERANCE = 1e-4
 #: Elements of a gradient that are looked at.
@@ -25,6 +34,68 @@ CUT_OFF = (
     "step sets gradients to None before each pass, and then that tensor does not receive them. "
     "Give set_to_none=False to have them zeroed where they are"
 )
+
+
+def check_closure(name: str, closure: Any) -> None:
+    """What ``step`` was given."""
+    if closure is None:
+        others = dict.fromkeys(use for module, use in CLOSURELESS.items() if module in sys.modules)
+        raise RuntimeError(
+            f"{name}.step needs a closure that computes the loss and calls backward; without one, "
+            "alternate first_step and second_step; with a GradScaler, call step(closure, "
+            f"grad_scaler=scaler) instead of scaler.step{''.join('; ' + use for use in others)}"
+        )
+    if not callable(closure):
+        raise TypeError(
+            f"closure must be a function that computes the loss, calls backward and returns the "
+            f"loss, got {type(closure).__name__}"
+        )
+    # Lightning's closure has the last micro-batch alone; the others have been accumulated
+    module = next(iter(getattr(closure, "args", None) or ()), None)
+    micro_batches = getattr(getattr(module, "_trainer", None), "accumulate_grad_batches", 1)
+    if isinstance(micro_batches, int) and micro_batches > 1:
+        raise RuntimeError(
+            "accumulate_grad_batches must be 1 with automatic optimization, which does not repeat "
+            f"the micro-batches before the last one for the second pass, got {micro_batches}; use "
+            "manual optimization, with a closure that runs all of them"
+        )
+
+
+def check_closures(name: str, closures: Any) -> list[Callable[[], Any]]:
+    """What ``step_micro_batches`` was given, as a list.
+
+    Raises:
+        TypeError: If it is one function, or one of them is none.
+        ValueError: If there is none.
+    """
+    if callable(closures):
+        raise TypeError("closures must be a sequence of functions, got a function")
+    found = list(closures)
+    if not found:
+        raise ValueError("closures must be at least one, got none")
+    for closure in found:
+        check_closure(name, closure)
+    return found
+
+
+def asks_for_state(groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any]) -> bool:
+    """Whether a step without a closure is ``torch.distributed.checkpoint``'s, that creates state.
+
+    Before it calls, it sets every learning rate to 0 and gives a gradient of zeros to every
+    parameter that can have one. A warm-up from 0 whose closure was forgotten has the rates, too,
+    but gradients of a loss, or none.
+    """
+    rates = [group.get("lr") for group in groups]
+    if state or not all(lr is not None and float(lr) == 0 for lr in rates):
+        return False
+    params = [p for group in groups for p in group["params"] if p.requires_grad]
+    return all(p.grad is not None for p in params) and all(is_zero(p.grad) for p in params)
+
+
+def is_zero(grad: Tensor) -> bool:
+    """Whether all of it, or of this rank's shard, is 0; of a tensor without data yes."""
+    grad = local(grad)
+    return grad.is_meta or (grad.layout == torch.strided and not bool(grad.any()))
 
 
 @dataclass
