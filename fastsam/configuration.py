@@ -27,6 +27,7 @@ from .passes import Passes
 from .step.arguments import (
     FLAG,
     OF_STATE,
+    OF_TABLES,
     Choice,
     Context,
     GroupArguments,
@@ -51,7 +52,7 @@ from .step.interrupts import uninterrupted
 from .step.loading import LEAST, Receiver, method_name, write_marks
 from .step.precision import MASTER, ROUNDINGS, check_precision
 from .step.scalars import DeviceScalars
-from .step.segments import check_norm
+from .step.segments import NORMS, check_norm
 from .step.spec import Ascent, Base, Descent
 from .step.takeover import TakenOver, take_over, takes_base
 
@@ -67,6 +68,11 @@ def _check_ascents(optimizer: "Configured", ascent_steps: int) -> None:
     check_ascent_steps(
         ascent_steps, type(optimizer).__name__, optimizer.ascent, optimizer.descent, rounds
     )
+
+
+def _check_norm(optimizer: "Configured", norm: str) -> None:
+    name, lam = type(optimizer).__name__, getattr(optimizer, "lam", None)
+    check_norm(norm, name, optimizer.ascent, lam)
 
 
 def _check_served(optimizer: "Configured", backend: str) -> None:
@@ -95,6 +101,7 @@ class Configured(SharedState):
         Number(with_low=False, with_high=True, tensors=None, optional=True)
     )
     skip_nonfinite: bool = setting(FLAG)
+    norm: str = setting(Choice(NORMS), fixed=OF_TABLES, then=_check_norm)
     perturb_every: int = setting(Integer(1))
     start: int = setting(Integer(0))
     stop: int | None = setting(Integer(1, optional=True))
@@ -142,8 +149,7 @@ class Configured(SharedState):
         classes = {cls.__name__: cls}
         if taken is None:
             params, classes = named_classes(params, cls, check_base)
-        check_norm(norm, self.ascent)
-        self._norm = norm
+        self.norm = norm
         self.renormalize = renormalize
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite

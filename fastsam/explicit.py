@@ -416,7 +416,7 @@ class ExplicitPasses(Configured):
             has_masters=self.master_weights,
             is_static=self._is_static,
             seed=self.seed if self.rounding == "stochastic" else None,
-            norm=self._norm,
+            norm=self.norm,
             keeps_weights=recording is not None and recording.hessian == "diag",
             bases=None if self._several is None else self._several.bases,
         )

@@ -412,6 +412,8 @@ def setting(
 
 #: Of settings that decide what state there is.
 OF_STATE = "state depends on it; construct another optimizer and load the state dict"
+#: Of those that decide how the tables on the device are made.
+OF_TABLES = "construct another optimizer and load the state dict"
 
 
 #: Gives a context manager, for one pass.

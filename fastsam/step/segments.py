@@ -7,24 +7,29 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
-from .arguments import Choice
 from .batch import Batch
 from .spec import Ascent, Group
 
 NORMS = ("global", "group", "layer")
 
 
-def check_norm(norm: Any, ascent: Ascent) -> None:
-    """Over what the ascent's norm is.
+def check_norm(norm: str, name: str, ascent: Ascent, lam: Any) -> None:
+    """Whether the perturbation is divided by a norm of its own for every segment.
+
+    Args:
+        norm: One of ``NORMS``.
+        name: The optimizer's, for messages.
+        ascent: Its rule.
+        lam: Unified SAM's weight of normalisation, where it has one.
 
     Raises:
-        ValueError: If it is unknown, or the rule does not divide by such a norm.
+        ValueError: If not.
     """
-    Choice(NORMS)("norm", norm)
-    if norm != "global" and (ascent.norm is None or ascent.accumulate is not None):
+    divides = ascent.norm is not None and ascent.accumulate is None
+    if norm != "global" and not (divides and lam != 0):
         raise ValueError(
-            f"norm must be 'global' with ascent {ascent.name!r}, which does not divide by the norm "
-            f"of one gradient, got {norm!r}"
+            f"norm must be 'global' with {name}, whose perturbation is not divided by the norm of "
+            f"one gradient, got {norm!r}"
         )
 
 

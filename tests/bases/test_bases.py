@@ -276,5 +276,5 @@ def test_adagrad_norm_validates():
     param = torch.nn.Parameter(torch.ones(1))
     with pytest.raises(ValueError, match="lr must be at least 0 and finite, got -1"):
         fastsam.AdaGradNorm([param], lr=-1)
-    with pytest.raises(ValueError, match="initial_accumulator_value must be at least 0, got -1"):
+    with pytest.raises(ValueError, match="initial_accumulator_value must be at least 0 and finite"):
         fastsam.AdaGradNorm([param], initial_accumulator_value=-1)

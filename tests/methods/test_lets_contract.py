@@ -333,11 +333,11 @@ def test_nothing_but_finite_numbers_reaches_the_radius(bad, rho_optimizer, hessi
 
 def test_a_step_skipped_because_its_norm_overflows():
     """Every gradient is finite, and so would be the hypergradient, but of a step not taken."""
-    params = [torch.nn.Parameter(torch.ones(20, device=DEVICE))]
+    params = [torch.nn.Parameter(torch.ones(20, device=DEVICE, dtype=torch.float64))]
     wrapped = fastsam.SAM(params, torch.optim.SGD, skip_nonfinite=True, backend="triton")
     lets = fastsam.LETS(wrapped, hessian="difference")
     before = radius_of(lets)
-    fed = Fed(params, [[torch.full((20,), x).numpy()] for x in (1.0, 3e38, 0.0, 1e-3)], (0, 1))
+    fed = Fed(params, [[np.full(20, x)] for x in (1.0, 1e200, 0.0, 1e-3)], (0, 1))
     lets.step(fed.closure, fed.val_closure)
     assert lets.metrics["skipped"] == 1 and lets.metrics["hypergradient"].isfinite()
     assert radius_of(lets)[0] == before[0] and (params[0] == 1).all()

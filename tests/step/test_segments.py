@@ -158,7 +158,13 @@ def test_lets_learns_a_radius_of_each_layer(backend):
 def test_what_divides_by_no_norm_refuses():
     params = parameters([np.ones(3)], FP32)
     for rule in ("adam", "adagrad_norm"):
-        with pytest.raises(ValueError, match="norm must be 'global' with ascent"):
+        with pytest.raises(ValueError, match="norm must be 'global' with LightSAM"):
             fastsam.LightSAM(params, lr=0.1, rho=0.1, rule=rule, norm="layer")
+    with pytest.raises(ValueError, match="norm must be 'global' with USAM"):
+        fastsam.USAM(params, torch.optim.SGD, lr=0.1, norm="layer")
     with pytest.raises(ValueError, match="norm must be one of 'global', 'group', 'layer'"):
         fastsam.SAM(params, torch.optim.SGD, lr=0.1, norm=2)
+    optimizer = fastsam.SAM(params, torch.optim.SGD, lr=0.1, norm="layer")
+    assert optimizer.norm == "layer"
+    with pytest.raises(AttributeError, match="norm must stay 'layer'"):
+        optimizer.norm = "global"
