@@ -25,6 +25,7 @@ from .precision import MASTER
 from .scalars import PREFIX
 from .sharding import check_shards, local
 from .spec import Ascent, Base, Group
+from .torch_state import NUMBER, is_torchs, shapes_of
 
 #: The group keys that say which method made a state dict, and on which base optimizer.
 METHOD, BASE = PREFIX + "method", PREFIX + "base"
@@ -32,6 +33,8 @@ METHOD, BASE = PREFIX + "method", PREFIX + "base"
 FLAGS = ("foreach", "fused", "capturable", "differentiable", "maximize")
 #: Group keys whose tensors are looked at as the numbers that they hold.
 TENSORS = ("rho", "eta", "lr", "weight_decay")
+#: Hyper-parameters that may be infinite: ASGD's start, Rprop's bounds, what Adafactor clips at.
+ENDLESS = ("t0", "step_sizes", "d")
 #: Those of the optimizer's own numbers that only an option makes.
 OPTIONAL = ("rounding_step",)
 
@@ -167,7 +170,6 @@ def check_state_dict(given: Mapping[str, Any], receiver: Receiver) -> None:
         ascents = {} if ascent is None else ascent.state_names(merged[i])
         known |= names.keys() | ascents.keys()
         listed.update(saved["params"])
-        entries = []
         for key, param in zip(saved["params"], receiver.groups[i]["params"], strict=True):
             entry = state.get(key, {})
             if not isinstance(entry, Mapping):
@@ -180,11 +182,8 @@ def check_state_dict(given: Mapping[str, Any], receiver: Receiver) -> None:
             if rule is not None:
                 _check_base_state(entry, rule, names, param, where)
             else:
-                _check_unfused(entry, receiver.bases[i], param, where)
+                _check_unfused(entry, receiver.bases[i], merged[i], param, where)
             _check_sharding(entry, param)
-            entries.append(entry)
-        if rule is None and _is_torchs(receiver.bases[i]):
-            _check_alike(saved["params"], entries)
     for key, entry in state.items():
         if key not in listed and isinstance(entry, Mapping) and known & entry.keys():
             raise ValueError(
@@ -235,6 +234,19 @@ def parts_in(given: Mapping[str, Any]) -> tuple[list[Group], Mapping[Hashable, A
         )
     if not isinstance(state, Mapping):
         raise ValueError(f"state of a state dict must be a dict, got {shown(state)}")
+    for key in (key for group in groups for key in group["params"]):
+        try:
+            hash(key)
+        except TypeError:
+            raise ValueError(
+                f"params of a group in a state dict must be keys of its state, got {shown(key)}"
+            ) from None
+    for group in groups:
+        for mark in (METHOD, BASE):
+            if not isinstance(group.get(mark, ""), (str, type(None))):
+                raise ValueError(
+                    f"{mark} of a group in a state dict must be a name, got {shown(group[mark])}"
+                )
     return list(groups), state
 
 
@@ -275,6 +287,12 @@ def _check_unmarked(
     others = [key for key in saved if key.startswith(PREFIX) and key not in {*numbers, BASE}]
     if others:
         raise _other(f"another method, with {others[0]!r}", mine)
+    if PREFIX + "t" in saved:  # then its method has written all of its own
+        arguments = {} if receiver.ascent is None else receiver.ascent.arguments
+        needed = [PREFIX + name for name in receiver.kept if name not in OPTIONAL]
+        lacks = [key for key in (*needed, *arguments) if key in present and key not in saved]
+        if lacks:
+            raise _other(f"another method, without {lacks[0]!r}", mine)
     switches = ["adaptive"]
     if receiver.bases and _is_own(receiver.bases[0]):  # as of AdaSAM, whose update it is
         switches.append("amsgrad")
@@ -289,15 +307,22 @@ def _guess(saved: Group, present: Group, base: Optimizer) -> str:
     known = {_ACCUMULATED}.union(*hyper.values())
     has = [key for key in saved if key in known and key not in present]
     lacks = [key for key in present if key in known and key not in (*saved, *_ADDED)]
-    strange = {*has} - {*_ADDED} if _is_torchs(base) else {*has} - {"weight_decay"}
-    own_or_torchs = _is_torchs(base) or _is_own(base)  # whose keys are known
+    strange = {*has} - {*_ADDED} if is_torchs(base) else {*has} - {"weight_decay"}
+    own_or_torchs = is_torchs(base) or _is_own(base)  # whose keys are known
     if strange and (own_or_torchs or lacks and not strange <= {*FLAGS}):
         fits = {name: keys & saved.keys() for name, keys in hyper.items() if set(has) <= keys}
         likely = max(fits, key=lambda name: len(fits[name]), default="another optimizer")
         without = f" and lack {lacks[0]!r}" if lacks else ""
         return f"{likely} (its groups have {has[0]!r}{without})"
     decoupled, own = (group.get("decoupled_weight_decay") for group in (saved, present))
-    if type(base).__name__ in _ADAMS.values() and None not in (decoupled, own):
+    is_adam = type(base).__name__ in _ADAMS.values()
+    if is_torchs(base) and "betas" in present and saved.keys() >= {"betas", "capturable"}:
+        # of a torch in which Adam's groups all have amsgrad, and only they
+        if is_adam and "amsgrad" not in saved:
+            return "RAdam (its groups lack 'amsgrad')"
+        if not is_adam and "amsgrad" in saved:
+            return f"{_ADAMS[decoupled is True]} (its groups have 'amsgrad')"
+    if is_adam and None not in (decoupled, own):
         return "" if decoupled == own else _ADAMS[decoupled is True]
     return ""
 
@@ -319,10 +344,6 @@ def _torch_hyperparameters() -> dict[str, frozenset[str]]:
     }
 
 
-def _is_torchs(base: Optimizer) -> bool:
-    return type(base).__module__.startswith("torch.optim")
-
-
 def _is_own(base: Optimizer) -> bool:
     return type(base).__module__.partition(".")[0] == __name__.partition(".")[0]
 
@@ -341,10 +362,13 @@ def _check_hyperparameters(saved: Group, merged: Group, i: int, receiver: Receiv
                 raise ValueError(f"{key} in a state dict must be a number, got {shown(value)}")
             looked[key] = number
     base = receiver.bases[i]
-    for key, default in base.defaults.items() if _is_torchs(base) or _is_own(base) else ():
+    for key, default in base.defaults.items() if is_torchs(base) or _is_own(base) else ():
         value, wrong = looked.get(key, default), ""
-        if isinstance(default, bool):
-            if not isinstance(value, bool) and key not in ("foreach", "fused"):  # or None
+        if key in ("foreach", "fused"):
+            if not isinstance(value, bool) and value is not None:
+                wrong = "True, False or None"
+        elif isinstance(default, bool):
+            if not isinstance(value, bool):
                 wrong = "True or False"
         elif isinstance(default, (int, float, Tensor)):
             number = number_of(value)
@@ -352,12 +376,12 @@ def _check_hyperparameters(saved: Group, merged: Group, i: int, receiver: Receiv
                 wrong = "a number"
             elif number < 0 and key in ("lr", "weight_decay", "eps"):
                 wrong = "at least 0"
+            elif math.isinf(number) and key not in ENDLESS:
+                wrong = "finite"
+            elif key == "alpha" and type(base).__name__ == "RMSprop" and number > 1:
+                wrong = "in [0, 1]"
         elif isinstance(default, tuple):
-            numbers = list(map(number_of, value)) if isinstance(value, (tuple, list)) else []
-            if len(numbers) != len(default) or None in numbers:
-                wrong = f"{len(default)} numbers"
-            elif key == "betas" and not all(0 <= x < 1 for x in numbers if x is not None):
-                wrong = "numbers in [0, 1)"
+            wrong = _wrong_numbers(key, value, default)
         if wrong:
             raise ValueError(
                 f"{key} of group {i} in a state dict must be {wrong}, got {shown(value)}"
@@ -366,8 +390,24 @@ def _check_hyperparameters(saved: Group, merged: Group, i: int, receiver: Receiv
         receiver.check_group(looked)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"group {i} in a state dict is not usable: {error}") from error
-    if _is_torchs(base):
+    if is_torchs(base):
         _check_by_construction(type(base), looked, i)
+
+
+def _wrong_numbers(key: str, value: Any, default: tuple[Any, ...]) -> str:
+    """What several numbers must be, if they are not. None is one where it is in the default."""
+    found = list(map(number_of, value)) if isinstance(value, (tuple, list)) else []
+    numbers = [x for x in found if x is not None]
+    if len(found) != len(default) or any(
+        x is None and not (given is None and own is None)
+        for x, given, own in zip(found, value, default, strict=True)
+    ):
+        return f"{len(default)} numbers"
+    if key == "betas" and not all(0 <= x < 1 for x in numbers):
+        return "numbers in [0, 1)"
+    if any(math.isnan(x) or (math.isinf(x) and key not in ENDLESS) for x in numbers):
+        return "finite"
+    return ""
 
 
 def _check_by_construction(cls: type[Optimizer], group: Group, i: int) -> None:
@@ -416,7 +456,10 @@ def _check_kept(groups: Sequence[Group], receiver: Receiver) -> None:
 # --- state -----------------------------------------------------------------------------------
 
 
-def _check_tensor(name: str, value: Any, param: Tensor, where: str) -> None:
+def _check_tensor(
+    name: str, value: Any, param: Tensor, where: str, shape: tuple[int, ...] | None = None
+) -> None:
+    """A state tensor, of the parameter's shape or of another."""
     wrong = ""
     if not isinstance(value, Tensor):
         wrong = f"a tensor, got {type(value).__name__}"
@@ -426,7 +469,7 @@ def _check_tensor(name: str, value: Any, param: Tensor, where: str) -> None:
         wrong = f"of a floating dtype, got {value.dtype}"
     if wrong:
         raise ValueError(f"state {name!r} {where} in a state dict must be {wrong}")
-    if value.shape != param.shape:
+    if value.shape != (param.shape if shape is None else shape):
         raise ValueError(
             f"state {name!r} {where} has shape {tuple(value.shape)} and its parameter "
             f"{tuple(param.shape)}: the state dict was made for other parameters"
@@ -476,29 +519,36 @@ def _check_base_state(
         raise _missing(missing[0], where, entry)
 
 
-def _check_unfused(entry: Mapping[str, Any], base: Optimizer, param: Tensor, where: str) -> None:
-    """Of a base whose state is its own business: what can be known of it."""
-    name_of_base = type(base).__name__
-    known = _is_torchs(base) and name_of_base not in ("Adafactor", "LBFGS")  # of other shapes
-    for name, value in entry.items():
-        if not isinstance(name, str) or name.startswith("ascent_"):
-            continue
-        if name == "step" and _is_torchs(base):
-            check_count(f"state 'step' {where}", value)
-        elif known and name in ("mu_product", "eta", "mu"):
-            check_scalar(f"state {name!r} {where}", value)
-        elif value is not None and (known or hasattr(value, "__array__")):
-            if known or not isinstance(value, Tensor):
+def _check_unfused(
+    entry: Mapping[str, Any], base: Optimizer, group: Group, param: Tensor, where: str
+) -> None:
+    """Of a base whose state is its own business: what can be known of it.
+
+    torch's optimizers create all state of a parameter at once.
+    """
+    shapes = shapes_of(base, group, param, number_of)
+    own = {name: x for name, x in entry.items() if not str(name).startswith("ascent_")}
+    for name, value in own.items():
+        if shapes is None:
+            if name == "step" and is_torchs(base):
+                check_count(f"state 'step' {where}", value)
+            elif hasattr(value, "__array__") and not isinstance(value, Tensor):
                 _check_tensor(name, value, param, where)
-
-
-def _check_alike(keys: Sequence[Hashable], entries: Sequence[Mapping[str, Any]]) -> None:
-    """torch's optimizers create all state of a parameter at once, the same in all of a group."""
-    names = [{x for x in entry if not str(x).startswith("ascent_")} for entry in entries]
-    everything = set().union(*names) if names else set()
-    for key, own, entry in zip(keys, names, entries, strict=True):
-        if own and (missing := sorted(everything - own, key=str)):
-            raise _missing(missing[0], f"of parameter {key!r}", entry)
+        elif name == "step":
+            check_count(f"state 'step' {where}", value)
+        elif name not in shapes or shapes[name] is not NUMBER:
+            _check_tensor(name, value, param, where, shapes.get(name))
+        else:
+            check_scalar(f"state {name!r} {where}", value)
+    missing = [name for name in shapes or () if name not in own]
+    if own and missing:
+        if strange := [name for name in own if name not in (shapes or ())]:
+            raise _other(
+                f"another optimizer (its state {where} has {strange[0]!r} and lacks "
+                f"{missing[0]!r})",
+                ("", type(base).__name__),
+            )
+        raise _missing(missing[0], where, entry)
 
 
 def _check_sharding(entry: Mapping[str, Any], param: Tensor) -> None:
@@ -533,4 +583,4 @@ def fitting(x: Tensor, param: Tensor, exact: bool = False) -> Tensor:
 
 def is_exact(base: Optimizer, rule: Base | None) -> bool:
     """Whether a base steps with state of the parameters' dtype alone: torch's that is not fused."""
-    return rule is None and _is_torchs(base)
+    return rule is None and is_torchs(base)
