@@ -187,6 +187,7 @@ def test_loop_in_plain_torch(base, dtype):
     optimizer = fastsam.USAM(params, cls, rho, backend="reference", master_weights=True, **kwargs)
     copies = [torch.nn.Parameter(w.float()) for w in starts]
     plain = cls(copies, foreach=False, **kwargs)
+    away = -rho if kwargs.get("maximize") else rho  # to worse points
     lost, exact = 0, DEVICE == "cpu" or cls is torch.optim.SGD
     for _ in range(8):
         for half in (optimizer.first_step, optimizer.second_step):
@@ -195,8 +196,8 @@ def test_loop_in_plain_torch(base, dtype):
             half()
         for w in copies:
             g = torch.sin(3 * w.detach().to(dtype))
-            perturbed = (w.detach() + rho * g.float()).to(dtype)
-            lost += int((perturbed != (w.detach().to(dtype) + rho * g.float()).to(dtype)).sum())
+            perturbed = (w.detach() + away * g.float()).to(dtype)
+            lost += int((perturbed != (w.detach().to(dtype) + away * g.float()).to(dtype)).sum())
             w.grad = torch.sin(3 * perturbed).float()
         plain.step()
         for p, w in zip(params, copies, strict=True):
