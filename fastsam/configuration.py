@@ -33,6 +33,7 @@ from .step.arguments import (
     GroupArguments,
     Integer,
     Number,
+    complete_settings,
     context,
     setting,
 )
@@ -54,7 +55,7 @@ from .step.precision import MASTER, ROUNDINGS, check_precision
 from .step.scalars import DeviceScalars
 from .step.segments import NORMS, check_norm
 from .step.spec import Ascent, Base, Descent
-from .step.takeover import TakenOver, take_over, takes_base
+from .step.takeover import TakenOver, put_guard, take_over, takes_base
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -379,9 +380,11 @@ class Configured(SharedState):
             self.base_optimizer = self._owner = base.__new__(base)
             self._base = find_base(base)
         super().__setstate__(state)
+        complete_settings(self)
         groups = (self.defaults | group for group in parts.get("param_groups", ()))
         own = {MASTER}.union(*map(self.ascent.states, groups))
         set_parts(self.base_optimizer, parts, own)
         if base is not None:
             self._make_checks(p for group in self.param_groups for p in group["params"])
             self._start()
+            put_guard(self)

@@ -16,7 +16,7 @@ from fastsam.bases import find_base
 from fastsam.explicit import uncompiled
 from fastsam.kernels import table
 from fastsam.optimizer import SharpnessAwareOptimizer
-from fastsam.step.arguments import Choice, Integer, Number, setting, shown
+from fastsam.step.arguments import Choice, Integer, Number, complete_settings, setting, shown
 from fastsam.step.capture import refuse
 from fastsam.step.checkpoint import SharedState, all_or_nothing
 from fastsam.step.checks import check_closure_free
@@ -358,6 +358,9 @@ class LETS(SharedState):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        complete_settings(self)
+        if "_begun" not in vars(self):  # as in older pickles
+            self._steps = vars(self).pop("_steps", 0)
         self._share()
         # as in torch's constructor: a copy would warn about "capturable", which is meant
         self.rho_optimizer._warned_capturable_if_run_uncaptured = True

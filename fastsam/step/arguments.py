@@ -410,6 +410,23 @@ def setting(
     return Setting(argument, fixed, then)
 
 
+def complete_settings(owner: Any) -> None:
+    """Give settings that are not there, as in a pickle of an older version, their defaults.
+
+    These are the constructors': each is an argument of the class that has it, or of a parent.
+    """
+    held, classes = vars(owner), type(owner).__mro__
+    settings = {k for cls in classes for k, x in vars(cls).items() if isinstance(x, Setting)}
+    if not (missing := settings - held.keys()):
+        return
+    for cls in classes:
+        if "__init__" in vars(cls):
+            parameters = inspect.signature(cls.__init__).parameters  # type: ignore[misc]
+            for name in missing & parameters.keys() - held.keys():
+                if parameters[name].default is not inspect.Parameter.empty:
+                    held[name] = parameters[name].default
+
+
 #: Of settings that decide what state there is.
 OF_STATE = "state depends on it; construct another optimizer and load the state dict"
 #: Of those that decide how the tables on the device are made.

@@ -8,7 +8,7 @@ file of the user's) and a declaration here: an :class:`Ascent`, a :class:`Descen
 import functools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from torch import Tensor
@@ -58,8 +58,22 @@ def along_gradient(g: Tensor, state: dict[str, Tensor], h: Columns) -> Tensor:
     return g
 
 
+class Rule:
+    """What all rules have in common."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """One that was pickled before a field was new has the field's default."""
+        new = [x for x in fields(self) if x.name not in state]  # type: ignore[arg-type]
+        for x in new:
+            if x.default_factory is not MISSING:
+                vars(self)[x.name] = x.default_factory()
+            elif x.default is not MISSING:
+                vars(self)[x.name] = x.default
+        vars(self).update(state)
+
+
 @dataclass(frozen=True, eq=False)
-class Ascent:
+class Ascent(Rule):
     r"""How the perturbation follows from the first gradient: :math:`e = r\, T^2 d`.
 
     The equations work on any number of elements, in float32 or float64, and write to nothing. ``g``
@@ -149,7 +163,7 @@ class Ascent:
 
 
 @dataclass(frozen=True, eq=False)
-class Descent:
+class Descent(Rule):
     r"""What the base update takes: :math:`u = c\, \tilde g + c_1\, g`.
 
     The equations work on 0-dim tensors. ``state`` and ``sums`` are dicts by name, ``h`` is what
@@ -220,7 +234,7 @@ class Descent:
 
 
 @dataclass(frozen=True, eq=False)
-class Base:
+class Base(Rule):
     """A base optimizer whose update runs inside fastsam's own update pass.
 
     Args:

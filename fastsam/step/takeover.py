@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 from torch.optim.optimizer import Optimizer
 
 from .checkpoint import BASE_KEY, Loading, SharedState
+from .loading import BASE, METHOD, OPTIONAL, method_name
+from .scalars import PREFIX
 from .spec import Group
 
 Made = TypeVar("Made", bound=Optimizer)
@@ -54,6 +56,13 @@ class Guard:
             )
 
 
+def put_guard(made: Any) -> None:
+    """Guard the base of an optimizer that has taken it over, or that is a copy of such a one."""
+    name = vars(made).get("_taken_over_by")
+    if name is not None:
+        made.base_optimizer.register_step_pre_hook(Guard(name))
+
+
 @contextmanager
 def stepped_from_here(base: Optimizer) -> Iterator[None]:
     """In the block the base may be stepped, whoever it was taken over from."""
@@ -86,6 +95,7 @@ def take_over(
     kept = optimizer.__dict__.get("kept")
     try:
         made = cls(taken.groups, taken, *args, **kwargs)
+        _check_state(made, before)
     except BaseException:
         for group, held in zip(optimizer.param_groups, before, strict=True):
             group.clear()
@@ -94,7 +104,8 @@ def take_over(
         if kept is not None:
             vars(optimizer)["kept"] = kept
         raise
-    optimizer.register_step_pre_hook(Guard(cls.__name__))
+    vars(made)["_taken_over_by"] = type(made).__name__
+    put_guard(made)
     return made
 
 
@@ -124,6 +135,37 @@ def _check(cls: Any, optimizer: Any) -> None:
         raise ValueError(
             "optimizer must not be the base of another of fastsam's optimizers, and this "
             f"{type(optimizer).__name__} is: go on with the one that it belongs to"
+        )
+
+    for group in optimizer.param_groups:  # of a state dict that it has loaded
+        made, mine = group.get(METHOD), (method_name(cls), type(optimizer).__name__)
+        base = group.get(BASE, mine[1])
+        if made not in (None, mine[0]) or base != mine[1]:
+            by = f"{made} on {base}" if made else base
+            raise ValueError(
+                f"optimizer has loaded a state dict that was made by {by}, which {mine[0]} on "
+                f"{mine[1]} cannot go on with"
+            )
+
+
+def _check_state(made: Any, groups: Sequence[Group]) -> None:
+    """Older state dicts do not say who made them; some have what only another method has.
+
+    Args:
+        made: The new optimizer.
+        groups: As they were before.
+    """
+    known = {METHOD, BASE, *(PREFIX + name for name in (*made.kept, *OPTIONAL))}
+    found = [key for group in groups for key in group if key[: len(PREFIX)] == PREFIX]
+    strange = [key for key in found if key not in known]
+    for group in made.param_groups:
+        names = made.ascent.state_names(group)
+        keys = (key for param in group["params"] for key in made.state.get(param, ()))
+        strange += [key for key in keys if str(key).startswith("ascent_") and key not in names]
+    if strange:
+        raise ValueError(
+            f"optimizer has {strange[0]!r} of another method, which {type(made).__name__} cannot "
+            "go on with"
         )
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import pickle
 
 import pytest
 import torch
@@ -317,3 +318,88 @@ def test_a_constructor_that_fails_late():
         Late.from_optimizer(optimizer)
     assert snapshot(optimizer) == before and optimizer.kept is kept
     assert fastsam.SAM.from_optimizer(optimizer).kept["squared_norms"] is kept["squared_norms"]
+
+
+# --- what a torch optimizer has loaded -----------------------------------------------------------
+
+
+def loaded(cls, marked=True, **kwargs):
+    """AdamW with a state dict of a method on it."""
+    given = cls(parameters(), torch.optim.AdamW, **kwargs)
+    sam_step(given)
+    saved = copy.deepcopy(given.state_dict())
+    for group in saved["param_groups"] if not marked else ():
+        del group["fastsam_method"], group["fastsam_base"]
+    plain = ADAMW(parameters())
+    plain.load_state_dict(saved)
+    return plain
+
+
+@pytest.mark.parametrize(("maker", "cls"), [
+    (fastsam.ASAM, fastsam.SAM), (fastsam.VaSSO, fastsam.SAM), (fastsam.SAM, fastsam.ASAM),
+    (fastsam.SAMAR, fastsam.USAM), (fastsam.SAM, fastsam.VaSSO),
+])  # fmt: skip
+def test_another_methods_state_is_not_taken_over(maker, cls):
+    """By its name, and the optimizer is as it was; its own method goes on with it."""
+    plain = loaded(maker)
+    before = snapshot(plain)
+    match = f"made by {maker.__name__} on AdamW, which {cls.__name__} on AdamW cannot go on with"
+    with pytest.raises(ValueError, match=match):
+        cls.from_optimizer(plain)
+    assert snapshot(plain) == before
+    taken = maker.from_optimizer(plain)
+    assert taken.kept["t"] == 2
+    sam_step(taken)
+    maker(parameters(), torch.optim.AdamW).load_state_dict(taken.state_dict())
+
+
+@pytest.mark.parametrize(("maker", "key"), [
+    (fastsam.VaSSO, "ascent_ema"), (fastsam.SAMAR, "fastsam_lam"),
+])  # fmt: skip
+def test_older_state_of_another_method_is_not_taken_over(maker, key):
+    """It does not say whose it is, but has what only that method has."""
+    plain = loaded(maker, marked=False)
+    before = snapshot(plain)
+    with pytest.raises(ValueError, match=f"has '{key}' of another method, which SAM cannot"):
+        fastsam.SAM.from_optimizer(plain)
+    assert snapshot(plain) == before
+    assert maker.from_optimizer(plain).kept["t"] == 2
+
+
+def test_a_mark_of_another_base_is_refused():
+    plain = torch.optim.Adam(parameters())
+    plain.load_state_dict(loaded(fastsam.SAM).state_dict())
+    with pytest.raises(ValueError, match="made by SAM on AdamW, which SAM on Adam cannot"):
+        fastsam.SAM.from_optimizer(plain)
+
+
+class Mine(fastsam.SAM):
+    """It computes what its parent does."""
+
+
+def test_a_subclass_goes_on_with_its_parents():
+    assert Mine.from_optimizer(loaded(fastsam.SAM)).kept["t"] == 2
+
+
+@pytest.mark.parametrize("base", [SGD, MUON])
+@pytest.mark.parametrize("lets", [False, True])
+def test_copies_and_pickles_keep_the_guard(base, lets):
+    """On their own base, and they step as the original does."""
+    sam = fastsam.SAM.from_optimizer(base(parameters()), rho=RHO)
+    sam_step(sam)
+    whole = fastsam.LETS(sam) if lets else sam
+    once = copy.deepcopy(whole)
+    for one in (once, copy.deepcopy(once), pickle.loads(pickle.dumps(whole))):
+        inner = getattr(one, "optimizer", one)
+        with pytest.raises(RuntimeError, match=r"given to SAM\.from_optimizer"):
+            inner.base_optimizer.step()
+        twin = copy.deepcopy(sam)
+        sam_step(inner)
+        sam_step(twin)
+        assert all(map(torch.equal, params_of(inner), params_of(twin)))
+        assert len(inner.base_optimizer._optimizer_step_pre_hooks) == 1
+
+
+def test_copies_of_others_have_no_guard():
+    sam = copy.deepcopy(fastsam.SAM(parameters(), torch.optim.Muon, lr=0.02))
+    assert not sam.base_optimizer._optimizer_step_pre_hooks
