@@ -219,8 +219,9 @@ class Configured(SharedState):
             TypeError: For an argument of the base optimizer's; if ``optimizer`` is something else
                 or one of fastsam's; for classes with an update of their own (``AdaSAM``,
                 ``LightSAM``).
-            ValueError: If ``optimizer`` is the base of another of fastsam's already. The others
-                are the constructor's. The optimizer is as it was then.
+            ValueError: If ``optimizer`` is the base of another of fastsam's already, or has loaded
+                a state dict of another method. The others are the constructor's. The optimizer is
+                as it was then.
         """
         return take_over(cls, optimizer, args, kwargs)
 
