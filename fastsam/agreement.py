@@ -6,6 +6,7 @@ others. A rank that alone sees a change can wait there as long as it likes, wher
 would meet one of another kind.
 """
 
+import contextlib
 import gc
 import hashlib
 import json
@@ -35,10 +36,13 @@ LIMIT: float | None = None
 #: Seconds between looks at what came too late to be waited for.
 LOOK_AGAIN = 10.0
 
+#: Seconds for which a rank that is about to raise waits until the others have taken the verdict.
+PARTING = 2.0
+
 #: Attributes that ranks have to have alike, where an optimizer has them.
 ATTRIBUTES = ("renormalize", "max_grad_norm", "skip_nonfinite", "perturb_every", "start", "stop",
               "master_weights", "rounding", "seed", "ascent_context", "descent_context", "backend",
-              "lam", "rule", "_rule", "norm", "ascent_steps")  # fmt: skip
+              "lam", "rule", "_rule", "_norm", "ascent_steps")  # fmt: skip
 #: Group keys that change how something is computed and not what.
 FREE = ("params", "foreach", "fused", "capturable", "differentiable")
 
@@ -331,14 +335,28 @@ class Meeting:
             pause = min(1.5 * pause, 0.25)
         return True
 
+    def _wait_until_gone(self, key: str, seconds: float) -> None:
+        """Until the last rank has removed it, or for so long."""
+        deadline, pause = time.monotonic() + seconds, 0.0005
+        while self._store.check([key]) and time.monotonic() < deadline:
+            time.sleep(pause)
+            pause = min(1.5 * pause, 0.05)
+
     def _take(self, number: int) -> str | None:
-        """A verdict; the last to take it removes what the comparison has left."""
+        """A verdict; the last to take it removes what the comparison has left.
+
+        One that ends the program is left to the others for a moment: this rank may be the one that
+        hosts the store. What has been read counts, whatever becomes of the store afterwards.
+        """
         self._all_came = True
         verdict = str(self._store.get(f"{number}/verdict").decode())
-        self._store.delete_key(f"{number}/{self._rank}")
-        if self._store.add(f"{number}/taken", 1) == len(self._ranks):
-            for name in ("came", "taken", "late", "verdict"):
-                self._store.delete_key(f"{number}/{name}")
+        with contextlib.suppress(RuntimeError):  # another rank has ended; the next call says so
+            self._store.delete_key(f"{number}/{self._rank}")
+            if self._store.add(f"{number}/taken", 1) == len(self._ranks):
+                for name in ("came", "taken", "late", "verdict"):
+                    self._store.delete_key(f"{number}/{name}")
+            elif verdict[0] == "!":
+                self._wait_until_gone(f"{number}/verdict", PARTING)
         if verdict[0] == "?":  # the other may have been of an optimizer that one rank alone had
             warn_user(verdict[1:])
         return verdict[1:] if verdict[0] == "!" else None

@@ -1,6 +1,7 @@
 """Ranks that train one model with different settings: each says so, before weights differ."""
 
 import contextlib
+import time
 import warnings
 from unittest import mock
 
@@ -77,6 +78,7 @@ UNLIKE = {
     "skip_nonfinite": (
         {"skip_nonfinite": True}, "skip_nonfinite is False on rank 0 and True on rank 1"
     ),
+    "norm": ({"norm": "layer"}, "norm is 'global' on rank 0 and 'layer' on rank 1"),
     "base": (
         {"base_optimizer": torch.optim.Adam}, "base_optimizer is SGD on rank 0 and Adam on rank 1"
     ),
@@ -230,6 +232,79 @@ def test_change_of_one_rank():
     assert said == f"ranks [0] have not made a change of rank 1: {change}"
     assert seen == [f"waiting for ranks [0], which have not come with the change: {change}"]
     assert same
+
+
+class LostOnCleaning:
+    """A store that is gone as soon as something is to be removed: its host has ended."""
+
+    def __init__(self, store):
+        self._store = store
+
+    def __getattr__(self, name):
+        return getattr(self._store, name)
+
+    def delete_key(self, key):
+        raise dist.DistNetworkError("the host of the store has closed the connection")
+
+
+def parting(rank, size):
+    """Rank 1 is slow to take a verdict, in the second round of a store that fails after it."""
+    said, gone = [], []
+    model = wrapped(small_network())
+    closure = closure_for(model, rank, size)
+    for is_lost in (False, True):
+        optimizer = fastsam.SAM(model.parameters(), **SGD)
+        optimizer.step(closure)
+        meeting = optimizer._agreement._meeting
+        wait = meeting._wait
+
+        def slowly(number, seconds, wait=wait):
+            found = wait(number, seconds)
+            time.sleep(0.5)
+            return found
+
+        if rank == 1:
+            meeting._wait = slowly
+            if is_lost:
+                meeting._store = LostOnCleaning(meeting._store)
+        optimizer.stop = 7 + rank
+        parting = 0.0 if is_lost else processes.TIMEOUT
+        with mock.patch.object(agreement, "PARTING", parting), quick(60.0, None) as seen:
+            said.append(message_of(optimizer.first_step))
+        gone.append(rank == 1 or not meeting._store.check(["1/verdict"]))
+        said += [str(one.message) for one in seen]
+        dist.barrier()
+    return said, gone[0]
+
+
+def test_every_rank_has_the_verdict_before_one_ends():
+    """A rank that raises waits for the others; one that has read it raises without the store."""
+    for said, gone in processes.run(2, parting):
+        assert [one.rpartition("; ")[2].rpartition("same: ")[2] for one in said] == [
+            "stop is 7 on rank 0 and 8 on rank 1"
+        ] * 2
+        assert gone
+
+
+def test_a_rank_does_not_wait_for_good():
+    """For one that does not take the verdict: it has gone on or has ended."""
+    with mock.patch.object(dist, "get_rank", return_value=0):
+        meeting = agreement.Meeting(dist.HashStore(), [0, 1], "key")
+    meeting._store.set("0/verdict", "!they differ")
+    with mock.patch.object(agreement, "PARTING", 0.05):
+        assert meeting._take(0) == "they differ"
+    assert meeting._store.check(["0/verdict"])  # for the other
+
+
+# --- what is compared -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", agreement.ATTRIBUTES)
+def test_every_attribute_is_one_that_some_optimizer_has(name):
+    classes = (fastsam.SAM, fastsam.UnifiedSAM, fastsam.SAMAR)
+    params = list(small_network().parameters())
+    made = [cls(params, **SGD) for cls in classes] + [fastsam.LightSAM(params, lr=0.1, rho=0.1)]
+    assert any(hasattr(optimizer, name) for optimizer in made)
 
 
 # --- who is compared ------------------------------------------------------------------------------
