@@ -4,6 +4,7 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from numbers import Real
 from types import SimpleNamespace
 from typing import Any
@@ -139,6 +140,19 @@ class LETS(SharedState):
         self.rho_optimizer = rho_optimizer([self._nu], **arguments)
         self._write_rho()  # last, so that arguments it refuses leave the wrapped optimizer alone
 
+    @classmethod
+    def from_optimizer(cls, optimizer: Optimizer, *args: Any, **kwargs: Any) -> "LETS":
+        """There is none: what is wrapped is one of fastsam's, which has it.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError(
+            f"{cls.__name__} wraps one of fastsam's optimizers: make "
+            f"{cls.__name__}(SAM.from_optimizer(optimizer)), with rho and the like as arguments of "
+            "SAM.from_optimizer"
+        )
+
     # --- the step ---
 
     @uncompiled
@@ -244,6 +258,20 @@ class LETS(SharedState):
         """What a step of the scalar optimizer changes."""
         state = self.rho_optimizer.state.get(self._nu, {})
         return {"": self._nu} | {k: v for k, v in state.items() if isinstance(v, Tensor)}
+
+    @property
+    def perturbs_next(self) -> bool:
+        """The wrapped optimizer's: whether its next step is sharpness-aware."""
+        return self.optimizer.perturbs_next
+
+    @property
+    def between_passes(self) -> bool:
+        """The wrapped optimizer's: whether the model holds perturbed weights."""
+        return self.optimizer.between_passes
+
+    def unperturbed(self) -> AbstractContextManager[None]:
+        """The wrapped optimizer's: the weights ``w`` are in the model inside the block."""
+        return self.optimizer.unperturbed()
 
     def train(self) -> None:
         """As the wrapped optimizer's: schedule-free bases have a mode for training."""

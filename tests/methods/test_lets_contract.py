@@ -227,6 +227,37 @@ def test_gradients_in_shared_buckets():
     assert same(*results)
 
 
+def test_a_checkpoint_in_the_middle_of_a_step():
+    """Of the weights without the perturbation, as the wrapped optimizer gives them."""
+    network, params, lets, closures = make("torch", "sam")
+    seen = []
+
+    def closure():
+        if lets.between_passes:
+            perturbed = [p.detach().clone() for p in params]
+            with lets.unperturbed():
+                seen.append([p.detach().clone() for p in params])
+            assert not same(perturbed, seen[0])
+            assert same(perturbed, [p.detach() for p in params])
+        return closures[0]()
+
+    assert not lets.between_passes
+    lets.step(closure, closures[1])
+    assert not lets.between_passes
+    assert len(seen) == 1 and same(seen[0], network.start)
+    for lets.optimizer.start in (5, 0):
+        assert lets.perturbs_next == (lets.optimizer.start == 0)
+
+
+def test_there_is_no_from_optimizer():
+    made = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
+    way = r"make LETS\(SAM\.from_optimizer\(optimizer\)\)"
+    with pytest.raises(TypeError, match=way):
+        fastsam.LETS.from_optimizer(made, rho=0.1)
+    lets = fastsam.LETS(fastsam.SAM.from_optimizer(made, rho=0.1))
+    assert lets.optimizer.base_optimizer is made
+
+
 def test_what_closures_return():
     _, params, lets, (closure, val_closure) = make()
     before = everything(params, lets)
