@@ -7,10 +7,12 @@ from functools import partial
 from typing import Any, Protocol
 
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from .batch import Batch, identical
 from .caches import forget_weights
 from .scaling import LossScale
+from .sharding import local
 from .state import AscentStates, States
 
 
@@ -32,6 +34,37 @@ def _forget(key: int, _: object) -> None:
     _OPEN.pop(key, None)
 
 
+class Mark:
+    """A parameter's gradient, to be known again, of which neither tensor nor memory is kept.
+
+    A weak reference to the tensor would be in the way of ``torch.utils.swap_tensors``, with which
+    modules are converted. One to its storage is not, and keeps the storage's address from being
+    used again; a tensor's id may be.
+
+    Attributes:
+        writes: How often it has been written since; None where it is another, or there is none.
+    """
+
+    def __init__(self, param: Tensor) -> None:
+        grad = param.grad
+        assert grad is not None
+        self._param, self._id, self._version = param, id(grad), grad._version
+        self._memory = _memory_of(grad)
+
+    @property
+    def writes(self) -> int | None:
+        grad = self._param.grad
+        if grad is None or id(grad) != self._id or _memory_of(grad) != self._memory:
+            return None
+        writes = grad._version - self._version
+        # a view counts what is written to any other, and may be a new one of the same memory
+        return None if writes and grad._is_view() else writes
+
+
+def _memory_of(x: Tensor) -> StorageWeakRef:
+    return StorageWeakRef(local(x).untyped_storage())  # type: ignore[no-untyped-call]
+
+
 @dataclass(eq=False)
 class InFlight:
     """A step that has begun.
@@ -48,7 +81,7 @@ class InFlight:
         firsts: First gradients, where the second pass needs them, and whose they are.
         saw_shards: Whether sharded parameters had a first gradient.
         squares: The ascent's squared norms by segment, where they are not global.
-        seen: Gradients that the first pass left: parameter, gradient, its version.
+        seen: Gradients that the first pass left.
         perturbed: Copies of the perturbed weights, while the unperturbed are in their place.
         owners: The parameters that it has perturbed.
         of: Whose it is, and the name of that.
@@ -65,7 +98,7 @@ class InFlight:
     firsts: tuple[list[Tensor], list[Tensor]] | None = None
     saw_shards: bool = False
     squares: Tensor | None = None
-    seen: list[tuple[Tensor, "weakref.ref[Tensor]", int]] = field(default_factory=list)
+    seen: list[Mark] = field(default_factory=list)
     perturbed: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     owners: list[Tensor] = field(default_factory=list)
     of: tuple[object, str] = None, ""
@@ -97,11 +130,7 @@ class InFlight:
     def note_gradients(self, batch: Batch) -> None:
         """Remember the first and the last parameter's gradient, to know them again."""
         ends: Sequence[Tensor] = batch.owners[:1] + batch.owners[-1:]
-        self.seen = [
-            (param, weakref.ref(param.grad), param.grad._version)
-            for param in ends
-            if param.grad is not None
-        ]
+        self.seen = [Mark(param) for param in ends if param.grad is not None]
 
     def give_to(self, batch: Batch) -> None:
         """Let the second pass's batch have what the first pass left."""

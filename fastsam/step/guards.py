@@ -101,17 +101,15 @@ def warn_of_stale_gradients(flight: InFlight, given: Warnings, call: str = "seco
     seen, flight.seen = flight.seen, []
     if not seen:
         return
-    present = [(param.grad, old(), version) for param, old, version in seen]
-    if all(grad is not None and grad is old for grad, old, _ in present):
-        writes = {old._version - version for _, old, version in present if old is not None}
-        if writes <= {0}:
-            what = "still those"
-        elif writes <= {1}:
-            what = "the sum of its own and those"
-        else:
-            return
-        given.once(
-            "stale gradients",
-            f"{call}() seems to find gradients that are {what} of the first pass: zero "
-            "them after first_step (its argument zero_grad=True does) and call backward again",
-        )
+    writes = {mark.writes for mark in seen}
+    if writes <= {0}:
+        what = "still those"
+    elif writes <= {1}:
+        what = "the sum of its own and those"
+    else:
+        return
+    given.once(
+        "stale gradients",
+        f"{call}() seems to find gradients that are {what} of the first pass: zero "
+        "them after first_step (its argument zero_grad=True does) and call backward again",
+    )

@@ -84,3 +84,14 @@ def test_training_goes_on_in_the_other_dtype():
     model.double()
     assert optimizer.step(closure) < before
     assert model.weight.dtype == torch.float64
+
+
+def test_between_the_halves():
+    """Whole, also where the gradients of the first pass are still there."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)).to(DEVICE)
+    optimizer = make("sam", model)
+    model(torch.ones(5, 3, device=DEVICE)).sum().backward()
+    optimizer.first_step()
+    model.double()
+    assert {x.dtype for p in model.parameters() for x in (p, p.grad)} == {torch.float64}
+    optimizer.restore()

@@ -1,11 +1,14 @@
 """Second passes that find gradients of the first, and correct loops that are not taken for it."""
 
 import warnings
+import weakref
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import fastsam
+from fastsam.step import flight
 
 from networks import bits, model_and_data, same
 from registry import BACKENDS, DEVICE
@@ -176,6 +179,36 @@ def test_gradients_in_buckets_are_not_warned_of():
         for half in (optimizer.first_step, optimizer.second_step):
             backward()
             half()
+
+
+@pytest.mark.parametrize("how", ["new memory", "the same memory"])
+def test_an_id_that_is_used_again_is_not_warned_of(how, monkeypatch):
+    """New gradients in the place of the first: their ids may be those of tensors that are gone."""
+    monkeypatch.setattr(flight, "id", lambda x: 0, raising=False)
+    model, loss_fn, optimizer = make()
+    params = list(model.parameters())
+    sizes = [p.numel() for p in params]
+    flat = torch.zeros(sum(sizes), device=DEVICE)
+    for half in (optimizer.first_step, optimizer.second_step):
+        grads = torch.autograd.grad(loss_fn(), params)
+        if how == "the same memory":
+            flat.copy_(torch.cat([g.reshape(-1) for g in grads]))
+            grads = [x.view_as(p) for p, x in zip(params, flat.split(sizes), strict=True)]
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g
+        half()
+
+
+def test_gradients_are_not_held():
+    """What the first pass has left is gone when the loop has dropped it."""
+    model, loss_fn, optimizer = make()
+    loss_fn().backward()
+    optimizer.first_step()
+    memory = [StorageWeakRef(p.grad.untyped_storage()) for p in model.parameters()]
+    tensors = [weakref.ref(p.grad) for p in model.parameters()]
+    optimizer.zero_grad()
+    assert all(one.expired() for one in memory) and not any(one() is not None for one in tensors)
+    optimizer.restore()
 
 
 def test_a_step_by_closure_is_never_warned_of():
