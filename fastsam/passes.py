@@ -14,6 +14,7 @@ from fastsam.kernels.layout import Scalar
 from . import backends
 from .bases.several import Several
 from .replicas import agree
+from .step.arguments import named
 from .step.batch import Batch
 from .step.caches import forget_weights
 from .step.capture import check_capture, is_captured
@@ -331,7 +332,7 @@ def _step_unfused(base: Optimizer, spec: StepSpec, states: States) -> None:
         if isinstance(param, Tensor)  # hooks may keep something under other keys
     }
     try:
-        with stepped_from_here(base):
+        with stepped_from_here(base), named(type(base), *spec.groups):
             _step_of(base)()
     finally:
         for param, state in own.items():

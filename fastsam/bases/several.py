@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from fastsam.step.arguments import named
 from fastsam.step.checkpoint import BASE_KEY, parts_of
+from fastsam.step.checks import check_group_keys
 from fastsam.step.spec import Base, Group
 
 from . import find_base
@@ -80,11 +82,13 @@ def make_base(
     base: Callable[..., Optimizer], classes: Classes, groups: list[Group], kwargs: Mapping[str, Any]
 ) -> Optimizer:
     """The base optimizer: one for all groups, or several in one."""
+    check_group_keys(kwargs)
     if len(classes) > 1:
         return Several(groups, classes, kwargs)
     for group in groups:
         group.pop(BASE_KEY, None)
-    return base(groups, **kwargs)
+    with named(next(iter(classes.values())), kwargs):
+        return base(groups, **kwargs)
 
 
 def complete(base: Optimizer, group: Group) -> None:
@@ -152,7 +156,8 @@ class Several(Optimizer):
         for name, cls in self._classes.items():
             own = self._groups_of(name)
             given = self._arguments(name, own[0] if own else {}, needed=True)
-            self.members[name] = member = cls(own or [{"params": []}], **given)
+            with named(cls, given):
+                self.members[name] = member = cls(own or [{"params": []}], **given)
             self.state.update(member.state)
         self.share()
         of_all = set.intersection(*(set(member.defaults) for member in self.members.values()))
@@ -201,7 +206,8 @@ class Several(Optimizer):
         if not isinstance(group["params"], (Tensor, set)):
             group["params"] = list(group["params"])
         given = self._arguments(name, group)
-        trial = self._classes[name]([{"params": group["params"]}], **given)
+        with named(self._classes[name], given):
+            trial = self._classes[name]([{"params": group["params"]}], **given)
         for key, value in trial.param_groups[0].items():
             if key not in ("params", "param_names"):
                 group.setdefault(key, value)
@@ -245,7 +251,8 @@ class Several(Optimizer):
         self.share()
         for member in self.members.values():
             if member.param_groups and find_base(type(member)) is None:
-                member.step()
+                with named(type(member), *member.param_groups):
+                    member.step()
 
     def train(self) -> None:
         """Let the members train that have a mode for it."""

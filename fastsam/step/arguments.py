@@ -7,10 +7,11 @@ values of tensors on a device alone, as the host would have to wait for them.
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from decimal import Decimal
+from itertools import chain
 from numbers import Integral, Real
 from operator import is_, itemgetter
 from typing import Any, Protocol
@@ -72,11 +73,13 @@ class Number:
     Args:
         low, high: The range. Default: at least 0.
         with_low, with_high: Whether its ends belong to it. Default: the lower one does.
-        tensors: Which tensors are allowed: none, those of no dimension (``"0-dim"``, the default),
-            or those of one element. These are kept as views of no dimension,
-        keeps_shape: or as they are.
+        tensors: Which tensors are allowed: none (None), those of no dimension (``"0-dim"``, the
+            default), or those of one element (``"one element"``).
+        keeps_shape: Whether a tensor of one element is kept as it is. Default: as a view of no
+            dimension.
         optional: Whether None is allowed.
-        others: Whether what is neither a number nor a tensor is somebody else's to check.
+        others: Whether what is neither a number, a tensor nor a string is somebody else's to
+            check.
         words: The range, for messages. Default: made of the above.
     """
 
@@ -101,7 +104,8 @@ class Number:
             return None
         else:
             number = as_float(value)
-            if number is None and self.others and not isinstance(value, (Real, Decimal)):
+            is_other = self.others and not isinstance(value, (Real, Decimal, str, bytes))
+            if number is None and is_other:
                 return value
             if number is not None and self._has(number):
                 return value if kind is int and -EXACT < value < EXACT else number
@@ -367,6 +371,40 @@ class GroupArguments:
                 one.check_changed()
             for check in one.checks:
                 check(group)
+
+
+@contextmanager
+def named(base: type, *given: Mapping[str, Any]) -> Iterator[None]:
+    """In the block, say which argument a base that is not fused fails for with a TypeError.
+
+    It may take what it likes, so that nothing is refused for which it does not fail.
+
+    Args:
+        base: Its class; a default that is a number says that other values have to be numbers.
+        given: Arguments, or groups.
+
+    Raises:
+        ValueError: In the place of the TypeError, where an argument is found.
+    """
+    try:
+        yield
+    except TypeError as error:
+        parameters = inspect.signature(base).parameters
+        for key, value in chain.from_iterable(map(dict.items, map(dict, given))):
+            default = parameters[key].default if key in parameters else None
+            if default is inspect.Parameter.empty and key == "lr":
+                default = 0.0
+            if type(default) in (float, int) and not _is_number(value):
+                raise refuse(key, "a number or a tensor of one", value) from error
+            if type(default) is tuple and default and all(map(_is_number, default)):
+                listed = isinstance(value, (tuple, list)) and len(value) == len(default)
+                if not listed or not all(map(_is_number, value)):
+                    raise refuse(key, f"{len(default)} numbers", value) from error
+        raise
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (Real, Decimal, Tensor))
 
 
 class Setting:

@@ -89,11 +89,21 @@ def check_lam(value: Any) -> float:
     return lam
 
 
+def check_group_keys(kwargs: Mapping[str, Any]) -> None:
+    """What groups have and constructors do not take."""
+    if "perturb" in kwargs:
+        raise TypeError(
+            "perturb is a key of parameter groups and no argument: give it in the group, as in "
+            f"{{'params': ..., 'perturb': {shown(kwargs['perturb'])}}}"
+        )
+
+
 def check_common(kwargs: Mapping[str, Any], cls: type) -> None:
     """What methods with an update of their own take besides their named arguments."""
     allowed = ("renormalize", "max_grad_norm", "skip_nonfinite", "norm", "perturb_every", "start",
                "stop", "master_weights", "rounding", "seed", "repeat_random", "ascent_steps",
                "ascent_context", "descent_context", "set_to_none")  # fmt: skip
+    check_group_keys(kwargs)
     if unknown := [key for key in kwargs if key not in allowed]:
         raise TypeError(
             f"{cls.__name__} got an unexpected argument {unknown[0]!r}; besides its own it takes "

@@ -125,7 +125,8 @@ def test_bad_values_are_refused_by_name(name, key, more):
     for value in values:
         if "base_optimizer" in more:
             more.pop("momentum", None)
-        if more.get("base_optimizer") is torch.optim.RMSprop and not isinstance(value, float):
+        is_unfused = more.get("base_optimizer") is torch.optim.RMSprop
+        if is_unfused and not isinstance(value, (float, str)):
             continue  # a base that is not fused may have rates of other kinds
         with pytest.raises((ValueError, TypeError), match=rf"\b{key}\b") as raised:
             kwargs = more | {key: value}
@@ -137,6 +138,74 @@ def test_bad_values_are_refused_by_name(name, key, more):
         assert " must " in message or " needs one" in message, message
         assert "got " in message or "sharpness-aware" in message or " needs one" in message
         assert len(message) < 400 and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("base", "given", "message"),
+    [
+        (torch.optim.RMSprop, {"lr": "x"}, "lr must be at least 0 and finite, got 'x'"),
+        (torch.optim.RMSprop, {"lr": None}, "lr must be a number or a tensor of one, got None"),
+        (torch.optim.RMSprop, {"lr": 0.1, "alpha": []}, "alpha must be a number .*, got \\[\\]"),
+        (torch.optim.RAdam, {"betas": ("a", 0.9)}, "betas must be 2 numbers, got \\('a', 0.9\\)"),
+    ],
+)
+@pytest.mark.parametrize("where", ["argument", "several"])
+def test_what_a_base_that_is_not_fused_fails_for_is_named(where, base, given, message):
+    group = {"params": params()}
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        if where == "argument":
+            fastsam.SAM(**group, base_optimizer=base, **given)
+        else:
+            fastsam.SAM([group | given | {"base_optimizer": base}], torch.optim.SGD, lr=0.1)
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize(
+    ("key", "value"), [("lr", "x"), ("lr", None), ("weight_decay", "x"), ("alpha", None)]
+)
+def test_what_is_set_in_a_base_that_is_not_fused_is_named(key, value, several):
+    """And the weights are those of before the step."""
+    model, loss_fn = model_and_data()
+    group = {"params": model.parameters()}
+    group |= {"base_optimizer": torch.optim.RMSprop} if several else {}
+    default = torch.optim.SGD if several else torch.optim.RMSprop
+    optimizer = fastsam.SAM([group], default, lr=0.1)
+    optimizer.step(closure_of(loss_fn))
+    optimizer.param_groups[0][key] = value
+    before = bits(model)
+    with pytest.raises(ValueError, match=f"^{key} must be .*, got {value!r}$"):
+        optimizer.step(closure_of(loss_fn))
+    assert same(bits(model), before)
+
+
+def test_a_base_may_take_what_it_likes_and_fail_for_its_own_reasons():
+    class Own(torch.optim.Optimizer):
+        def __init__(self, params, lr=None, decay=0.1):
+            super().__init__(params, {"lr": lr, "decay": decay})
+
+        def step(self):
+            raise TypeError("its own")
+
+    model, loss_fn = model_and_data()
+    optimizer = fastsam.SAM(model.parameters(), Own, decay=0.2)
+    with pytest.raises(TypeError, match="its own"):
+        optimizer.step(closure_of(loss_fn))
+    optimizer.param_groups[0]["decay"] = "later"
+    with pytest.raises(ValueError, match="decay must be a number"):
+        optimizer.step(closure_of(loss_fn))
+
+
+@pytest.mark.parametrize("name", ["SAM", "RMSprop", "LightSAM", "from_optimizer"])
+def test_a_key_of_groups_is_no_argument(name):
+    made = torch.optim.SGD(params(), lr=0.1)
+    with pytest.raises(TypeError, match="perturb is a key of parameter groups and no argument"):
+        if name == "from_optimizer":
+            fastsam.SAM.from_optimizer(made, perturb=False)
+        elif name == "LightSAM":
+            fastsam.LightSAM(params(), **LIGHT, perturb=False)
+        else:
+            base = torch.optim.SGD if name == "SAM" else torch.optim.RMSprop
+            fastsam.SAM(params(), base, lr=0.1, perturb=False)
 
 
 NUMBERS = [
