@@ -165,7 +165,8 @@ class Loading:
         self._kept, self._receiver, self._done = kept, receiver, done
         self._before: list[Group] = []
         self._given: dict[str, Any] = {}
-        self._exact: list[bool] = []  # by group
+        # by group: whether state has the parameter's dtype alone, and which of it the gradient's
+        self._dtypes: list[tuple[bool, str]] = []
         self._rollback: Rollback | None = None
 
     def pre(self, optimizer: Optimizer, given: dict[str, Any]) -> None:
@@ -174,7 +175,10 @@ class Loading:
         if receiver is not None:
             check_state_dict(given, receiver)
             check_bases(given["param_groups"], receiver.groups)
-            self._exact = list(map(is_exact, receiver.bases, receiver.rules))
+            self._dtypes = [
+                (is_exact(base, rule), "" if rule is None else rule.starts_from_gradient)
+                for base, rule in zip(receiver.bases, receiver.rules, strict=True)
+            ]
         self._rollback = Rollback(_holders(optimizer), self._kept)
         self._before, self._given = optimizer.param_groups, given
 
@@ -189,26 +193,26 @@ class Loading:
             raise
 
     def _complete(self, optimizer: Optimizer) -> None:
-        before, given, exact = self._before, self._given, self._exact
+        before, given, dtypes = self._before, self._given, self._dtypes
         self._forget()
         groups: list[Group] = optimizer.param_groups
         for old, new in zip(before, groups, strict=True):
             for key, value in old.items():
                 new.setdefault(key, value)
         for k, (saved, group) in enumerate(zip(given["param_groups"], groups, strict=True)):
+            exact, of_gradient = dtypes[k] if k < len(dtypes) else (False, "")
             for saved_id, param in zip(saved["params"], group["params"], strict=True):
                 for key, value in given["state"].get(saved_id, {}).items():
                     held = optimizer.state[param].get(key)
                     if isinstance(value, Tensor) and held is not None and held.dtype != value.dtype:
-                        value = (
-                            value if key == "step" else fitting(value, param, any(exact[k : k + 1]))
-                        )
+                        if key not in ("step", of_gradient):
+                            value = fitting(value, param, exact)
                         optimizer.state[param][key] = value.to(held.device, copy=True)
         read_kept(given["param_groups"], self._kept)
         self._done()
 
     def _forget(self) -> None:
-        self._before, self._given, self._exact, self._rollback = [], {}, [], None
+        self._before, self._given, self._dtypes, self._rollback = [], {}, [], None
 
     @contextmanager
     def around(self, optimizer: Optimizer) -> Iterator[None]:
