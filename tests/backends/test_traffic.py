@@ -24,6 +24,8 @@ SHAPES = [
     (64, 3, 7, 7), (64,), (64,), (64, 64, 3, 3), (64,), (128, 64, 3, 3), (128,), (128,),
     (128, 128, 3, 3), (256, 128, 3, 3), (256,), (256, 256, 1, 1), (1000, 512), (1000,),
 ]  # fmt: skip
+#: Cases that are counted on all of them.
+WHOLE = ("SAM + SGD",)
 SGD = (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4})
 ADAMW = (torch.optim.AdamW, {"lr": 1e-3, "weight_decay": 0.1})
 STEP = ["reduce_kernel", "perturb_kernel", "update_kernel"]
@@ -156,9 +158,10 @@ def check_traffic(
 @pytest.mark.parametrize("name", CASES)
 def test_traffic(name):
     case = CASES[name]
-    params = parameters(SHAPES)
+    # a million elements take the interpreter nine seconds, and a tenth of them move as many each
+    params = parameters(SHAPES if name in WHOLE else SHAPES[:6])
     elements = sum(p.numel() for p in params)
-    assert elements >= 1_000_000
+    assert elements >= (1_000_000 if name in WHOLE else 100_000)
     log = count_step(case, [{"params": params}])
     check_traffic(name, log, case, case.floor, elements)
 
