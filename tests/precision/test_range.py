@@ -76,3 +76,18 @@ def test_norms_over_the_range_of_float32(case, backend, size):
         if name in optimizer.metrics:
             assert float(optimizer.metrics[name]) == pytest.approx(oracle.metrics[name], rel=1e-5,
                                                                    abs=1e-44)  # fmt: skip
+
+
+@pytest.mark.parametrize("start", [0.0, 1e-80])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_step_sizes_that_leave_float32(backend, start):
+    """Of gradients below float32's normal numbers: the step is short, and no weight infinite."""
+    base = Base(fastsam.AdaGradNorm, "", {"lr": 0.5, "initial_accumulator_value": start})
+    grads = [np.full(4, 1e-42)]
+    params = parameters([np.zeros(4)], DTYPES["fp32"])
+    optimizer = build(Method(fastsam.SAM), base, params, None, backend)
+    for half in (optimizer.first_step, optimizer.second_step):
+        set_grads(params, grads, DTYPES["fp32"])
+        half()
+    exact = -np.finfo(np.float32).max * grads[0].astype(np.float32).astype(np.float64)
+    np.testing.assert_allclose(numpy(params)[0], exact, rtol=1e-6)
