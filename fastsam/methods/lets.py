@@ -261,16 +261,16 @@ class LETS(SharedState):
 
     @property
     def perturbs_next(self) -> bool:
-        """The wrapped optimizer's: whether its next step is sharpness-aware."""
+        """Whether the wrapped optimizer's next step is sharpness-aware."""
         return self.optimizer.perturbs_next
 
     @property
     def between_passes(self) -> bool:
-        """The wrapped optimizer's: whether the model holds perturbed weights."""
+        """Whether ``second_step`` is due: the model holds perturbed weights."""
         return self.optimizer.between_passes
 
     def unperturbed(self) -> AbstractContextManager[None]:
-        """The wrapped optimizer's: the weights ``w`` are in the model inside the block."""
+        """Have the weights ``w`` in the model inside the block, as the wrapped optimizer does."""
         return self.optimizer.unperturbed()
 
     def train(self) -> None:
