@@ -213,14 +213,14 @@ class SharpnessAwareOptimizer(ExplicitPasses):
     def metrics(self) -> Mapping[str, Tensor]:
         """What the last step measured, as 0-dim tensors on the parameters' device.
 
-        ``grad_norm`` is the first gradient's norm (of ``T g`` in adaptive groups), where the step
-        needs it, and ``rho`` the first group's radius. ``perturbed_grad_norm``, the second
-        gradient's norm, is there where the step needs it; with ``renormalize`` so is
-        ``renormalization`` (gamma, and both norms are then of ``T g``), with ``skip_nonfinite``
-        so is ``skipped``, the number of steps skipped so far (under a loss scale, too, without
-        which all norms are given). ``perturbed`` is 1, or 0 after a step of the base alone, which
-        measures nothing of a first pass. Reading a value synchronises with the device; making the
-        mapping does not. Empty before the first step.
+        ``grad_norm`` is the first gradient's norm over all perturbed groups (of ``T g`` in adaptive
+        ones), where the step needs it, and ``rho`` the first group's radius.
+        ``perturbed_grad_norm``, the second gradient's norm, is there where the step needs it; with
+        ``renormalize`` so is ``renormalization`` (gamma, and both norms are then of ``T g``), with
+        ``skip_nonfinite`` so is ``skipped``, the number of steps skipped so far (under a loss
+        scale, too, without which all norms are given). ``perturbed`` is 1, or 0 after a step of the
+        base alone, which measures nothing of a first pass. Reading a value synchronises with the
+        device; making the mapping does not. Empty before the first step.
         """
         scalars = self._passes.scalars
         if scalars.vector is None:

@@ -19,9 +19,9 @@ import torch
 from fastsam.step import interrupts
 from fastsam.step.interrupts import uninterrupted
 
-from faults import ALL, PACKAGE, TWO, Rig, difference
+from faults import ALL, TWO, Rig, difference
 from registry import DEVICE
-from signalling import NUMBERS, At, Handlers, Preempted, send
+from signalling import NUMBERS, PACKAGE, At, Handlers, Preempted, send
 
 pytestmark = [
     pytest.mark.skipif(len(NUMBERS) < 3, reason="Windows has neither these signals nor masks"),

@@ -8,19 +8,16 @@ import copy
 import functools
 import os
 import signal
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-import fastsam
-
 from registry import ADAM, BASES, METHODS, OWN_UPDATES, Base, build
+from signalling import PACKAGE, At
 
 #: Whether to put a fault at every point, also where the tests take samples.
 ALL = os.environ.get("FASTSAM_FAULTS") == "all"
@@ -117,32 +114,12 @@ def kernels(before: Callable[[str], None] = lambda name: None) -> Iterator[None]
 
 # --- interrupts -------------------------------------------------------------------------------
 
-PACKAGE = str(Path(fastsam.__file__).parent)
 
-
-class Interrupt:
+class Interrupt(At):
     """Ctrl-C before the n-th line of the package that runs inside the block; None counts lines."""
 
     def __init__(self, at: int | None):
-        self.at, self.count = at, 0
-
-    def __enter__(self) -> "Interrupt":
-        self._before = sys.gettrace()
-        sys.settrace(self._trace)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        sys.settrace(self._before)
-
-    def _trace(self, frame: Any, event: str, arg: Any) -> Any:
-        name = frame.f_code.co_filename
-        if not name.startswith(PACKAGE) or "kernels" in name:  # which the interpreter runs
-            return None
-        if event == "line":
-            self.count += 1
-            if self.at is not None and self.count == self.at + 1:
-                signal.raise_signal(signal.SIGINT)
-        return self._trace
+        super().__init__(at, (PACKAGE,), lambda: signal.raise_signal(signal.SIGINT))
 
 
 # --- the rig ----------------------------------------------------------------------------------

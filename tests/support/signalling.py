@@ -5,9 +5,13 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from faults import PACKAGE
+import fastsam
+
+#: Where the library's files are.
+PACKAGE = str(Path(fastsam.__file__).parent)
 
 #: What a cluster sends, and what people use timers and notices for; all have raising handlers here.
 NUMBERS = [getattr(signal, name) for name in ("SIGUSR1", "SIGALRM", "SIGTERM")

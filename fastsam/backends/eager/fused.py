@@ -7,6 +7,7 @@ averages are torch's Adam and Adagrad with the bias correction of an infinite st
 import functools
 import importlib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,7 +52,7 @@ class Part:
         return [tables[k][name] for k in self.members]
 
 
-class Update:
+class Update(ABC):
     """The base update of one part: made before anything changes, with all that could fail done.
 
     Attributes:
@@ -129,9 +130,9 @@ class Update:
             steps = [self.steps[i] for i in positions] if self.steps else []
             self.update(weights, u, streams, steps)
 
+    @abstractmethod
     def update(self, weights: Tensors, u: Tensors, states: list[Tensors], steps: Tensors) -> None:
-        """The equation, in place, of one block; every subclass has its own."""
-        raise NotImplementedError
+        """The equation, in place, of one block."""
 
     #: The same on another device, or None: of the lists of parameters, gradients, states by name
     #: and steps, the group, whether the momentum buffers are new, and torch's common arguments.
