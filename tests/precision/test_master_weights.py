@@ -239,6 +239,24 @@ def test_layouts(kind, backend):
     assert not torch.equal(results[0][0], start)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_steps_on_a_device_that_is_no_cpu(method):
+    """Where every parameter has a master there is nothing to copy: no operator gets an empty list.
+
+    torch's meta device takes the way of a GPU, and computes nothing.
+    """
+    shapes = [(5,), (), (3, 4)]
+    params = [torch.nn.Parameter(torch.ones(s, device="meta", dtype=torch.half)) for s in shapes]
+    optimizer = build(METHODS[method], base_of(method, "adamw"), params, None, "torch",
+                      master_weights=True)  # fmt: skip
+    for _ in range(2):
+        for half in (optimizer.first_step, optimizer.second_step):
+            for p in params:
+                p.grad = torch.ones_like(p)
+            half()
+    assert all(optimizer.state[p]["master_weight"].is_meta for p in params)
+
+
 def test_every_update_is_covered():
     """A new base or method of the registry comes into the cases by itself."""
     assert {base for _, base, _ in CASES} >= BASES.keys()

@@ -72,7 +72,8 @@ class TorchBackend(reference.ReferenceBackend):
             backup.copies = dict(zip(batch.params, weights.params, strict=True))
             copied = [param for param, w in backup.copies.items() if w is param]
             copies = [torch.empty_like(w) for w in copied]
-            torch._foreach_copy_(copies, copied)
+            if copied:  # not where every parameter has a master weight
+                torch._foreach_copy_(copies, copied)
             backup.copies.update(zip(copied, copies, strict=True))
             for k in range(len(batch.params)):
                 d = signed(batch.grads[k], spec.groups[batch.groups[k]])
