@@ -29,6 +29,24 @@ def _is_interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
+def _check_interpreter() -> None:
+    """Raise where Triton's interpreter fails on every kernel, and does not say why."""
+    import numpy
+    import triton
+
+    if _release(triton.__version__) < (3, 7) and _release(numpy.__version__) >= (2, 4):
+        raise RuntimeError(
+            f"TRITON_INTERPRET=1 needs triton 3.7 or later with numpy {numpy.__version__}, or a "
+            f"numpy before 2.4: the interpreter of triton {triton.__version__} fails with it; "
+            "run pip install 'triton>=3.7' or 'numpy<2.4'"
+        )
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """``(3, 6)`` for ``"3.6.0+git"``."""
+    return tuple(map(int, version.split(".")[:2]))
+
+
 def resolve(name: str, device: torch.device) -> str:
     """The backend that serves ``device``, given what the user asked for.
 
@@ -36,7 +54,8 @@ def resolve(name: str, device: torch.device) -> str:
         ValueError: If ``name`` is unknown.
         ImportError: If ``"triton"`` is asked for and not installed.
         RuntimeError: If ``"triton"`` is asked for tensors that are not on a GPU, unless the
-            environment has ``TRITON_INTERPRET=1``.
+            environment has ``TRITON_INTERPRET=1``; or if it has, and the versions of Triton and
+            numpy do not go together.
     """
     if name not in NAMES:
         raise ValueError(f"backend must be one of {', '.join(map(repr, NAMES))}, got {name!r}")
@@ -61,6 +80,8 @@ def resolve(name: str, device: torch.device) -> str:
                 f"backend='triton' needs parameters on a GPU, got {device}; use backend='torch', "
                 "or set TRITON_INTERPRET=1 to run the kernels in Triton's interpreter"
             )
+        if _is_interpreting():
+            _check_interpreter()
     return name
 
 

@@ -1,5 +1,6 @@
 """Choosing a backend, and doing without Triton."""
 
+import re
 import subprocess
 import sys
 
@@ -75,6 +76,34 @@ def test_resolve():
             backends.resolve("triton", torch.device("cuda"))
     with pytest.raises(ValueError, match="backend must be one of"):
         backends.resolve("Triton", device)
+
+
+@pytest.mark.parametrize(
+    ("triton_version", "numpy_version", "works"),
+    [("3.6.0", "2.4.0", False), ("3.6.1", "3.0.0rc1", False), ("3.6.0", "2.3.5", True),
+     ("3.7.0", "2.4.6", True), ("3.10.0", "2.10.1", True), ("3.6.0+git1", "2.4.0", False)],
+)  # fmt: skip
+def test_interpreting_with_a_numpy_that_triton_cannot_take(
+    triton_version, numpy_version, works, monkeypatch
+):
+    monkeypatch.setattr("triton.__version__", triton_version)
+    monkeypatch.setattr("numpy.__version__", numpy_version)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    param = torch.nn.Parameter(torch.ones(3))
+    if works:
+        assert backends.resolve("triton", param.device) == "triton"
+    else:
+        with pytest.raises(
+            RuntimeError,
+            match=re.escape(
+                f"triton 3.7 or later with numpy {numpy_version}, or a numpy before 2.4: the "
+                f"interpreter of triton {triton_version} fails"
+            ),
+        ):
+            fastsam.SAM([param], torch.optim.SGD, lr=0.1, backend="triton")
+    monkeypatch.delenv("TRITON_INTERPRET")
+    if DEVICE == "cuda":  # compiled kernels take any numpy
+        assert backends.resolve("triton", torch.device("cuda")) == "triton"
 
 
 @pytest.mark.gpu
