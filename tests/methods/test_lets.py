@@ -349,7 +349,9 @@ def test_adam_takes_its_arguments():
         slope = math.exp(nu) * float(lets.metrics["hypergradient"])
         m, v = beta1 * m + (1 - beta1) * slope, beta2 * v + (1 - beta2) * slope**2
         nu -= lr * m / (1 - beta1**t) / (math.sqrt(v / (1 - beta2**t)) + eps)
-        assert float(lets.param_groups[0]["rho"]) == pytest.approx(math.exp(nu), rel=1e-12)
+        # a capturable Adam, as on a GPU, corrects its averages by powers of beta in float32
+        exact = 1e-12 if DEVICE == "cpu" else 1e-6
+        assert float(lets.param_groups[0]["rho"]) == pytest.approx(math.exp(nu), rel=exact)
     assert type(lets.rho_optimizer) is torch.optim.Adam
 
 

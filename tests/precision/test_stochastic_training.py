@@ -11,6 +11,7 @@ import fastsam
 
 from faults import difference
 from networks import same
+from reads import never_waiting
 from registry import BACKENDS, BASES, DEVICE
 from test_stochastic_rounding import BRAIN, neighbours, numpy, usam
 
@@ -131,11 +132,8 @@ def test_base_that_is_not_fused(backend):
 @pytest.mark.parametrize("kept", [{}, {"rounding": "nearest", "master_weights": True}])
 def test_gpu_is_never_waited_for(kept, backend):
     params, optimizer = trained(backend=backend, steps=1, **kept)  # compiles
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with never_waiting():
         run(optimizer, params, 2)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_refusals():
