@@ -7,6 +7,7 @@ from .analysis.landscape import Landscape, loss_landscape
 from .bases.adagrad_norm import AdaGradNorm
 from .batch_norm import frozen_batch_norm
 from .frozen import frozen_updates
+from .graphs import graphed
 from .methods.adasam import AdaSAM
 from .methods.lets import LETS
 from .methods.lightsam import LightSAM
@@ -19,5 +20,5 @@ from .replicas import per_replica
 __version__ = "0.1.0"
 __all__ = ["ASAM", "LETS", "SAM", "SAMAR", "SSAM", "USAM", "AdaGradNorm", "AdaSAM", "Landscape",
            "LightSAM", "SharpnessRatio", "UnifiedSAM", "VaSSO", "compare_ranks",
-           "frozen_batch_norm", "frozen_updates", "loss_landscape", "per_replica", "rules",
-           "sharpness", "theory"]  # fmt: skip
+           "frozen_batch_norm", "frozen_updates", "graphed", "loss_landscape", "per_replica",
+           "rules", "sharpness", "theory"]  # fmt: skip

@@ -268,6 +268,11 @@ class Passes:
         serving.hypergradient(batch, backup, hessian, spec, scalars)
         return scalars
 
+    def forget(self) -> None:
+        """Look at everything anew: a capture has failed, which was to upload what launches read."""
+        self.collector.forget()
+        self.backends.forget()
+
     # --- parts of them ---
 
     def _add_precision(self, batch: Batch, spec: StepSpec, states: States) -> None:

@@ -112,6 +112,11 @@ class Backends:
         """Let a backend made elsewhere serve what ``name`` would on the device."""
         self._serving[name, device] = backend
 
+    def forget(self) -> None:
+        """Let no backend take anything on the device for what it was."""
+        for backend in self._made.values():
+            backend.forget()
+
     def serving(self, name: str, batch: Batch) -> Backend:
         """The backend for a batch, given what the user asked for."""
         device = batch.params[0].device

@@ -145,6 +145,9 @@ class DeviceBackend(ABC):
     ) -> None:
         complete(self.hypergradient_pass(batch, backup, hessian, spec, scalars))
 
+    def forget(self) -> None:  # noqa: B027 - most keep nothing there
+        """Take nothing on the device for what it was: a capture has failed."""
+
     @abstractmethod
     def ascent_pass(
         self, batch: Batch, spec: StepSpec, scalars: Tensor, kept: Any = None

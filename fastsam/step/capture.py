@@ -25,6 +25,19 @@ def refuse(name: str, why: str) -> RuntimeError:
     return RuntimeError(f"{name} cannot be captured in a CUDA graph: {why}")
 
 
+def check_decisions(name: str, spec: StepSpec) -> None:
+    """Whether the host decides nothing anew in every step.
+
+    Raises:
+        RuntimeError: If it does.
+    """
+    if not spec.is_static:
+        raise refuse(name, "a lam that changes by schedule, perturb_every, start and stop are "
+                           "decided on the host in every step")  # fmt: skip
+    if spec.has_unfused and spec.skip_nonfinite:
+        raise refuse(name, "skip_nonfinite has to ask the device whether its base may step")
+
+
 def check_capture(
     name: str, batch: Batch, spec: StepSpec, states: Mapping[Tensor, Mapping[str, Any]],
     has_stepped: bool,
@@ -42,11 +55,7 @@ def check_capture(
     """
     if batch.layout is not None and batch.layout.spreads:
         raise refuse(name, "its parameters lie on several devices")
-    if not spec.is_static:
-        raise refuse(name, "a lam that changes by schedule, perturb_every, start and stop are "
-                           "decided on the host in every step")  # fmt: skip
-    if spec.has_unfused and spec.skip_nonfinite:
-        raise refuse(name, "skip_nonfinite has to ask the device whether its base may step")
+    check_decisions(name, spec)
     if not has_stepped:
         raise refuse(name, "it has taken no step outside, which creates its state")
     names = []

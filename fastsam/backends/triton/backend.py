@@ -281,6 +281,9 @@ class TritonBackend(Launcher, DeviceBackend):
         """After a failure: no table is known to hold what it should."""
         if batch.layout is not None:
             batch.layout.plans.clear()
+        self.forget()
+
+    def forget(self) -> None:
         self._tables.clear()
         self._hyper.clear()
 
