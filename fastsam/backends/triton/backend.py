@@ -2,7 +2,6 @@
 
 from collections import defaultdict
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from ..base import DeviceBackend, Pass, Stop
 from ..reference import adapts_here, keep_rejected, leave_final_gradient, unfused
 from ..sums import adapt, undone_if_it_fails
 from .buckets import Bucket, make_buckets, release, write_back
+from .direct import Direct
 from .flat import FlatBackup
 from .launcher import Launched, Launcher
 from .plan import (
@@ -256,7 +256,7 @@ class TritonBackend(Launcher, DeviceBackend):
             names = _only(constants, "FINISH", "ACCUMULATES", "COEFFICIENTS", "ADAPTED", "SUMS")
             names |= {"num_warps": 1, "enable_fp_fusion": True}
             hyper = self._hyper_table(buckets[0], spec)
-            reduction.finish = partial(finish_kernel[(1,)], hyper, scalars, tasks, **names)
+            reduction.finish = Direct(finish_kernel, (1,), hyper, scalars, tasks, **names)
         return reduction
 
     def _segments(self, bucket: Bucket, batch: Batch, chunk: int, opens: bool) -> Callable[[], Any]:
@@ -275,7 +275,7 @@ class TritonBackend(Launcher, DeviceBackend):
             self._captured += [bucket.ranges, batch.squares]
         partials = self._scratch("partials", 1, torch.float64, device)
         arguments = partials, bucket.ranges, batch.squares, FIRST if opens else 0
-        return partial(segments_kernel[(count,)], *arguments, num_warps=4)
+        return Direct(segments_kernel, (count,), *arguments, num_warps=4)
 
     def _forget(self, batch: Batch) -> None:
         """After a failure: no table is known to hold what it should."""

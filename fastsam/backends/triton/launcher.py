@@ -15,6 +15,7 @@ from fastsam.step.batch import identical
 from fastsam.step.spec import StepSpec
 
 from .buckets import Bucket
+from .direct import Direct
 from .hyper import hyper_rows, hyper_values, is_fixed
 
 LAUNCHES = Launches()
@@ -87,9 +88,7 @@ class Launcher:
                 getattr(compiled, "run", None)  # loads it
                 self._compiled.add(key)
         grid = (chunks.size(0),)
-        return Launched(
-            bucket, functools.partial(kernel[grid], *arguments, CHUNK=launch.chunk, **constants)
-        )
+        return Launched(bucket, Direct(kernel, grid, *arguments, CHUNK=launch.chunk, **constants))
 
     def _scratch(self, name: str, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Memory that is zero at first. Counters of arrivals are left at zero by the kernels."""

@@ -202,4 +202,6 @@ def _perturbation(spec: StepSpec) -> dict[str, Any]:
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
     """With the device as the present one, where launches ask for that."""
-    return torch.cuda.device(device) if device.type == "cuda" else NOTHING
+    if device.type != "cuda" or torch.cuda.current_device() == device.index:
+        return NOTHING
+    return torch.cuda.device(device)
