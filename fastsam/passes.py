@@ -98,7 +98,7 @@ class Passes:
             everyone, ours = batch, []
             if not all(map(is_perturbed, spec.groups)):
                 everyone, ours = self._every_first(spec, flight, backend), batch.grads
-            flight.keep_firsts(everyone, take_over(everyone, cleared, ours))
+            flight.keep_firsts(everyone, take_over(everyone, cleared, ours, True))
         if spec.norm != "global" and batch.params:
             self._add_segments(batch, spec)
             flight.squares = batch.squares

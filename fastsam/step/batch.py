@@ -41,6 +41,8 @@ class Layout:
         parts: Layouts of each device's tensors.
         prepared: The base's state, found complete (``state.py``).
         held: The ascent's state, found complete (``state.py``).
+        masters: The master weights, found complete (``precision.py``).
+        room: Memory for copies of the gradients (``gradients.py``).
         places: Every parameter's place among all.
         segments: The segment of each parameter (``segments.py``).
         after: Token of the first pass's layout whose parameters are all here, unchanged; in a
@@ -67,6 +69,8 @@ class Layout:
     parts: "dict[torch.device, Layout]" = field(default_factory=dict)
     prepared: Any = None
     held: Any = None
+    masters: Any = None
+    room: Any = None
     places: list[int] | None = None
     segments: list[int] | None = None
     after: object = None
@@ -83,7 +87,8 @@ class Layout:
         picked: Any = {name: pick(xs) for name, xs in lists.items() if isinstance(xs, list) and xs}
         return replace(
             self, **picked, members={device: list(range(len(positions)))}, token=object(),
-            operators={}, plans={}, parts={}, prepared=None, held=None, after=None,
+            operators={}, plans={}, parts={}, prepared=None, held=None, masters=None, room=None,
+            after=None,
         )  # fmt: skip
 
 

@@ -1,16 +1,43 @@
 """Gradients of one pass that are kept while the next pass makes others."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import repeat
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from .batch import Batch
-from .memory import UNSHARED_GRADIENT, holders, is_alone
+from .capture import is_captured
+from .memory import ALONE, UNSHARED_GRADIENT, Owned, holders, uses
 from .sharding import is_sharded
 
 
-def take_over(batch: Batch, cleared: bool, ours: Iterable[Tensor] = ()) -> list[Tensor]:
+class Room:
+    """Memory for copies of some gradients, kept while the same are copied in every step."""
+
+    def __init__(self) -> None:
+        self._places: list[int] = []
+        self._owned: Owned | None = None
+
+    def copies(self, grads: Sequence[Tensor], places: list[int]) -> list[Tensor]:
+        """Copies of those at ``places``; nobody holds the last ones any more, or they stay."""
+        owned = self._owned
+        if owned is None or places != self._places or not owned.is_alone():
+            owned = self._owned = Owned([torch.empty_like(grads[k]) for k in places])
+            self._places = places
+        _copy(owned.tensors, [grads[k] for k in places])
+        return owned.tensors
+
+
+def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
+    if targets:  # torch refuses empty lists on a GPU
+        torch._foreach_copy_(targets, sources)
+
+
+def take_over(
+    batch: Batch, cleared: bool, ours: Iterable[Tensor] = (), keeps_room: bool = False
+) -> list[Tensor]:
     """A pass's gradients, such that no later backward pass writes to them.
 
     They are copied, unless nobody else can write to them. That is so where they are about to be
@@ -22,18 +49,39 @@ def take_over(batch: Batch, cleared: bool, ours: Iterable[Tensor] = ()) -> list[
         batch: Of the pass.
         cleared: Whether the caller is about to set them to None.
         ours: Those of which the caller has another list.
+        keeps_room: Keep the memory of copies with the batch's layout, for the next step.
     """
-    kept, ids = [], set(map(id, ours))
-    for k, param in enumerate(batch.owners):
-        known = UNSHARED_GRADIENT + (id(batch.grads[k]) in ids)
-        alone = holders(batch.grads, k) <= known  # before the next line makes another
-        grad = batch.grads[k]
-        # a shard is its DTensor's as well
-        alone = is_sharded(param) or (alone and is_alone(grad))
-        size = grad.numel() * grad.element_size()
-        alone = alone and not grad._is_view() and grad.untyped_storage().nbytes() == size
-        kept.append(grad if alone and cleared else grad.clone())
+    grads, layout = batch.grads, batch.layout
+    places = list(range(len(grads)))
+    if cleared:
+        places = [k for k, alone in enumerate(_are_alone(batch, ours)) if not alone]
+    room = Room()
+    if keeps_room and layout is not None:
+        if places and not is_captured(batch):  # a graph's memory has to be its own
+            room = layout.room = layout.room or room
+        else:
+            layout.room = None
+    kept = list(grads)
+    for k, copy in zip(places, room.copies(grads, places), strict=True):
+        kept[k] = copy
     return kept
+
+
+def _are_alone(batch: Batch, ours: Iterable[Tensor]) -> list[bool]:
+    """Of each gradient whether nobody but its parameter, and those that are named, knows it."""
+    counts = holders(batch.grads)  # before there is another list
+    ids = set(map(id, ours))
+    storages = list(map(Tensor.untyped_storage, batch.grads))
+    # a shard is its DTensor's as well
+    shards = repeat(False) if batch.shardings is None else map(is_sharded, batch.owners)
+    return [
+        (is_shard or (count <= UNSHARED_GRADIENT + (id(grad) in ids) and use == ALONE))
+        and not grad._is_view()
+        and storage.nbytes() == grad.numel() * grad.element_size()
+        for grad, count, storage, use, is_shard in zip(
+            batch.grads, counts, storages, uses(storages), shards, strict=False
+        )
+    ]
 
 
 def set_aside(batch: Batch, cleared: bool, ours: Iterable[Tensor]) -> dict[Tensor, Tensor]:

@@ -30,6 +30,13 @@ def is_alone(x: Tensor) -> bool:
     return references(x) == ALONE
 
 
+def uses(storages: Sequence[torch.UntypedStorage]) -> list[int]:
+    """Of each storage what ``references`` gives of a tensor: ``ALONE`` where it has but one."""
+    if _use_count is None:
+        return [0] * len(storages)
+    return list(map(_use_count, [storage._cdata for storage in storages]))
+
+
 class Owned:
     """Tensors that nobody else should hold, and a quick look at whether that is so.
 
@@ -64,15 +71,15 @@ def _of_owned() -> tuple[int, int]:
 UNHELD, ALONE_WITH_STORAGE = _of_owned()
 
 
-def holders(tensors: Sequence[Tensor], k: int) -> int:
-    """How often a tensor of a list is referred to, up to a constant of the interpreter's."""
-    return sys.getrefcount(tensors[k])
+def holders(tensors: Sequence[Tensor]) -> list[int]:
+    """How often each tensor of a list is referred to, up to a constant of the interpreter's."""
+    return list(map(sys.getrefcount, tensors))
 
 
 def _of_a_gradient() -> int:
     param = torch.empty(0, requires_grad=True, device="cpu")
     param.grad = torch.empty_like(param)
-    return holders([param.grad], 0)
+    return holders([param.grad])[0]
 
 
 #: What ``holders`` gives of a gradient that is a parameter's, and in one list.

@@ -2,12 +2,13 @@
 
 from collections.abc import Iterable
 from itertools import chain
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .batch import Batch
+from .batch import Batch, identical
 from .capture import is_captured, refuse
 from .sharding import coordinate_of, is_sharded, local
 from .spec import Group
@@ -30,18 +31,56 @@ def check_precision(master_weights: bool, rounding: str, fused: bool) -> None:
         raise ValueError("master_weights must be False with a base optimizer that is not fused")
 
 
-def find_masters(name: str, batch: Batch, state: Any) -> list[Tensor | None]:
+class Masters:
+    """The master weights of one layout's parameters, as they were found complete.
+
+    Attributes:
+        tensors: Those of every parameter; None of one that has none.
+    """
+
+    def __init__(self, batch: Batch, states: Any, tensors: list[Tensor | None]) -> None:
+        self.tensors = tensors
+        self._everything = list(states.values())
+        pairs = [
+            (states[p], x) for p, x in zip(batch.owners, tensors, strict=True) if x is not None
+        ]
+        self._own = [state for state, _ in pairs]
+        self._held = [x for _, x in pairs]
+        # memory is replaced, if ever, along with everyone's
+        self._watched = self._held[:1] + self._held[-1:]
+        self._addresses = list(map(Tensor.data_ptr, self._watched))
+
+    def are_current(self, states: Any) -> bool:
+        """Whether the optimizer holds the same tensors still, where they were."""
+        try:
+            there = list(map(itemgetter(MASTER), self._own))
+        except KeyError:
+            return False
+        return (
+            identical(self._everything, states.values())
+            and identical(there, self._held)
+            and list(map(Tensor.data_ptr, self._watched)) == self._addresses
+        )
+
+
+def find_masters(name: str, batch: Batch, states: Any) -> list[Tensor | None]:
     """The master weights of a batch's parameters, created where they are missing.
+
+    They are the same list as long as nothing about them changes.
 
     Raises:
         RuntimeError: If one has not its parameter's shape, or would be created under capture.
     """
+    layout = batch.layout
+    if layout is not None and layout.masters is not None and layout.masters.are_current(states):
+        found: list[Tensor | None] = layout.masters.tensors
+        return found
     masters: list[Tensor | None] = []
     for param in batch.owners:
         if param.dtype not in HALF:
             masters.append(None)
             continue
-        master = state[param].get(MASTER)
+        master = states[param].get(MASTER)
         if master is None:
             if is_captured(batch):
                 raise refuse(name, "it has no master weights yet: take a step outside")
@@ -58,8 +97,10 @@ def find_masters(name: str, batch: Batch, state: Any) -> list[Tensor | None]:
             if (master.stride(), master.dtype) != (like.stride(), like.dtype):
                 master = like.copy_(master)
         master = master.to(param.device)
-        state[param][MASTER] = master
+        states[param][MASTER] = master
         masters.append(local(master))
+    if layout is not None and layout.shardings is None:
+        layout.masters = Masters(batch, states, masters)
     return masters
 
 

@@ -13,6 +13,7 @@ from torch.optim.optimizer import Optimizer
 from fastsam.arithmetic import wide_dtype
 
 from .batch import Batch, identical
+from .capture import is_captured
 from .checkpoint import BASE_KEY
 from .loading import fitting, is_exact
 from .memory import Owned
@@ -237,9 +238,10 @@ def ascent_state(
 class AscentStates:
     """The ascent rule's state of one pass's parameters: before the step, and room for the next.
 
-    A step reads the old and writes the new. When it is complete the new becomes the state. On a
-    CPU the old one's memory is kept for the step after, where nobody else holds it, as fresh pages
-    cost as much as writing to them; GPUs have torch's allocator for that.
+    A step reads the old and writes the new. When it is complete the new becomes the state, and the
+    old one's memory is kept for the step after, where nobody else holds it: fresh pages on a CPU
+    cost as much as writing to them, and so many new tensors more on the host than all launches.
+    Both are there from the first to the second pass in any case, when memory is scarcest.
 
     Attributes:
         old, new: The state of every parameter, by name.
@@ -296,9 +298,9 @@ class AscentStates:
             self._old_addresses
         )
 
-    def make_room(self) -> None:
-        """Have memory for the next state."""
-        memory, spare = self._new_memory, self._is_spare
+    def make_room(self, captured: bool) -> None:
+        """Have memory for the next state; new memory where a graph goes on to write to it."""
+        memory, spare = self._new_memory, self._is_spare and not captured
         self._is_spare = False
         if not (spare and memory is not None and memory.is_alone()):
             self.new = [
@@ -374,12 +376,7 @@ class AscentStates:
             return
         assert self._old_memory is not None
         self._old_addresses = self._new_addresses
-        self._is_spare = self._new_memory is not None and self._is_on_cpu()
-        if not self._is_spare:
-            self.new, self._new_memory = [], None
-
-    def _is_on_cpu(self) -> bool:
-        return all(param.device.type == "cpu" for param in self.owners[:1] + self.owners[-1:])
+        self._is_spare = self._new_memory is not None
 
 
 def find_ascent_state(
@@ -397,6 +394,6 @@ def find_ascent_state(
     if held is None or not held.is_current(ascent, batch, groups, states):
         held = batch.layout.held = AscentStates(ascent, batch, groups, states)
         held.locate()
-    held.make_room()
+    held.make_room(is_captured(batch))
     held.give_to(batch)
     return held  # type: ignore[no-any-return]

@@ -69,7 +69,7 @@ def test_launches_have_the_present_tables():
         assert sum(1 for _ in launches(optimizer)) == 4
         for launch in launches(optimizer):
             table = launch.bucket.table
-            pointers, chunks, columns = launch.run.args[:3]
+            pointers, chunks, columns = launch.run.arguments[:3]
             assert pointers is table.pointers and columns == len(SIZES)
             assert any(chunks is held for held in table._chunks.values())
         grads = [param.grad.data_ptr() for param in params]

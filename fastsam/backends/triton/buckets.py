@@ -1,6 +1,7 @@
 """Buckets: tensors that share one launch, and where in memory everything about them is."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +39,12 @@ def like_layout(x: Tensor, model: Tensor) -> Tensor:
     return torch.empty_like(model, dtype=x.dtype).copy_(x)
 
 
+def of(tensors: Sequence[Any] | None, members: Sequence[int]) -> list[Any]:
+    """The tensors of some members of a batch."""
+    assert tensors is not None
+    return list(tensors) if len(members) == len(tensors) else [tensors[k] for k in members]
+
+
 def dense(x: Tensor) -> Tensor:
     """``x`` if it fills one block of memory, else a copy that does."""
     return x if is_dense(x) else torch.empty_like(x).copy_(x)
@@ -71,16 +78,24 @@ class Bucket:
         # where the copies of the weights are: which flat one, and the first byte, or -1
         self._places: tuple[np.ndarray, np.ndarray] | None = None
         self._places_of: object = None  # token of the first pass's layout
+        self._masters_of: object = None  # the list of master weights that the table has
         self._flat: int | None = None  # the one that all copies are in
         self._flats: list[int] = []  # where they were
-        self._masters: tuple[list[int], list[int]] | None = None
+        self._strides: list[tuple[int, ...]] | None = None
         self.seed: int | None = None  # of the keys in the table
-        self.ascent_addresses: list[int] | None = None  # of the old state in the table
+        self._rows: dict[Row, Any] = {}  # in the table, of those that only some passes have
 
     @property
     def _home(self) -> int:
         """An aligned address at the parameters; not 0, whose type would be another."""
         return next((w.data_ptr() & ~15 for w in self.params if w.numel()), 0)
+
+    @property
+    def strides(self) -> list[tuple[int, ...]]:
+        """Of the parameters."""
+        if self._strides is None:
+            self._strides = list(map(Tensor.stride, self.params))
+        return self._strides
 
     def keep(self, x: Tensor) -> Tensor:
         """Keep a tensor alive until the launches of this pass are made."""
@@ -100,16 +115,14 @@ class Bucket:
         """There is something to restore from now on: masters follow their parameters, copies are
         made, by the launch that perturbs."""
         if self.has_master:
-            assert batch.masters is not None
-            for k in self.members:
-                master = batch.masters[k]
-                if master is not None:
-                    backup.masters[batch.params[k]] = master
+            backup.follow(of(batch.params, self.members), of(batch.masters, self.members))
         else:
             backup.written += 1
 
     def locate(self, batch: Batch, backup: FlatBackup | None, rows: dict[Row, Any]) -> None:
         """Bring the table up to date; ``rows`` are those that only this kind of pass has."""
+        rows = {row: values for row, values in rows.items() if self._rows.get(row) != values}
+        self._rows |= rows
         if self.grads or batch.layout is None:
             grad_addresses = list(map(Tensor.data_ptr, self.grads))
         else:
@@ -134,18 +147,17 @@ class Bucket:
     def _locate_masters(
         self, batch: Batch, backup: FlatBackup | None, rows: dict[Row, Any]
     ) -> None:
+        token = NOT_PERTURBED if backup is None else backup.token
+        if token is not None and token is self._places_of and batch.masters is self._masters_of:
+            return
+        self._places_of, self._masters_of = token, batch.masters
         perturbed = {} if backup is None else backup.masters
-        masters, sources = [], []
-        assert batch.masters is not None
-        for k in self.members:
-            master = batch.masters[k]
-            assert master is not None
-            masters.append(master.data_ptr())
-            param = batch.params[k]
-            sources.append(masters[-1] if param in perturbed else param.data_ptr())
-        if self._masters != (masters, sources):
-            self._masters = masters, sources
-            rows[Row.MASTER], rows[Row.BACKUP] = masters, sources
+        masters = list(map(Tensor.data_ptr, of(batch.masters, self.members)))
+        rows[Row.MASTER] = masters
+        rows[Row.BACKUP] = [
+            master if param in perturbed else param.data_ptr()
+            for param, master in zip(of(batch.params, self.members), masters, strict=True)
+        ]
 
     def _locate_copies(self, batch: Batch, backup: FlatBackup | None, rows: dict[Row, Any]) -> None:
         flats = [] if backup is None else list(map(Tensor.data_ptr, backup.flats))

@@ -40,7 +40,7 @@ class Direct:
         self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     ) -> None:
         self._kernel, self._grid = kernel, grid
-        self._arguments, self._constants = arguments, constants
+        self.arguments, self._constants = arguments, constants
         self._look_up = kernel[grid]
         self._hooks: Any = getattr(kernel, "pre_run_hooks", ())
         self._launch: Callable[..., Any] | None = None
@@ -50,9 +50,9 @@ class Direct:
     def __call__(self, *number: int) -> None:
         """Launch; ``number`` is the one that varies, if there is one."""
         if self._launch is not None and type_of(*number) == self._type and not self._hooks:
-            self._launch(*self._arguments, *number, *self._after)
+            self._launch(*self.arguments, *number, *self._after)
             return
-        compiled = self._look_up(*self._arguments, *number, **self._constants)
+        compiled = self._look_up(*self.arguments, *number, **self._constants)
         self._launch = self._directly(compiled, number)
 
     def _directly(self, compiled: Any, number: tuple[int, ...]) -> Callable[..., Any] | None:
@@ -62,11 +62,11 @@ class Direct:
         try:
             parameters = inspect.signature(self._kernel.fn)
             given = {k: x for k, x in self._constants.items() if k in parameters.parameters}
-            bound = parameters.bind(*self._arguments, *number, **given)
+            bound = parameters.bind(*self.arguments, *number, **given)
             bound.apply_defaults()
             if list(compiled.src.signature) != list(bound.arguments):
                 return None  # it is launched with other arguments than the function's
-            self._after = bound.args[len(self._arguments) + len(number) :]
+            self._after = bound.args[len(self.arguments) + len(number) :]
             self._type = type_of(*number)
             launch: Callable[..., Any] = compiled[(*self._grid, 1, 1)[:3]]
         except (AttributeError, TypeError):

@@ -40,7 +40,6 @@ class FlatBackup:
         token: Of the first pass's layout; None where there is none.
         flats: The copies.
         written: How many of them hold their weights.
-        masters: Master weights of parameters that need no copy.
     """
 
     def __init__(self, layout: Layout | None) -> None:
@@ -50,7 +49,8 @@ class FlatBackup:
         self.written = 0
         self._places: dict[Tensor, tuple[int, int]] | None = None
         self._forms: dict[Tensor, Form] = {}
-        self.masters: dict[Tensor, Tensor] = {}
+        self._masters: dict[Tensor, Tensor] = {}
+        self._followed: list[tuple[list[Tensor], list[Tensor]]] = []  # not yet among them
 
     def reserve(self, copied: Copied, size: int) -> None:
         """Allocate for one bucket, by :func:`offsets`."""
@@ -75,6 +75,17 @@ class FlatBackup:
             self._places = self.token = None
         elif layout is not None:
             layout.after = self.token
+
+    def follow(self, params: list[Tensor], masters: list[Tensor]) -> None:
+        """These parameters have been perturbed, and need no copy: their master weights are one."""
+        self._followed.append((params, masters))
+
+    @property
+    def masters(self) -> dict[Tensor, Tensor]:
+        """The master weights of perturbed parameters that need no copy."""
+        while self._followed:
+            self._masters.update(zip(*self._followed.pop(), strict=True))
+        return self._masters
 
     @property
     def places(self) -> dict[Tensor, tuple[int, int]]:

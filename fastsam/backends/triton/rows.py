@@ -1,6 +1,7 @@
 """Rows of the pointer table that only some kinds of pass have, by their addresses."""
 
 from collections import defaultdict
+from typing import Any
 
 from torch import Tensor
 
@@ -10,7 +11,7 @@ from fastsam.step.spec import StepSpec
 from fastsam.step.state import AscentStates
 
 from ..rounding import tensor_key
-from .buckets import Bucket, like_layout
+from .buckets import Bucket, like_layout, of
 
 STATES = (Row.STATE0, Row.STATE1, Row.STATE2)
 OLD_ASCENT = (Row.ASCENT0, Row.ASCENT1)
@@ -86,6 +87,11 @@ def grad_rows(bucket: Bucket, grads: dict[Row, list[Tensor | None] | None]) -> d
     """Addresses of other passes' gradients, as the kernels walk them; 0 where there is none."""
     rows: dict[Row, list[int]] = {}
     for row, tensors in grads.items():
+        if tensors is not None and bucket.in_place:
+            found = _where_alike(bucket, of(tensors, bucket.members))
+            if found is not None:
+                rows[row] = found
+                continue
         rows[row] = []
         for k, w in zip(bucket.members, bucket.params, strict=True):
             x = None if tensors is None else tensors[k]
@@ -93,3 +99,13 @@ def grad_rows(bucket: Bucket, grads: dict[Row, list[Tensor | None] | None]) -> d
                 x = bucket.keep(like_layout(x, w).to(bucket.grad_dtype))
             rows[row].append(0 if x is None else x.data_ptr())
     return rows
+
+
+def _where_alike(bucket: Bucket, tensors: list[Any]) -> list[int] | None:
+    """Addresses of tensors that all lie as the parameters do; None where one has to be copied."""
+    try:
+        strides = list(map(Tensor.stride, tensors))
+    except TypeError:  # one is missing
+        return None
+    alike = strides == bucket.strides and all(x.dtype == bucket.grad_dtype for x in tensors)
+    return list(map(Tensor.data_ptr, tensors)) if alike else None
