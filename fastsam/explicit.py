@@ -17,7 +17,7 @@ from .step.caches import forget_weights
 from .step.checks import check_perturb, check_stop
 from .step.closures import asks_for_state
 from .step.flight import InFlight
-from .step.gradients import zeroes_as_torch
+from .step.gradients import zero, zeroes_as_torch
 from .step.guards import (
     NO_GRADIENTS,
     NO_SECOND_GRADIENTS,
@@ -427,7 +427,9 @@ class ExplicitPasses(Configured):
 
     def _zero_gradients(self) -> None:
         """Zero the gradients as a part of the step."""
-        if self.set_to_none:
+        if zeroes_as_torch(self):
+            zero(self.param_groups, self.set_to_none)
+        elif self.set_to_none:
             self.zero_grad()  # a subclass's may do otherwise, and take no argument
         else:
             self.zero_grad(set_to_none=False)

@@ -65,7 +65,7 @@ class Layout:
     seen: list[int] = field(default_factory=list)
     token: object = field(default_factory=object)
     operators: dict[Any, Any] = field(default_factory=dict)
-    plans: dict[str, Any] = field(default_factory=dict)
+    plans: dict[Any, Any] = field(default_factory=dict)
     parts: "dict[torch.device, Layout]" = field(default_factory=dict)
     prepared: Any = None
     held: Any = None

@@ -1,6 +1,7 @@
 """The base's and the ascent's state of a pass's parameters: found once, and kept while it holds."""
 
 import functools
+from collections import deque
 from collections.abc import Collection, Iterable, MutableMapping, Sequence
 from itertools import chain, compress
 from operator import is_, itemgetter
@@ -245,6 +246,7 @@ class AscentStates:
 
     Attributes:
         old, new: The state of every parameter, by name.
+        turn: Which of two memories holds the old one, 0 or 1.
         in_order: Whether every state tensor lies in memory as its parameter does.
     """
 
@@ -271,6 +273,7 @@ class AscentStates:
         self._is_spare = False  # whether the new one's memory is that of the state before last
         self._old_addresses: list[int] = []
         self._new_addresses: list[int] = []
+        self.turn = 0
 
     def locate(self) -> None:
         """Note where the old state is."""
@@ -293,10 +296,10 @@ class AscentStates:
             there = [own[name] for own, old in pairs for name in old]
         except KeyError:
             return False
-        tensors = self._old_memory.tensors
-        return identical(there, tensors) and list(map(Tensor.data_ptr, tensors)) == (
-            self._old_addresses
-        )
+        tensors, addresses = self._old_memory.tensors, self._old_addresses
+        # a tensor's memory is replaced, if ever, along with everyone's
+        watched = list(map(Tensor.data_ptr, tensors[:1] + tensors[-1:]))
+        return identical(there, tensors) and watched == addresses[:1] + addresses[-1:]
 
     def make_room(self, captured: bool) -> None:
         """Have memory for the next state; new memory where a graph goes on to write to it."""
@@ -312,8 +315,7 @@ class AscentStates:
             ]
             tensors = list(chain.from_iterable(map(dict.values, self.new)))
             self._new_memory = None if self._shards else Owned(tensors, holders=1)
-        if self._new_memory is not None:
-            self._new_addresses = list(map(Tensor.data_ptr, self._new_memory.tensors))
+            self._new_addresses = [] if self._shards else list(map(Tensor.data_ptr, tensors))
 
     def give_to(self, batch: Batch) -> None:
         """Let a pass over some of the parameters find its state."""
@@ -369,13 +371,13 @@ class AscentStates:
         if self._held is None or not identical(self._held, states.values()):
             self._own = [states[param] for param in self.owners]
             self._held = list(states.values())
-        for own, state in zip(self._own, self.old, strict=True):
-            own.update(state)
+        deque(map(dict.update, self._own, self.old), maxlen=0)  # in C
         if self._shards or captured:
             self._held = None  # to be looked at anew
             return
         assert self._old_memory is not None
-        self._old_addresses = self._new_addresses
+        self._old_addresses, self._new_addresses = self._new_addresses, self._old_addresses
+        self.turn = 1 - self.turn
         self._is_spare = self._new_memory is not None
 
 

@@ -82,6 +82,7 @@ class Bucket:
         self._flat: int | None = None  # the one that all copies are in
         self._flats: list[int] = []  # where they were
         self._strides: list[tuple[int, ...]] | None = None
+        self._is_contiguous: bool | None = None  # all parameters
         self.seed: int | None = None  # of the keys in the table
         self._rows: dict[Row, Any] = {}  # in the table, of those that only some passes have
 
@@ -96,6 +97,13 @@ class Bucket:
         if self._strides is None:
             self._strides = list(map(Tensor.stride, self.params))
         return self._strides
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether all of the parameters are."""
+        if self._is_contiguous is None:
+            self._is_contiguous = all(map(Tensor.is_contiguous, self.params))
+        return self._is_contiguous
 
     def keep(self, x: Tensor) -> Tensor:
         """Keep a tensor alive until the launches of this pass are made."""

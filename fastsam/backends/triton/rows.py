@@ -104,8 +104,13 @@ def grad_rows(bucket: Bucket, grads: dict[Row, list[Tensor | None] | None]) -> d
 def _where_alike(bucket: Bucket, tensors: list[Any]) -> list[int] | None:
     """Addresses of tensors that all lie as the parameters do; None where one has to be copied."""
     try:
-        strides = list(map(Tensor.stride, tensors))
+        alike = (
+            all(map(Tensor.is_contiguous, tensors))
+            if bucket.is_contiguous
+            else (list(map(Tensor.stride, tensors)) == bucket.strides)
+        )
     except TypeError:  # one is missing
         return None
-    alike = strides == bucket.strides and all(x.dtype == bucket.grad_dtype for x in tensors)
-    return list(map(Tensor.data_ptr, tensors)) if alike else None
+    if not alike or [x.dtype for x in tensors] != [bucket.grad_dtype] * len(tensors):
+        return None
+    return list(map(Tensor.data_ptr, tensors))
