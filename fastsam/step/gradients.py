@@ -77,7 +77,7 @@ def _are_alone(batch: Batch, ours: Iterable[Tensor]) -> list[bool]:
     storages = list(map(Tensor.untyped_storage, grads))
     used = uses(storages)
     if (
-        max(counts) <= UNSHARED_GRADIENT and set(used) == {ALONE}
+        max(counts, default=0) <= UNSHARED_GRADIENT and set(used) <= {ALONE}
         and list(map(torch.UntypedStorage.nbytes, storages)) == [grad.nbytes for grad in grads]
         and not any(map(Tensor._is_view, grads))
     ):  # fmt: skip
