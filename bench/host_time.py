@@ -1,10 +1,17 @@
-"""What the triton backend costs on the host: a whole step whose launches do nothing.
+"""What the triton backend costs on the host.
+
+    python bench/host_time.py --tensors 161 1000 --rounds 20 --table
+
+takes steps on a GPU, or on ``tests/standin``, which stands for the driver of one: all methods and
+torch's AdamW, fused and foreach, in one process and in turns, with launches and uploads as they are
+(``speed/host_device.py``). It prints their ratios, or without ``--table`` a JSON line per
+measurement. Where there is no GPU
 
     TRITON_INTERPRET=1 python bench/host_time.py --tensors 161 1000 --rounds 100
 
-prints one JSON line per measurement. ``report.py`` runs it as a child, since the variable has to be
-set before Triton is imported; it lets the backend take tensors on a CPU, so that no GPU is needed.
-What a launch itself costs, and the upload of a table to a GPU, are not in these times.
+takes steps of SAM whose launches do nothing. ``report.py`` runs it so as a child, since the
+variable has to be set before Triton is imported; it lets the backend take tensors on a CPU. What a
+launch itself costs, and the upload of a table to a GPU, are not in these times.
 
 Beside the step with SGD and with AdamW stand one bare sweep over the gradients' addresses, below
 which no step can come that notices a moved gradient, and the step where every pass finds gradients
@@ -26,6 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from speed import host_device
 from speed.contenders import Problem, both_passes, build, uniform
 from speed.measure import Sample, Timing, alternate, wall_clock
 
@@ -134,14 +142,26 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tensors", type=int, nargs="+", default=[161, 1000], metavar="N",
                         help="numbers of tensors (default: 161 1000)")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=100, help="default: %(default)s")
+    parser.add_argument("--table", action="store_true", help="print ratios; needs a GPU")
     args = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") != "1":
-        parser.error("the environment must have TRITON_INTERPRET=1")
+        if not torch.cuda.is_available():
+            parser.error("the environment must have TRITON_INTERPRET=1 where there is no GPU")
+        for tensors in args.tensors:
+            show(host_device.measure(tensors, args.rounds, torch.device("cuda")), args.table)
+        return 0
+    if args.table:
+        parser.error("--table needs a GPU, and an environment without TRITON_INTERPRET=1")
     stub_launches()
     for tensors in args.tensors:
-        for timing in measure(tensors, args.rounds):
-            print(json.dumps(timing.to_json()))
+        show(measure(tensors, args.rounds))
     return 0
+
+
+def show(timings: Sequence[Timing], as_table: bool = False) -> None:
+    """Print them, by line or as a table."""
+    lines = [json.dumps(timing.to_json()) for timing in timings]
+    print(host_device.table(timings) if as_table else "\n".join(lines))
 
 
 if __name__ == "__main__":
