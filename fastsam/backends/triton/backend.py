@@ -83,8 +83,7 @@ class TritonBackend(Launcher, DeviceBackend):
         self, batch: Batch, spec: StepSpec, scalars: Tensor, kept: FlatBackup | None
     ) -> Pass[FlatBackup]:
         backup = FlatBackup(batch.layout) if kept is None else kept
-        name = "ascent" if kept is None else "further"
-        plan = self._plan(name, batch, spec, batch.ascent is not None)
+        plan = self._plan("ascent" if kept is None else "further", batch, spec)
         if kept is not None:
             kept.keep(batch)
         for bucket in plan.buckets if kept is None else ():
@@ -130,9 +129,9 @@ class TritonBackend(Launcher, DeviceBackend):
         self, batch: Batch, backup: FlatBackup | None, spec: StepSpec, scalars: Tensor
     ) -> Pass[None]:
         left = [] if backup is None else backup.left_by(batch)
+        plan = self._plan("descent", batch, spec)
         # the update kernel looks at the ascent's state only where it may have to put it back
         states = states_of(spec) if spec.skip_nonfinite else 0
-        plan = self._plan("descent", batch, spec, states > 0 or spec.descent is not None)
         for bucket in plan.buckets:
             rows = {} if spec.seed is None else key_rows(bucket, batch, spec)
             if not bucket.described:
@@ -290,16 +289,17 @@ class TritonBackend(Launcher, DeviceBackend):
 
     # --- tables ---
 
-    def _plan(self, name: str, batch: Batch, spec: StepSpec, has_state: bool = False) -> Plan:
+    def _plan(self, name: str, batch: Batch, spec: StepSpec) -> Plan:
         """Group a pass's tensors by what a kernel is specialised for.
 
         The plan is kept with the batch's layout where it needs no copies of the tensors: then the
         next pass like this one has only gradients' addresses to look at, and finds its launches.
-        Where the pass reads the ascent's state there are two, as that takes turns between two
-        places in memory.
+        An ascent with state has two, as that takes turns between two memories: so the tables of
+        both stay as they are, and any two steps have made both.
         """
         plans: dict[Any, Plan] = {} if batch.layout is None else batch.layout.plans
-        key = name, batch.held.turn if has_state and batch.held is not None else 0
+        turn = batch.held.turn if name == "ascent" and batch.held is not None else 0
+        key = name, turn
         found = plans.get(key)
         if found is not None and found.prepared is batch.prepared:
             return found
