@@ -143,7 +143,8 @@ class Loop:
         """
 
         def of_steps(steps: int) -> float:
-            torch.cuda.synchronize(self._device)
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
             taken = self._paused = 0.0
             for _ in range(steps):
                 for number, work in enumerate(self._passes):

@@ -163,7 +163,8 @@ class LightSAM(SharpnessAwareOptimizer):
     each number read and written once: I 36 (reduce 4, perturb 16, reduce 4, update 12), II 44
     (perturb 24, update 20), III 60 (perturb 32, update 28). State is in float32 whatever the
     parameter's dtype (float64 for float64): ``eps ** 2`` is 0 in float16. Between the passes both
-    the old and the new ascent state are held, so that a failed step changes nothing.
+    the old and the new ascent state are held, so that a failed step changes nothing; the memory for
+    that is kept from step to step.
 
     Args:
         params: Parameters, named parameters or parameter groups, as in ``torch.optim``. Groups may

@@ -73,7 +73,8 @@ class VaSSO(SharpnessAwareOptimizer):
     Cost: that of :class:`SAM`, and one tensor of state per parameter (``ascent_ema``, in float32,
     or in float64 for float64 parameters; NaN while no gradient has come), read twice and written
     once a step: 52 bytes per element with SGD and momentum, three launches. Between the passes both
-    its old and its new value are held, so that a failed step changes nothing.
+    its old and its new value are held, so that a failed step changes nothing; the memory for that
+    is kept from step to step.
 
     Args:
         params, base_optimizer: As in :class:`SAM`. Groups may set ``theta`` for themselves, too.

@@ -12,8 +12,9 @@ import host_time
 import test_step_time
 from conftest import DEVICE
 from registry import BACKENDS
-from speed import contenders, measure
+from speed import contenders, host_device, measure
 from speed.contenders import METHODS, Problem
+from speed.measure import Times, Timing
 
 SHAPES = [(4, 3, 3, 3), (4,), (5, 7)]
 interpreted = pytest.mark.skipif(
@@ -228,6 +229,54 @@ def test_host_time_notices_a_kernel_that_is_gone(kernels, monkeypatch):
     monkeypatch.delattr(kernels, "update_kernel")
     with pytest.raises(RuntimeError, match="has no update_kernel"):
         host_time.stub_launches()
+
+
+def test_host_times_of_all_optimizers(monkeypatch):
+    """On a CPU as well, where they say nothing of launches."""
+    monkeypatch.setattr(host_device, "STEPS", 2)
+    timings = host_device.measure(3, 1, torch.device(DEVICE))
+    cases = host_device.CASES
+    found = [(t.method, t.contender) for t in timings]
+    moving = [name for name, case in cases.items() if case.gradients == host_device.GIVEN]
+    assert found == [(name, "step") for name in cases] + [
+        (name, "step, moved gradients") for name in moving
+    ]
+    for t in timings:
+        assert (t.section, t.set, t.tensors, t.parameters) == ("host", "3 tensors", 3, 48)
+        assert 0 < t.times.median and t.times.steps == 2
+
+
+@pytest.mark.parametrize("name", host_device.CASES)
+def test_host_loop_takes_steps(name):
+    """The passes find gradients, in the way that the case names."""
+    case = host_device.CASES[name]
+    loop = host_device.Loop(case, [(4,), (2, 3)], torch.device(DEVICE))
+    for xs in loop._sets:
+        for x in xs:
+            x.fill_(1.0)
+    before = [p.detach().clone() for p in loop.params]
+    assert loop.sample(moves=False)(3) > 0
+    left = [p.grad for p in loop.params]
+    if case.gradients == host_device.KEPT:
+        assert all(x is y for x, y in zip(left, loop._sets[0], strict=True))
+    else:
+        assert left == [None, None]
+    if case.gradients != host_device.NEW:  # whose values are nobody's
+        assert not any(torch.equal(p, x) for p, x in zip(loop.params, before, strict=True))
+
+
+def test_table_of_host_times():
+    times = {host_device.FUSED: 2e-4, host_device.FOREACH: 8e-4, "SAM": 1e-4}
+    timings = [
+        Timing("host", "5 tensors", name, contender, 5, 80, 0, Times(x, x, x, 1, 1))
+        for contender in ("step", "step, moved gradients") for name, x in times.items()
+        if (name, contender) != ("SAM", "step, moved gradients")
+    ]  # fmt: skip
+    lines = host_device.table(timings).splitlines()
+    assert [line.split()[-3:] for line in lines if "SAM" in line] == [["100.0", "0.50", "0.12"]]
+    assert [line.split()[-3:] for line in lines if host_device.FOREACH in line] == [
+        ["800.0", "4.00", "1.00"]
+    ] * 2
 
 
 def test_child_that_fails_is_an_error():

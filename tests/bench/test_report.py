@@ -324,6 +324,7 @@ def test_bad_options_end_with_status_2(options, message, capsys):
 def test_host_child_gets_the_interpreter(monkeypatch, capsys):
     """Run by hand without it, the script says what is missing instead of failing somewhere."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):
         host_time.main(["--tensors", "1"])
     assert "must have TRITON_INTERPRET=1" in capsys.readouterr().err

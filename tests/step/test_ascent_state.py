@@ -215,3 +215,20 @@ def test_ascent_state_of_other_parameters_is_refused(method):
     with pytest.raises(RuntimeError, match="made for other parameters"):
         optimizer.first_step()
     assert all((a == b).all() for a, b in zip(numpy(params), before, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("method", ["vasso", "lightsam-3"])
+def test_state_that_somebody_holds_is_not_written_to(method, backend):
+    """The memory of the state before last is used again, but not where it is known elsewhere."""
+    model, loss_fn = model_and_data()
+    optimizer, closure = create(method, model.parameters(), backend), closure_of(loss_fn)
+    optimizer.step(closure)
+    for by_memory_alone in (False, True):
+        held = [x for state in optimizer.state.values() for x in map(state.get, WITH_STATE[method])]
+        if by_memory_alone:
+            held = [x.view(-1) for x in held]
+        before = [x.clone() for x in held]
+        for _ in range(3):
+            optimizer.step(closure)
+        assert all(torch.equal(x, y) for x, y in zip(held, before, strict=True))

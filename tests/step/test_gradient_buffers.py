@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import fastsam
+from fastsam.step.gradients import zero
 
 from networks import bits, closure_of, model_and_data, same
 from registry import BACKENDS, DEVICE
@@ -169,3 +170,30 @@ def test_what_is_neither_true_nor_false(value):
     model, _ = model_and_data()
     with pytest.raises(ValueError, match="set_to_none must be True or False, got"):
         fastsam.SAM(model.parameters(), set_to_none=value, **SGD)
+
+
+def gradients_of_all_kinds():
+    """Parameters whose gradients are there, missing, of a graph, wanted one of, sparse, a view."""
+    params = [torch.nn.Parameter(torch.ones(3, 2, device=DEVICE)) for _ in range(6)]
+    params.append(torch.nn.Parameter(torch.ones(3, 2, dtype=torch.float64, device=DEVICE)))
+    for k, param in enumerate(params[1:], start=1):
+        param.grad = torch.full_like(param, k)
+    params[2].grad = 2 * torch.ones_like(params[2], requires_grad=True)
+    params[3].grad.requires_grad_()
+    params[4].grad = torch.sparse_coo_tensor([[0]], torch.ones(1, 2), (3, 2)).to(DEVICE)
+    params[5].grad = torch.ones(4, 2, device=DEVICE)[1:]
+    return params
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_zeroing_is_torchs(set_to_none):
+    ours, theirs = gradients_of_all_kinds(), gradients_of_all_kinds()
+    held = [param.grad for param in ours]
+    zero([{"params": ours[:3]}, {"params": ours[3:]}], set_to_none)
+    torch.optim.SGD(theirs, lr=0.1).zero_grad(set_to_none)
+    for param, param_, grad in zip(ours, theirs, held, strict=True):
+        assert (param.grad is None) == (param_.grad is None)
+        if param.grad is None:
+            continue
+        assert param.grad is grad and not grad.to_dense().any() and not param_.grad.to_dense().any()
+        assert grad.requires_grad == param_.grad.requires_grad and grad.grad_fn is None
