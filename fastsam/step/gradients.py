@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain, repeat
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -119,24 +119,26 @@ def zero(groups: Iterable[Mapping[str, Any]], set_to_none: bool) -> None:
 
     The profiler does not see it as a range of its own, which would cost more than the rest.
     """
-    params = chain.from_iterable(group["params"] for group in groups)
-    present = [param for param in params if param.grad is not None]
-    if set_to_none:
-        for param in present:
-            param.grad = None
-        return
-    grads: dict[Any, list[Tensor]] = defaultdict(list)
-    for param in present:
-        grad = param.grad
+    grads = []
+    for group in groups:
+        for param in group["params"]:
+            if param.grad is None:
+                continue
+            if set_to_none:
+                param.grad = None
+            else:
+                grads.append(param.grad)
+    together: dict[Any, list[Tensor]] = defaultdict(list)
+    for grad in grads:
         if grad.grad_fn is not None:
             grad.detach_()
         else:
             grad.requires_grad_(False)
         if type(grad) is Tensor and grad.layout is torch.strided:
-            grads[grad.device, grad.dtype].append(grad)
+            together[grad.device, grad.dtype].append(grad)
         else:  # sparse, or a subclass's business
             grad.zero_()
-    for alike in grads.values():
+    for alike in together.values():
         torch._foreach_zero_(alike)
 
 

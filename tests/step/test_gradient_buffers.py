@@ -180,7 +180,8 @@ def gradients_of_all_kinds():
         param.grad = torch.full_like(param, k)
     params[2].grad = 2 * torch.ones_like(params[2], requires_grad=True)
     params[3].grad.requires_grad_()
-    params[4].grad = torch.sparse_coo_tensor([[0]], torch.ones(1, 2), (3, 2)).to(DEVICE)
+    sparse = torch.sparse_coo_tensor([[0]], torch.ones(1, 2), (3, 2), check_invariants=True)
+    params[4].grad = sparse.to(DEVICE)
     params[5].grad = torch.ones(4, 2, device=DEVICE)[1:]
     return params
 
