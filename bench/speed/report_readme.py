@@ -150,10 +150,8 @@ def section(reports: Sequence[Report], folder: str) -> str:
     peers = " and ".join(f"{name} {version}" for name, version in found.items())
     how = HOW.format(peers=peers or "published packages")
     if any(report.on_gpu for report in reports):
-        how, end = f"{how} {ON_GPU}", []
-    else:
-        end = ["No GPU has been timed yet."]
-    return "\n\n".join([fill(how), *(measured_on(r, folder) for r in reports), *end])
+        how = f"{how} {ON_GPU}"
+    return "\n\n".join([fill(how), *(measured_on(r, folder) for r in reports)])
 
 
 def rewrite(readme: Path, results: Path, folder: str) -> None:
