@@ -2,11 +2,17 @@
 
 import os
 import signal
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import pairs
+
+# Tests import the scripts of bench by name. They come here and not by `pythonpath`, which plugins
+# would see: a stand-in for a GPU is one, and may have a module `gpu`, as bench has.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
 # Before any kernel is imported: without a GPU the real kernels run in Triton's interpreter.
 if not torch.cuda.is_available():
