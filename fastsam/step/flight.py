@@ -1,11 +1,12 @@
 """What lives from a step's first pass to its second."""
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -14,6 +15,7 @@ from .caches import forget_weights
 from .scaling import LossScale
 from .sharding import local
 from .state import AscentStates, States
+from .streams import current_stream, use_here
 
 
 class Backup(Protocol):
@@ -85,6 +87,7 @@ class InFlight:
         perturbed: Copies of the perturbed weights, while the unperturbed are in their place.
         owners: The parameters that it has perturbed.
         of: Whose it is, and the name of that.
+        stream: A device, and the stream on it of the pass that perturbed the weights.
     """
 
     perturbs: bool
@@ -102,6 +105,7 @@ class InFlight:
     perturbed: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     owners: list[Tensor] = field(default_factory=list)
     of: tuple[object, str] = None, ""
+    stream: tuple[torch.device, int] | None = None
 
     def begin(self, of: object, name: str, batch: Batch) -> None:
         """The weights are perturbed now."""
@@ -110,6 +114,8 @@ class InFlight:
         elif not identical(self.owners, batch.owners):  # of a further first pass
             self.owners = list(dict.fromkeys([*self.owners, *batch.owners]))
         self.of = of, name
+        device = batch.params[0].device
+        self.stream = device, current_stream(device)
         # an optimizer that is dropped between its passes stands in nobody's way
         _OPEN[id(self)] = weakref.ref(self, partial(_forget, id(self)))
 
@@ -117,6 +123,17 @@ class InFlight:
         """They are, or are about to be, what they were before, or updated."""
         _OPEN.pop(id(self), None)
         forget_weights()
+        if self.stream is not None and current_stream(self.stream[0]) != self.stream[1]:
+            use_here(self._memory())
+
+    def _memory(self) -> Iterator[Tensor]:
+        """What the step frees at its end, and may have been allocated in its first pass."""
+        if self.backup is not None:
+            yield from (local(w) for _, w in self.backup.pairs())
+        if self.firsts is not None:
+            yield from map(local, self.firsts[1])
+        if self.ascent is not None:
+            yield from (local(x) for state in self.ascent.old for x in state.values())
 
     @property
     def ascents_left(self) -> int:
