@@ -470,7 +470,8 @@ def test_stepping_all_of_them():
 def test_more_groups():
     optimizer = create()
     step(optimizer)
-    new = [torch.nn.Parameter(torch.ones(4, 3, dtype=torch.float64)) for _ in range(3)]
+    ones = torch.ones(4, 3, dtype=torch.float64, device=DEVICE)
+    new = [torch.nn.Parameter(ones.clone()) for _ in range(3)]
     optimizer.add_param_group({"params": new[0], "base_optimizer": torch.optim.Muon, "rho": 0.2})
     optimizer.add_param_group({"params": new[1:2], "base_optimizer": "AdamW"})
     optimizer.base_optimizer.add_param_group({"params": iter(new[2:])})

@@ -239,6 +239,7 @@ def test_it_is_a_switch(value):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
 def test_capture_is_refused():
     model, x = network()
     optimizer = SAM(model.parameters(), repeat_random=True)
