@@ -1,9 +1,11 @@
 """What the kernels compile to, on a machine without a GPU.
 
 ``python bench/codegen.py --target cuda:90`` compiles every kernel variant that the library launches
-and prints its registers, its spilled bytes and the width in bits of every element stream's loads
-and stores on the vector path; ``--summary`` prints a line per kernel. It exits with 1 where one of
-them is narrower than 128 bits or registers spill, and with 2 where it cannot check.
+and prints its registers, the blocks that a processor has room for, its spilled bytes and the width
+in bits of every element stream's loads and stores on the vector path; ``--summary`` prints a line
+per kernel. It exits with 1 where one of them is narrower than 128 bits or registers spill, and with
+2 where it cannot check. ``--flight`` looks at the instructions as well, for bytes in flight and
+fences (``common/machine_code.py``), and ``--table`` does so for a selection of kernels.
 
 How an access in the machine code is known to be an element stream's on the vector path: only there
 does a kernel load or store a whole chunk at once. So Triton's own IR, before any lowering, lists
@@ -41,14 +43,18 @@ from fastsam.backends.triton.plan import (
     descent_sums,
     hypergradient_sums,
     perturb_constants,
+    perturb_launch,
+    reduce_launch,
     update_constants,
 )
-from fastsam.kernels.layout import CHUNK, LANES, REDUCE_CHUNK, REDUCE_LANES, STREAMS_CHUNK
+from fastsam.kernels.layout import Launch, Launches
 from fastsam.kernels.perturb import perturb_kernel
 from fastsam.kernels.reduce import reduce_kernel
 from fastsam.kernels.update import update_kernel
 from fastsam.step.spec import Ascent, Base, Descent, StepSpec, declared
 from fastsam.unified import UNIFIED
+
+from common.machine_code import Flight, flight
 
 TARGETS = {
     "cuda:80": GPUTarget("cuda", 80, 32),
@@ -56,6 +62,7 @@ TARGETS = {
     "cuda:100": GPUTarget("cuda", 100, 32),
     "hip:gfx942": GPUTarget("hip", "gfx942", 64),
 }
+LAUNCHES = Launches()
 KERNELS = {k.__name__: k for k in (perturb_kernel, reduce_kernel, update_kernel)}
 #: Dtypes of parameter, gradient and state.
 TYPES = [
@@ -163,16 +170,16 @@ def _spec(ascent: Ascent, adaptive: bool, **more: Any) -> StepSpec:
 
 def _of_ascent(types: Sequence[str], spec: StepSpec) -> Iterator[Variant]:
     for storage in _storages(types):
-        yield _variant("perturb_kernel", types, **storage, **perturb_constants(spec))
+        yield _perturbation(types, perturb_constants(spec), **storage)
     yield _reduction(types, hypergradient_sums(spec, "diag"), False)
     if spec.ascent.norm is not None and spec.ascent.accumulate is None:
         by_layer = replace(spec, norm="layer")
         storage = next(iter(_storages(types)))
-        yield _variant("perturb_kernel", types, **storage, **perturb_constants(by_layer))
+        yield _perturbation(types, perturb_constants(by_layer), **storage)
         yield _reduction(types, hypergradient_sums(by_layer, "diag"), False)
     if spec.ascent.advance is None and spec.ascent.accumulate is None:  # it may come several times
         storage = next(iter(_storages(types)))
-        yield _variant("perturb_kernel", types, **storage, **perturb_constants(spec, False))
+        yield _perturbation(types, perturb_constants(spec, False), **storage)
     if spec.ascent.norm is not None:
         for master in _masters(types, spec.adaptive):
             yield _reduction(types, ascent_sums(spec), **master)
@@ -207,15 +214,22 @@ def _of_base(types: Sequence[str], base: Base, group: dict[str, Any]) -> Iterato
         )
         for of_ascent in range(1 + skip * (2 if base.wide else 1)):
             rule = update_constants(spec, of_ascent, starts) | storage
-            yield _variant("update_kernel", types, STATES=states, **rule)
+            yield _variant("update_kernel", types, LAUNCHES.update, STATES=states, **rule)
             if scale and not base.wide and of_ascent == 0:
-                yield _variant("update_kernel", types, STATES=states, **(rule | {"MIX": True}))
+                yield _variant(
+                    "update_kernel", types, LAUNCHES.update, STATES=states,
+                    **(rule | {"MIX": True}),
+                )  # fmt: skip
 
 
 def _reduction(types: Sequence[str], sums: Sums, HAS_MASTER: bool) -> Variant:  # noqa: N803
-    return _variant(
-        "reduce_kernel", types, several=sums.several, HAS_MASTER=HAS_MASTER, **sums.constants
-    )
+    launch = reduce_launch(LAUNCHES, sums, HAS_MASTER, *types[:2])
+    return _variant("reduce_kernel", types, launch, HAS_MASTER=HAS_MASTER, **sums.constants)
+
+
+def _perturbation(types: Sequence[str], constants: Mapping[str, Any], **storage: bool) -> Variant:
+    launch = perturb_launch(LAUNCHES, constants["STATES"], storage["HAS_MASTER"], *types[:2])
+    return _variant("perturb_kernel", types, launch, **storage, **constants)
 
 
 def _masters(types: Sequence[str], matter: bool) -> list[dict[str, bool]]:
@@ -231,18 +245,17 @@ def _storages(types: Sequence[str]) -> list[dict[str, bool]]:
     return found
 
 
-def _variant(kernel: str, types: Sequence[str], several: bool = False, **constants: Any) -> Variant:
+def _variant(kernel: str, types: Sequence[str], launch: Launch, **constants: Any) -> Variant:
     wide = "fp64" if types[0] == "fp64" else "fp32"
     arguments = {"table": "*i64", "chunks": "*i64", "columns": "i32", "hyper": f"*{wide}",
                  "scalars": "*fp64", "origin": "i64"}  # fmt: skip
     if kernel != "perturb_kernel":
         arguments["arrivals"] = "*i32"
-    chunk, lanes = CHUNK, LANES
     if kernel == "reduce_kernel":
         arguments |= {"partials": "*fp64", "tasks": "i32"}
-        chunk, lanes = STREAMS_CHUNK if several else REDUCE_CHUNK, REDUCE_LANES
-    constants |= dict(zip("PGS", types, strict=False), ACC=wide, CHUNK=chunk, LANES=lanes)
-    options = {"num_warps": lanes // 32, "enable_fp_fusion": True}
+    constants |= dict(zip("PGS", types, strict=False), ACC=wide)
+    constants |= {"CHUNK": launch.chunk, "LANES": launch.lanes}
+    options = {"num_warps": launch.lanes // 32, "enable_fp_fusion": True}
     return Variant.create(kernel, constants, arguments, options)
 
 
@@ -258,6 +271,7 @@ class Report:
         spilled: Bytes per thread.
         widths: Bits of the narrowest access, by stream, load and store apart.
         problems: What fails the check.
+        flight: Resident blocks and bytes in flight.
     """
 
     variant: Variant
@@ -265,14 +279,16 @@ class Report:
     spilled: int
     widths: dict[str, int]
     problems: list[str]
+    flight: Flight
 
     def __str__(self) -> str:
         widths = ", ".join(f"{stream} {bits}" for stream, bits in self.widths.items())
-        return f"{self.variant}: {self.registers} registers, {self.spilled} B spilled; {widths}"
+        return (f"{self.variant}: {self.registers} registers, {self.flight}, "
+                f"{self.spilled} B spilled; {widths}")  # fmt: skip
 
 
-def measure(variant: Variant, target_name: str) -> Report:
-    """Compile one variant and read the result."""
+def measure(variant: Variant, target_name: str, code: bool = False) -> Report:
+    """Compile one variant and read the result; with ``code`` its instructions, too."""
     target = TARGETS[target_name]
     compiled, log = _compile(variant, target)
     if target.backend == "cuda":
@@ -288,9 +304,14 @@ def measure(variant: Variant, target_name: str) -> Report:
     accesses = defaultdict(list)
     for place, bits in _accesses(code):
         accesses[place].append(bits)
-    report = Report(variant, registers, spilled, {}, [f"{spilled} B spilled"] if spilled else [])
     # a reduction's second look has the places of its first
     looks = Counter(_chunk_accesses(compiled.asm["ttir"], variant["CHUNK"]))
+    loaded = sum(bits for _, stream, bits in looks if stream.endswith("load"))
+    report = Report(
+        variant, registers, spilled, {}, [f"{spilled} B spilled"] if spilled else [],
+        flight(compiled, target_name, registers, variant["LANES"],
+               loaded * variant["CHUNK"] // variant["LANES"] // 8, code),
+    )  # fmt: skip
     for (place, stream, bits), times in looks.items():
         found = accesses[place]
         expected = times * bits * variant["CHUNK"] // variant["LANES"]
@@ -389,14 +410,94 @@ def summary(reports: Sequence[Report]) -> Iterator[str]:
         registers = max(report.registers for report in members)
         spilled = max(report.spilled for report in members)
         width = min((bits for report in members for bits in report.widths.values()), default=0)
+        occupancy = min(report.flight.occupancy for report in members)
         yield (f"{family}: {len(members)} variants, at most {registers} registers, "
-               f"{spilled} B spilled, streams at least {width}-bit")  # fmt: skip
+               f"occupancy at least {occupancy:.0%}, {spilled} B spilled, "
+               f"streams at least {width}-bit")  # fmt: skip
+
+
+#: Rows of the table: a name, and the constants by which its variant is found, functions by the end
+#: of their module's name.
+PLAIN = {"BACKS_UP": True} | dict.fromkeys(
+    ("HAS_MASTER", "STOCHASTIC", "SEGMENTS", "SKIP", "SCALE", "MIX", "ADAPTIVE", "SCALED"), False
+)
+SELECTION: list[tuple[str, str, dict[str, Any]]] = [
+    (name, f"{kernel}_kernel", PLAIN | dict(zip("PGS", types.split("/"), strict=False)) | constants)
+    for name, kernel, types, constants in (
+        ("norm", "reduce", "fp32/fp32", {"TERMS": "of_ascent", "SUMS": 1, "ACCUMULATES": None}),
+        ("norm", "reduce", "bf16/bf16", {"TERMS": "of_ascent", "SUMS": 1, "ACCUMULATES": None}),
+        ("norm, ASAM", "reduce", "fp32/fp32", {"TERMS": "of_ascent", "SCALED": True, "SUMS": 1}),
+        ("norm, ASAM", "reduce", "bf16/bf16", {"TERMS": "of_ascent", "SCALED": True, "SUMS": 1}),
+        ("norm, ASAM, master", "reduce", "bf16/bf16",
+         {"TERMS": "of_ascent", "SCALED": True, "SUMS": 1, "HAS_MASTER": True}),
+        ("norms, ASAM, clipped", "reduce", "fp32/fp32",
+         {"TERMS": "of_descent", "SCALED": True, "SUMS": 2}),
+        ("norm, VaSSO", "reduce", "fp32/fp32", {"TERMS": "of_ascent", "DIRECTION": "ema"}),
+        ("sums, SAMAR", "reduce", "fp32/fp32", {"TERMS": "of_both"}),
+        ("sums, SAMAR, ASAM", "reduce", "fp32/fp32",
+         {"TERMS": "of_both", "SCALED": True, "ADAPTIVE": True}),
+        ("SAM", "perturb", "fp32/fp32", {"DIRECTION": "unified"}),
+        ("SAM", "perturb", "bf16/bf16", {"DIRECTION": "unified"}),
+        ("SAM, master", "perturb", "bf16/bf16", {"DIRECTION": "unified", "HAS_MASTER": True}),
+        ("ASAM", "perturb", "fp32/fp32", {"DIRECTION": "unified", "ADAPTIVE": True}),
+        ("VaSSO", "perturb", "fp32/fp32", {"DIRECTION": "ema"}),
+        ("LightSAM III", "perturb", "fp32/fp32", {"DIRECTION": "adam"}),
+        ("SGD", "update", "fp32/fp32/fp32", {"UPDATE": "sgd", "STATES": 1}),
+        ("SGD", "update", "bf16/bf16/bf16", {"UPDATE": "sgd", "STATES": 1}),
+        ("SGD, SAMAR", "update", "fp32/fp32/fp32",
+         {"UPDATE": "sgd", "STATES": 1, "SCALE": True, "MIX": True}),
+        ("AdamW", "update", "fp32/fp32/fp32", {"UPDATE": "adam", "STATES": 2}),
+        ("AdamW", "update", "bf16/bf16/bf16", {"UPDATE": "adam", "STATES": 2}),
+        ("AdamW, master", "update", "bf16/bf16/fp32",
+         {"UPDATE": "adam", "STATES": 2, "HAS_MASTER": True}),
+        ("AdamW, skipping", "update", "fp32/fp32/fp32",
+         {"UPDATE": "adam", "STATES": 2, "SCALE": True, "SKIP": True, "ASCENT_STATES": 0}),
+        ("LightSAM III", "update", "fp32/fp32/fp32", {"UPDATE": "uncorrected_adam", "STATES": 2}),
+    )
+]  # fmt: skip
+
+
+def selected(known: Sequence[Variant]) -> list[tuple[str, Variant]]:
+    """The variants of ``SELECTION``, by name."""
+    found = []
+    for name, kernel, constants in SELECTION:
+        fits = (v for v in known if v.kernel == kernel and _has(dict(v.constants), constants))
+        found.append((f"{kernel.partition('_')[0]} {name}", next(fits)))
+    return found
+
+
+def _has(constants: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    for name in constants.keys() & wanted.keys():
+        value = constants[name]
+        if isinstance(value, str) and ":" in value:
+            module, _, function = value.partition(":")
+            value = function if name == "TERMS" else module.rpartition(".")[2]
+        if value != wanted[name]:
+            return False
+    return True
+
+
+def table(names: Sequence[str], reports: Sequence[Report]) -> Iterator[str]:
+    """Markdown, with a row per report."""
+    yield ("| kernel | types | elements | registers | blocks | occupancy | spilled | narrowest | "
+           "B in flight per thread | times what memory needs | fences |")  # fmt: skip
+    yield "| --- |" + " --- |" * 10
+    for name, report in zip(names, reports, strict=True):
+        v, f = report.variant, report.flight
+        types = "/".join(dict(v.constants)[x] for x in "PGS" if x in dict(v.constants))
+        yield (f"| {name} | {types} | {v['CHUNK']:,} | {report.registers} | {f.blocks} | "
+               f"{f.occupancy:.0%} | {report.spilled} B | {min(report.widths.values())} bit | "
+               f"{f.bytes:.0f} | {f.headroom:.1f} | {f.fences} |")  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--target", nargs="+", default=["cuda:90"], help=", ".join(TARGETS))
     parser.add_argument("--summary", action="store_true", help="print only a line per kernel")
+    parser.add_argument(
+        "--flight", action="store_true", help="look at instructions: bytes in flight"
+    )
+    parser.add_argument("--table", action="store_true", help="a selection, as a Markdown table")
     parser.add_argument("--sample", type=int, metavar="N", help="only N variants, evenly spaced")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default 2)")
     args = parser.parse_args(argv)
@@ -406,7 +507,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if triton.knobs.runtime.interpret:
         print("nothing is compiled under TRITON_INTERPRET: unset it", file=sys.stderr)
         return 2
-    chosen = variants()
+    chosen, names = variants(), []
+    if args.table:
+        names, chosen = map(list, zip(*selected(chosen), strict=True))
     if args.sample is not None:
         count = min(args.sample, len(chosen))
         chosen = [chosen[i * len(chosen) // count] for i in range(count)]
@@ -422,12 +525,16 @@ def main(argv: Sequence[str] | None = None) -> int:
                 pool = stack.enter_context(ProcessPoolExecutor(args.jobs, mp_context=spawn))
                 in_order = partial(pool.map, chunksize=4)
             for target in args.target:
-                reports = list(in_order(partial(measure, target_name=target), chosen))
+                look = partial(measure, target_name=target, code=args.flight or args.table)
+                reports = list(in_order(look, chosen))
                 print(f"{target}: triton {triton.__version__}, {len(reports)} variants")
                 problems = [f"FAILED {r.variant}: {p}" for r in reports for p in r.problems]
                 lines = [] if args.summary else reports
-                for line in (*lines, *summary(reports), *problems):
-                    print(f"  {line}")
+                if args.table:
+                    print("\n", *table(names, reports), *problems, sep="\n")
+                else:
+                    for line in (*lines, *summary(reports), *problems):
+                        print(f"  {line}")
                 failed = failed or bool(problems)
     return int(failed)
 

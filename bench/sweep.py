@@ -31,7 +31,7 @@ from speed.measure import describe_hardware, versions
 OUTPUT = Path(__file__).resolve().parent / "results" / "sweep"
 PARAMETERS = 100_000_000
 TENSORS = 150
-CHUNKS = {"reduce": (2048, 4096, 8192, 16384, 32768)}
+CHUNKS = dict.fromkeys(("reduce", "reduce_scaled"), (2048, 4096, 8192, 16384, 32768))
 OTHER_CHUNKS = (512, 1024, 2048, 4096)
 LANES = (64, 128, 256, 512)
 
@@ -43,6 +43,8 @@ STEPS: dict[str, tuple[str, Factory]] = {
     "update": ("SAM + AdamW", lambda params: fastsam.SAM(
         params, torch.optim.AdamW, lr=1e-3, backend="triton")),
     "reduce": ("SSAM + SGD", lambda params: fastsam.SSAM(
+        params, torch.optim.SGD, lr=1e-3, momentum=0.9, backend="triton")),
+    "reduce_scaled": ("ASAM + SGD", lambda params: fastsam.ASAM(
         params, torch.optim.SGD, lr=1e-3, momentum=0.9, backend="triton")),
     "reduce_streams": ("VaSSO + SGD", lambda params: fastsam.VaSSO(
         params, torch.optim.SGD, lr=1e-3, momentum=0.9, backend="triton")),
@@ -127,7 +129,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[tuple[Launch, float, f
         found[kind] = sorted(sweep(kind, device, parameters), key=lambda entry: entry[1])
         lines = [["elements", "threads", "ms", "difference", ""]]
         for launch, milliseconds, difference in found[kind]:
-            used = "in use" if launch == getattr(Launches(), kind) else ""
+            used = "in use" if launch == getattr(Launches(), kind).on(False) else ""
             lines.append([str(launch.chunk), str(launch.lanes), f"{milliseconds:.4g}",
                           f"{difference:.1e}", used])  # fmt: skip
         print(f"\n{kind}: a step of {STEPS[kind][0]}\n{align(lines)}")

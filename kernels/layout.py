@@ -8,11 +8,16 @@ from enum import IntEnum, IntFlag
 from typing import NamedTuple
 
 #: Elements per program. Perturb and update keep up to eight streams in registers, so they take
-#: small chunks; a reduction of one or two amortises its final atomic over a large one, and one of
-#: more streams takes chunks between the two.
+#: small chunks. A reduction of one stream amortises its final atomic over a large chunk; the more
+#: streams it has, the smaller its chunks, or they take registers that keep other programs out.
+#: Where every stream has 16 bits, reduce and perturb take twice as many elements: as many bytes.
 CHUNK = 1024
 REDUCE_CHUNK = 8192
+SCALED_CHUNK = 4096
 STREAMS_CHUNK = 2048
+#: Partial sums that one program of a reduction adds up at once: those of as many programs are
+#: added by the last of them to finish, and their sums by the last of all.
+WINDOW = 512
 #: Threads per program, and elements per step of the scalar path: one per thread. In warps that is
 #: 4 and 8 on NVIDIA, 2 and 4 on AMD's GPUs with 64 threads a warp.
 LANES = 128
@@ -20,10 +25,18 @@ REDUCE_LANES = 256
 
 
 class Launch(NamedTuple):
-    """How one kernel is launched: elements per program, and threads."""
+    """How one kernel is launched: elements per program, and threads.
+
+    ``half_chunk`` is the number of elements where every stream has 16 bits; 0 is ``chunk``.
+    """
 
     chunk: int
     lanes: int
+    half_chunk: int = 0
+
+    def on(self, halves: bool) -> "Launch":
+        """What it is where every stream has 16 bits, or where not."""
+        return Launch(self.half_chunk if halves and self.half_chunk else self.chunk, self.lanes)
 
 
 @dataclass(frozen=True)
@@ -33,10 +46,27 @@ class Launches:
     ``bench/sweep.py`` compares others, on tensors that nobody needs.
     """
 
-    perturb: Launch = Launch(CHUNK, LANES)
+    perturb: Launch = Launch(CHUNK, LANES, 2 * CHUNK)
     update: Launch = Launch(CHUNK, LANES)
-    reduce: Launch = Launch(REDUCE_CHUNK, REDUCE_LANES)  # one stream or two
-    reduce_streams: Launch = Launch(STREAMS_CHUNK, REDUCE_LANES)  # more of them
+    reduce: Launch = Launch(REDUCE_CHUNK, REDUCE_LANES, 2 * REDUCE_CHUNK)  # gradients alone
+    reduce_scaled: Launch = Launch(SCALED_CHUNK, REDUCE_LANES, 2 * SCALED_CHUNK)  # and weights
+    reduce_streams: Launch = Launch(STREAMS_CHUNK, REDUCE_LANES)  # more
+    #: Whether what follows a reduction walks the other way: what that read last, the L2 still has.
+    backwards: bool = True
+
+
+def partials(programs: int, sums: int) -> int:
+    """How many numbers a reduction writes on its way: each program's, and each window's.
+
+    Rows are padded, so that each starts where vectors do.
+    """
+    windows = -(-programs // WINDOW)
+    return sums * WINDOW * (windows + -(-windows // WINDOW))
+
+
+def counters(programs: int) -> int:
+    """How many counters of arrivals it needs: of windows, and of programs by window."""
+    return 1 + -(-programs // WINDOW)
 
 
 #: Columns of the hyper-parameter table: one width, so that no kernel depends on the base.

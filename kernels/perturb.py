@@ -19,6 +19,7 @@ from .stream import (
     NEXT1,
     NORM,
     PARAM,
+    all_loads_first,
     hyper_row,
     newest,
     read_chunk,
@@ -65,33 +66,42 @@ def length(row, scalars, norm, RADIUS: tl.constexpr, ACCUMULATES: tl.constexpr,
 
 
 @triton.jit
-def _perturb(table, columns, tensor, start, offsets, mask, row, scalars, origin, norm, scale, key,
+def _perturb(table, columns, tensor, start, offsets, mask, row, scalars, origin,
              P: tl.constexpr, G: tl.constexpr, ACC: tl.constexpr, ADVANCE: tl.constexpr,
-             DIRECTION: tl.constexpr, USABLE: tl.constexpr, STATES: tl.constexpr,
-             ADAPTIVE: tl.constexpr, BACKS_UP: tl.constexpr, HAS_MASTER: tl.constexpr,
+             DIRECTION: tl.constexpr, RADIUS: tl.constexpr, USABLE: tl.constexpr,
+             ACCUMULATES: tl.constexpr, STATES: tl.constexpr, ADAPTIVE: tl.constexpr,
+             SEGMENTS: tl.constexpr, BACKS_UP: tl.constexpr, HAS_MASTER: tl.constexpr,
              STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr):  # fmt: skip
+    # all addresses, then all loads, then what is computed of them, then all stores: a load after a
+    # store would wait for that, and one after a use for everything before it
     param = stream(table, PARAM, columns, tensor, start, P, ALIGNED) + offsets
     grad = stream(table, GRAD, columns, tensor, start, G, ALIGNED) + offsets
-    stored = tl.load(param, mask=mask)
-    inverse_scale = tl.load(scalars + FIRST_INVERSE_SCALE).to(ACC) * tl.load(row + SIGN)
-    g = tl.load(grad, mask=mask).to(ACC) * inverse_scale
     if HAS_MASTER:  # it is the backup; written to only where it has to follow the parameter
         master = stream(table, MASTER, columns, tensor, start, ACC, ALIGNED) + offsets
-        held = tl.load(master, mask=mask)
-        w = newest(held, stored, P)
-        tl.store(master, w, mask=mask & (w != held))
-    else:
-        if BACKS_UP:
-            backup = stream(table, BACKUP, columns, tensor, start, P, ALIGNED, origin) + offsets
-            tl.store(backup, stored, mask=mask)
-        w = stored.to(ACC)
-    state = ()
+    elif BACKS_UP:
+        backup = stream(table, BACKUP, columns, tensor, start, P, ALIGNED, origin) + offsets
     if STATES > 0:
         ascent0 = stream(table, ASCENT0, columns, tensor, start, ACC, ALIGNED) + offsets
-        state = state + (tl.load(ascent0, mask=mask),)
+        next0 = stream(table, NEXT0, columns, tensor, start, ACC, ALIGNED) + offsets
     if STATES > 1:
         ascent1 = stream(table, ASCENT1, columns, tensor, start, ACC, ALIGNED) + offsets
+        next1 = stream(table, NEXT1, columns, tensor, start, ACC, ALIGNED) + offsets
+    stored = tl.load(param, mask=mask)
+    g = tl.load(grad, mask=mask)
+    if HAS_MASTER:
+        held = tl.load(master, mask=mask)
+    state = ()
+    if STATES > 0:
+        state = state + (tl.load(ascent0, mask=mask),)
+    if STATES > 1:
         state = state + (tl.load(ascent1, mask=mask),)
+    if ALIGNED and (STATES > 0 or HAS_MASTER):
+        all_loads_first()
+    norm = norm_of(table, columns, tensor, scalars, ACC, SEGMENTS)
+    scale = length(row, scalars, norm, RADIUS, ACCUMULATES, ACC)
+    key = pass_key(table, columns, tensor, scalars, 0) if STOCHASTIC else 0
+    g = g.to(ACC) * (tl.load(scalars + FIRST_INVERSE_SCALE).to(ACC) * tl.load(row + SIGN))
+    w = newest(held, stored, P) if HAS_MASTER else stored.to(ACC)
     new = state
     if STATES > 0:
         new = ADVANCE(g, state, row + ASCENT)
@@ -101,11 +111,14 @@ def _perturb(table, columns, tensor, start, offsets, mask, row, scalars, origin,
     if STATES > 0:
         usable = USABLE(new, norm)
         e = tl.where(usable, e, 0.0)
-        next0 = stream(table, NEXT0, columns, tensor, start, ACC, ALIGNED) + offsets
+    if HAS_MASTER:
+        tl.store(master, w, mask=mask & (w != held))
+    elif BACKS_UP:
+        tl.store(backup, stored, mask=mask)
+    if STATES > 0:
         tl.store(next0, tl.where(usable, new[0], state[0]), mask=mask)
-        if STATES > 1:
-            next1 = stream(table, NEXT1, columns, tensor, start, ACC, ALIGNED) + offsets
-            tl.store(next1, tl.where(usable, new[1], state[1]), mask=mask)
+    if STATES > 1:
+        tl.store(next1, tl.where(usable, new[1], state[1]), mask=mask)
     tl.store(param, round_weight(w + e, start + offsets, key, P, STOCHASTIC), mask=mask)
 
 
@@ -138,18 +151,13 @@ def perturb_kernel(table, chunks, columns, hyper, scalars, origin, P: tl.constex
     tensor, group, index, size, vector = read_chunk(chunks, tl.program_id(0))
     start = index * CHUNK
     row = hyper_row(hyper, group)
-    norm = norm_of(table, columns, tensor, scalars, ACC, SEGMENTS)
-    scale = length(row, scalars, norm, RADIUS, ACCUMULATES, ACC)
-    key = 0
-    if STOCHASTIC:
-        key = pass_key(table, columns, tensor, scalars, 0)
     if vector > 0:
         offsets = tl.arange(0, CHUNK)
-        _perturb(table, columns, tensor, start, offsets, offsets < vector, row, scalars,
-                 origin, norm, scale, key, P, G, ACC, ADVANCE, DIRECTION, USABLE, STATES, ADAPTIVE,
-                 BACKS_UP, HAS_MASTER, STOCHASTIC, True)  # fmt: skip
+        _perturb(table, columns, tensor, start, offsets, offsets < vector, row, scalars, origin,
+                 P, G, ACC, ADVANCE, DIRECTION, RADIUS, USABLE, ACCUMULATES, STATES, ADAPTIVE,
+                 SEGMENTS, BACKS_UP, HAS_MASTER, STOCHASTIC, True)  # fmt: skip
     for first in range(vector, size, LANES):
         offsets = first + tl.arange(0, LANES)
-        _perturb(table, columns, tensor, start, offsets, offsets < size, row, scalars,
-                 origin, norm, scale, key, P, G, ACC, ADVANCE, DIRECTION, USABLE, STATES, ADAPTIVE,
-                 BACKS_UP, HAS_MASTER, STOCHASTIC, False)  # fmt: skip
+        _perturb(table, columns, tensor, start, offsets, offsets < size, row, scalars, origin,
+                 P, G, ACC, ADVANCE, DIRECTION, RADIUS, USABLE, ACCUMULATES, STATES, ADAPTIVE,
+                 SEGMENTS, BACKS_UP, HAS_MASTER, STOCHASTIC, False)  # fmt: skip

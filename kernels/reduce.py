@@ -1,9 +1,9 @@
 """The reduce pass: sums over all gradients, and the scalars that follow from them.
 
-Deterministic, without floating-point atomics: each program writes one partial per sum, and the last
-one to arrive (an integer counter decides) adds the partials in a fixed order, in float64, and
-writes the finished scalars (``finish.py``). So no later pass re-reads the partials, and one launch
-is enough.
+Deterministic, without floating-point atomics: each program writes one partial per sum. Of every
+``WINDOW`` programs the last one to arrive (an integer counter decides) adds their partials, and the
+last of those adds what came of that, in a fixed order, in float64; it writes the finished scalars
+(``finish.py``). So no later pass re-reads the partials, and one launch is enough.
 
 A program adds up in float32, which squares leave where gradients are below 1e-19 or above 1e19. One
 that finds its sums to be that small, or not finite, looks at its chunk again with the gradients
@@ -16,6 +16,7 @@ import triton.language as tl
 
 from .arithmetic import is_finite
 from .finish import COEFFICIENT, INVERSE_SCALE
+from .layout import WINDOW as PARTIALS
 from .layout import Hyper, Scalar, Task
 from .perturb import ASCENT, FIRST_INVERSE_SCALE, SIGN, element_scale, length, norm_of
 from .stream import (
@@ -30,6 +31,7 @@ from .stream import (
     PARAM,
     TRAINING,
     VALIDATION,
+    all_loads_first,
     hyper_row,
     newest,
     read_chunk,
@@ -41,15 +43,14 @@ LR = tl.constexpr(int(Hyper.LR))
 SUM0 = tl.constexpr(int(Scalar.SUM0))
 FIRST = tl.constexpr(int(Task.FIRST))
 LAST = tl.constexpr(int(Task.LAST))
-#: Partials that the last program adds per loop turn.
-WINDOW = tl.constexpr(1024)
+WINDOW = tl.constexpr(PARTIALS)
 #: What gradients are multiplied by in a second look: where sums are small, and where they are not
 #: finite. The squares' own factors, undone in float64, are 2^200 and 2^-140.
 RAISE = tl.constexpr(2.0**100)
 LOWER = tl.constexpr(2.0**-70)
-#: A sum of squares below this may have lost more than its rounding: 8192 squares, the most that a
+#: A sum of squares below this may have lost more than its rounding: 16384 squares, the most that a
 #: chunk has, of less than the smallest normal float32 are a part in 2^25 of it.
-SMALL = tl.constexpr(2.0**-88)
+SMALL = tl.constexpr(2.0**-87)
 
 
 @triton.jit
@@ -63,44 +64,30 @@ def _terms(table, columns, tensor, start, offsets, mask, row, scalars, origin, f
 
     What has the gradients' size is multiplied by ``factor``, if there is one.
     """
+    # all addresses and loads, then what is computed of them (see update.py)
     grad = stream(table, GRAD, columns, tensor, start, G, ALIGNED) + offsets
-    SCALE: tl.constexpr = FIRST_INVERSE_SCALE if ASCENDS else INVERSE_SCALE
-    sign = 1.0
-    if DIRECTION is not None or BOTH:  # else squares alone
-        sign = tl.load(row + SIGN)
-    present = tl.load(grad, mask=mask, other=0.0).to(ACC) * (
-        tl.load(scalars + SCALE).to(ACC) * sign
-    )
-    here = 1.0
+    present = tl.load(grad, mask=mask, other=0.0)
     if SCALED:
         param = stream(table, PARAM, columns, tensor, start, P, ALIGNED) + offsets
         w = tl.load(param, mask=mask, other=0.0)
         if HAS_MASTER and ASCENDS:
             master = stream(table, MASTER, columns, tensor, start, ACC, ALIGNED) + offsets
-            w = newest(tl.load(master, mask=mask, other=0.0), w, P)
-        here = element_scale(w.to(ACC), row, SCALED)
-    d = present
+            held = tl.load(master, mask=mask, other=0.0)
+    state = ()
     if ASCENDS and DIRECTION is not None:
-        state = ()
         if STATES > 0:
             ascent0 = stream(table, ASCENT0, columns, tensor, start, ACC, ALIGNED) + offsets
             state = state + (tl.load(ascent0, mask=mask, other=0.0),)
         if STATES > 1:
             ascent1 = stream(table, ASCENT1, columns, tensor, start, ACC, ALIGNED) + offsets
             state = state + (tl.load(ascent1, mask=mask, other=0.0),)
-        if STATES > 0:
-            state = ADVANCE(present, state, row + ASCENT)
-        d = DIRECTION(present, state, row + ASCENT)
-    g = present
-    e = present
     perturbed = mask
+    later = ()
     if BOTH:
         perturbed = where_present(table, FIRST_GRAD, columns, tensor, mask)
         first_grad = stream(table, FIRST_GRAD, columns, tensor, start, G, ALIGNED) + offsets
-        g = tl.load(first_grad, mask=perturbed, other=0.0).to(ACC)
-        g *= tl.load(scalars + FIRST_INVERSE_SCALE).to(ACC) * sign
+        g = tl.load(first_grad, mask=perturbed, other=0.0)
         if RADIUS is not None:
-            later = ()
             if STATES > 0:
                 next0 = stream(table, NEXT0, columns, tensor, start, ACC, ALIGNED) + offsets
                 # a gradient without state is one of a group that is not perturbed
@@ -109,28 +96,53 @@ def _terms(table, columns, tensor, start, offsets, mask, row, scalars, origin, f
             if STATES > 1:
                 next1 = stream(table, NEXT1, columns, tensor, start, ACC, ALIGNED) + offsets
                 later = later + (tl.load(next1, mask=stateful, other=0.0),)
-            t = 1.0
             if ADAPTIVE:
                 if HAS_MASTER:
                     backup = stream(table, MASTER, columns, tensor, start, ACC, ALIGNED) + offsets
                 else:
                     backup = stream(table, BACKUP, columns, tensor, start, P, ALIGNED,
                                     origin) + offsets  # fmt: skip
-                before = tl.load(backup, mask=perturbed, other=0.0).to(ACC)
-                t = element_scale(before, row, ADAPTIVE)
+                before = tl.load(backup, mask=perturbed, other=0.0)
+    if LETS:
+        validated = where_present(table, VALIDATION, columns, tensor, mask)
+        validation = stream(table, VALIDATION, columns, tensor, start, G, ALIGNED) + offsets
+        delta = tl.load(validation, mask=validated, other=0.0)
+        trained = where_present(table, TRAINING, columns, tensor, mask)
+        training = stream(table, TRAINING, columns, tensor, start, G, ALIGNED) + offsets
+        without = tl.load(training, mask=trained, other=0.0)
+    if ALIGNED and (STATES > 0 or BOTH):
+        all_loads_first()
+    SCALE: tl.constexpr = FIRST_INVERSE_SCALE if ASCENDS else INVERSE_SCALE
+    sign = 1.0
+    if DIRECTION is not None or BOTH:  # else squares alone
+        sign = tl.load(row + SIGN)
+    present = present.to(ACC) * (tl.load(scalars + SCALE).to(ACC) * sign)
+    here = 1.0
+    if SCALED:
+        if HAS_MASTER and ASCENDS:
+            w = newest(held, w, P)
+        here = element_scale(w.to(ACC), row, SCALED)
+    d = present
+    if ASCENDS and DIRECTION is not None:
+        if STATES > 0:
+            state = ADVANCE(present, state, row + ASCENT)
+        d = DIRECTION(present, state, row + ASCENT)
+    e = present
+    if BOTH:
+        g = g.to(ACC) * (tl.load(scalars + FIRST_INVERSE_SCALE).to(ACC) * sign)
+        if RADIUS is not None:
+            t = element_scale(before.to(ACC), row, ADAPTIVE) if ADAPTIVE else 1.0
             norm = norm_of(table, columns, tensor, scalars, ACC, SEGMENTS)
             scale = length(row, scalars, norm, RADIUS, ACCUMULATES, ACC)
             e = DIRECTION(g, later, row + ASCENT)
             e = tl.where(scale != 0, scale * (t * (t * e)), 0.0)
-    delta = present
+    else:
+        g = present
     if LETS:
-        validated = where_present(table, VALIDATION, columns, tensor, mask)
-        validation = stream(table, VALIDATION, columns, tensor, start, G, ALIGNED) + offsets
-        delta = tl.load(validation, mask=validated, other=0.0).to(ACC)
-        trained = where_present(table, TRAINING, columns, tensor, mask)
-        training = stream(table, TRAINING, columns, tensor, start, G, ALIGNED) + offsets
-        delta -= tl.load(training, mask=trained, other=0.0).to(ACC)
+        delta = delta.to(ACC) - without.to(ACC)
         delta = tl.load(row + LR) * tl.load(scalars + COEFFICIENT).to(ACC) * delta
+    else:
+        delta = present
     if factor is not None:
         present, d, g = factor * present, factor * d, factor * g
     return TERMS(here, present, d, g, e, perturbed, delta)
@@ -199,18 +211,56 @@ def _seen_again(sum, again, distrusted, back):
 
 
 @triton.jit
-def _row(partials, row: tl.constexpr, programs, first):
-    """A window of one row of partials."""
-    offsets = first + tl.arange(0, WINDOW)
-    # .cg: the partials come from other processors, whose writes this one's L1 has not seen
-    return tl.load(partials + row * programs + offsets, mask=offsets < programs, other=0.0,
-                   cache_modifier=".cg")  # fmt: skip
+def _padded(count):
+    """The length of a row of partials: a product, so that it is provably a multiple."""
+    return tl.cdiv(count, WINDOW) * WINDOW
 
 
 @triton.jit
-def _total(sums, slot, tasks):
-    """The sum, added to what the reduction's earlier buckets gave."""
-    total = tl.sum(sums)
+def _window(row, first, count):
+    """A window of a row of ``count`` partials, and zeros after its end."""
+    offsets = first + tl.arange(0, WINDOW)
+    # In pairs, which are vectors of 128 bits: what an odd row is read beyond its end is dropped.
+    # .cg: the partials come from other processors, whose writes this one's L1 has not seen
+    found = tl.load(row + offsets, mask=offsets < (count + 1) // 2 * 2, other=0.0,
+                    cache_modifier=".cg")  # fmt: skip
+    return tl.where(offsets < count, found, 0.0)
+
+
+@triton.jit
+def _windows(rows, first, count, SUMS: tl.constexpr):
+    """The sums of one window of every row. All are loaded before one is added up."""
+    length = _padded(count)
+    part0 = _window(rows, first, count)
+    if SUMS > 1:
+        part1 = _window(rows + length, first, count)
+    if SUMS > 2:
+        part2 = _window(rows + 2 * length, first, count)
+        part3 = _window(rows + 3 * length, first, count)
+        part4 = _window(rows + 4 * length, first, count)
+    sum0 = tl.sum(part0)
+    sum1 = tl.sum(part1) if SUMS > 1 else sum0
+    sum2 = tl.sum(part2) if SUMS > 2 else sum0
+    sum3 = tl.sum(part3) if SUMS > 2 else sum0
+    sum4 = tl.sum(part4) if SUMS > 2 else sum0
+    return sum0, sum1, sum2, sum3, sum4
+
+
+@triton.jit
+def _write(place, length, sum0, sum1, sum2, sum3, sum4, SUMS: tl.constexpr):
+    """One number to each row, in float64."""
+    tl.store(place, sum0.to(tl.float64))
+    if SUMS > 1:
+        tl.store(place + length, sum1.to(tl.float64))
+    if SUMS > 2:
+        tl.store(place + 2 * length, sum2.to(tl.float64))
+        tl.store(place + 3 * length, sum3.to(tl.float64))
+        tl.store(place + 4 * length, sum4.to(tl.float64))
+
+
+@triton.jit
+def _total(total, slot, tasks):
+    """A sum, added to what the reduction's earlier buckets gave."""
     if (tasks & FIRST) == 0:
         total += tl.load(slot)
     tl.store(slot, total)
@@ -230,8 +280,10 @@ def reduce_kernel(table, chunks, columns, hyper, scalars, partials, arrivals, ta
     """Sums over one bucket.
 
     Args:
-        partials: Scratch in float64, a row of one number per program for every sum.
-        arrivals: One int32, zero before and after every launch.
+        partials: Scratch in float64: a row of one number per program for every sum, and a row of
+            one per window of programs (``layout.partials``).
+        arrivals: int32, of windows and of programs by window (``layout.counters``); zero before
+            and after every launch.
         tasks: Bits of ``layout.Task``: how the sums are finished.
         TERMS: What is added up, a function of ``sums.py``.
         FINISH: What follows from it, a function of ``finish.py``.
@@ -257,14 +309,9 @@ def reduce_kernel(table, chunks, columns, hyper, scalars, partials, arrivals, ta
         table, chunks, columns, hyper, scalars, origin, None, P, G, ACC, TERMS, ASCENDS, BOTH,
         LETS, ADVANCE, DIRECTION, RADIUS, ACCUMULATES, STATES, ADAPTIVE, SEGMENTS, SCALED,
         HAS_MASTER, SUMS, CHUNK, LANES)  # fmt: skip
+    length = _padded(programs)
     mine = partials + program + tl.arange(0, 1)
-    tl.store(mine, sum0.to(tl.float64))
-    if SUMS > 1:
-        tl.store(mine + programs, sum1.to(tl.float64))
-    if SUMS > 2:
-        tl.store(mine + 2 * programs, sum2.to(tl.float64))
-        tl.store(mine + 3 * programs, sum3.to(tl.float64))
-        tl.store(mine + 4 * programs, sum4.to(tl.float64))
+    _write(mine, length, sum0, sum1, sum2, sum3, sum4, SUMS)
     if ACC == tl.float32 and not LETS:  # whose sum is no norm; float64 has room for squares
         low = sum0 < SMALL
         lost = is_finite(sum0) == 0
@@ -288,43 +335,57 @@ def reduce_kernel(table, chunks, columns, hyper, scalars, partials, arrivals, ta
             tl.store(mine, _seen_again(sum0, again0, a, back))
             if SUMS > 1:
                 b = tl.where(lost != 0, is_finite(sum1) == 0, sum1 < SMALL)
-                tl.store(mine + programs, _seen_again(sum1, again1, b, back))
+                tl.store(mine + length, _seen_again(sum1, again1, b, back))
             if SUMS > 2:  # the third has a perturbation in it, whose size is another
                 f = tl.where(lost != 0, is_finite(sum4) == 0, sum4 < SMALL)
                 d = tl.where(lost != 0, is_finite(sum3) == 0, b & f)
-                tl.store(mine + 3 * programs, _seen_again(sum3, again3, d, back))
-                tl.store(mine + 4 * programs, _seen_again(sum4, again4, f, back))
+                tl.store(mine + 3 * length, _seen_again(sum3, again3, d, back))
+                tl.store(mine + 4 * length, _seen_again(sum4, again4, f, back))
     tl.debug_barrier()
-    if tl.atomic_add(arrivals, 1, sem="acq_rel") == programs - 1:
-        tl.store(arrivals, 0)
-        part0 = tl.zeros([WINDOW], tl.float64)
-        part1 = part0
-        part2 = part0
-        part3 = part0
-        part4 = part0
-        for first in range(0, programs, WINDOW):  # all rows at once: their loads do not wait
-            part0 += _row(partials, 0, programs, first)
+    window = program // WINDOW
+    first = window * WINDOW
+    if (
+        tl.atomic_add(arrivals + 1 + window, 1, sem="acq_rel")
+        == tl.minimum(WINDOW, programs - first) - 1
+    ):
+        tl.store(arrivals + 1 + window, 0)
+        total0, total1, total2, total3, total4 = _windows(partials, first, programs, SUMS)
+        windows = tl.cdiv(programs, WINDOW)
+        last = 1
+        if windows > 1:
+            last = 0
+            rows = partials + SUMS * length
+            _write(rows + window, _padded(windows), total0, total1, total2, total3, total4, SUMS)
+            tl.debug_barrier()
+            if tl.atomic_add(arrivals, 1, sem="acq_rel") == windows - 1:
+                tl.store(arrivals, 0)
+                last = 1
+                total0, total1, total2, total3, total4 = _windows(rows, 0, windows, SUMS)
+                for others in range(WINDOW, windows, WINDOW):
+                    more0, more1, more2, more3, more4 = _windows(rows, others, windows, SUMS)
+                    total0 += more0
+                    total1 += more1
+                    total2 += more2
+                    total3 += more3
+                    total4 += more4
+        if last == 1:
+            slots = scalars + SUM0
+            total0 = _total(total0, slots, tasks)
             if SUMS > 1:
-                part1 += _row(partials, 1, programs, first)
+                total1 = _total(total1, slots + 1, tasks)
+            else:
+                total1 = total0
             if SUMS > 2:
-                part2 += _row(partials, 2, programs, first)
-                part3 += _row(partials, 3, programs, first)
-                part4 += _row(partials, 4, programs, first)
-        slots = scalars + SUM0
-        total0 = _total(part0, slots, tasks)
-        total1 = total0
-        total2 = total0
-        total3 = total0
-        total4 = total0
-        if SUMS > 1:
-            total1 = _total(part1, slots + 1, tasks)
-        if SUMS > 2:
-            total2 = _total(part2, slots + 2, tasks)
-            total3 = _total(part3, slots + 3, tasks)
-            total4 = _total(part4, slots + 4, tasks)
-        if (tasks & LAST) != 0:
-            FINISH(hyper, scalars, total0, total1, total2, total3, total4, tasks, ACCUMULATES,
-                   COEFFICIENTS, ADAPTED)  # fmt: skip
+                total2 = _total(total2, slots + 2, tasks)
+                total3 = _total(total3, slots + 3, tasks)
+                total4 = _total(total4, slots + 4, tasks)
+            else:
+                total2 = total0
+                total3 = total0
+                total4 = total0
+            if (tasks & LAST) != 0:
+                FINISH(hyper, scalars, total0, total1, total2, total3, total4, tasks, ACCUMULATES,
+                       COEFFICIENTS, ADAPTED)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["tasks"])

@@ -77,6 +77,17 @@ def stream(table, row: tl.constexpr, columns, tensor, start, dtype: tl.constexpr
 
 
 @triton.jit
+def all_loads_first():
+    """Have every load that comes before this issued before anything after it waits for one.
+
+    To save registers ptxas would rather load the first half of a chunk, use it, and then load the
+    second: half of the bytes in flight. It moves no access over a barrier, which keeps no warp
+    waiting for data.
+    """
+    tl.debug_barrier()
+
+
+@triton.jit
 def only_if(condition, mask):
     """The mask where a scalar condition holds, else none of it.
 

@@ -123,7 +123,7 @@ class Table:
         self._rows = np.empty((0, 0), np.int64)
         self._sizes: list[int] = []
         self._groups: list[int] = []
-        self._chunks: dict[int, torch.Tensor] = {}
+        self._chunks: dict[tuple[int, bool], torch.Tensor] = {}
         captured = [] if captured is None else captured
         self._upload = Upload(device, captured)
         self._upload_chunks = Upload(device, captured)
@@ -166,16 +166,18 @@ class Table:
         if pointers is not self.pointers:
             self.pointers, self.revision, self._is_captured = pointers, object(), capturing
 
-    def captured(self, size: int) -> None:
+    def captured(self, size: int, backwards: bool = False) -> None:
         """Keep for good the tables that a graph reads."""
         assert self.pointers is not None
         self._upload.keep(self.pointers)
-        self._upload_chunks.keep(self.chunks(size))
+        self._upload_chunks.keep(self.chunks(size, backwards))
         self._is_captured = True
 
-    def chunks(self, size: int) -> torch.Tensor:
-        """The chunk table for chunks of ``size`` elements."""
-        if size not in self._chunks:
+    def chunks(self, size: int, backwards: bool = False) -> torch.Tensor:
+        """The chunk table for chunks of ``size`` elements, from the first or from the last on."""
+        key = size, backwards
+        if key not in self._chunks:
             entries = chunk_table(np.array(self._sizes), np.array(self._groups), self.aligned, size)
-            self._chunks[size] = self._upload_chunks(entries)
-        return self._chunks[size]
+            entries = entries[::-1].copy() if backwards else entries
+            self._chunks[key] = self._upload_chunks(entries)
+        return self._chunks[key]

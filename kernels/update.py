@@ -26,6 +26,7 @@ from .stream import (
     STATE1,
     STATE2,
     STEP,
+    all_loads_first,
     hyper_row,
     narrow,
     newest,
@@ -39,43 +40,66 @@ BASE_COLUMNS = tl.constexpr(int(Hyper.BASE))
 
 
 @triton.jit
-def _update(table, columns, tensor, start, offsets, mask, h, scalars, origin, step, fresh, key,
+def _update(table, columns, tensor, start, offsets, mask, h, scalars, origin, count,
             P: tl.constexpr, G: tl.constexpr, S: tl.constexpr, ACC: tl.constexpr,
-            UPDATE: tl.constexpr, STATES: tl.constexpr, SCALE: tl.constexpr, MIX: tl.constexpr,
-            SKIP: tl.constexpr, BY_NORM: tl.constexpr, ASCENT_STATES: tl.constexpr,
-            HAS_MASTER: tl.constexpr, STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr):  # fmt: skip
+            UPDATE: tl.constexpr, COUNTS: tl.constexpr, STARTS: tl.constexpr,
+            STATES: tl.constexpr, SCALE: tl.constexpr, MIX: tl.constexpr, SKIP: tl.constexpr,
+            BY_NORM: tl.constexpr, ASCENT_STATES: tl.constexpr, HAS_MASTER: tl.constexpr,
+            STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr):  # fmt: skip
+    # all addresses, then all loads, then what is computed of them, then all stores: a load after a
+    # store would wait for that, and one after a use for everything before it
     param = stream(table, PARAM, columns, tensor, start, P, ALIGNED) + offsets
     grad = stream(table, GRAD, columns, tensor, start, G, ALIGNED) + offsets
     if HAS_MASTER:
         master = stream(table, MASTER, columns, tensor, start, ACC, ALIGNED) + offsets
-        w = tl.load(master, mask=mask)
         # what was not perturbed in this step may have been written to since the last
-        backup = tl.load(table + BACKUP * columns + tensor)
-        unperturbed = only_if(backup != tl.load(table + MASTER * columns + tensor), mask)
-        stored = tl.load(param, mask=unperturbed)
-        w = tl.where(unperturbed, newest(w, stored, P), w)
+        source = tl.load(table + BACKUP * columns + tensor)
+        unperturbed = only_if(source != tl.load(table + MASTER * columns + tensor), mask)
     else:
         backup = stream(table, BACKUP, columns, tensor, start, P, ALIGNED, origin) + offsets
-        w = tl.load(backup, mask=mask).to(ACC)
-    u = tl.load(grad, mask=mask).to(ACC)
+    if MIX:
+        with_first = where_present(table, FIRST_GRAD, columns, tensor, mask)
+        first_grad = stream(table, FIRST_GRAD, columns, tensor, start, G, ALIGNED) + offsets
+    if STATES > 0:
+        state0 = stream(table, STATE0, columns, tensor, start, S, ALIGNED) + offsets
+    if STATES > 1:
+        state1 = stream(table, STATE1, columns, tensor, start, S, ALIGNED) + offsets
+    if STATES > 2:
+        state2 = stream(table, STATE2, columns, tensor, start, S, ALIGNED) + offsets
+    w = tl.load(master if HAS_MASTER else backup, mask=mask)
+    u = tl.load(grad, mask=mask)
+    old = ()
+    if STATES > 0:
+        old = old + (tl.load(state0, mask=mask),)
+    if STATES > 1:
+        old = old + (tl.load(state1, mask=mask),)
+    if STATES > 2:
+        old = old + (tl.load(state2, mask=mask),)
+    if MIX:
+        g = tl.load(first_grad, mask=with_first, other=0.0)
+    if HAS_MASTER:
+        stored = tl.load(param, mask=unperturbed)
+    if ALIGNED:
+        all_loads_first()
+    key = pass_key(table, columns, tensor, scalars, 1) if STOCHASTIC else 0
+    step = (tl.load(count) + 1).to(ACC) if COUNTS else 0
+    fresh = tl.load(table + FRESH * columns + tensor) != 0 if STARTS else False
+    if HAS_MASTER:
+        w = tl.where(unperturbed, newest(w, stored, P), w)
+    w = w.to(ACC)
+    u = u.to(ACC)
     if SCALE:
         u = tl.load(scalars + COEFFICIENT).to(ACC) * u
     if MIX:
         coefficient = tl.load(scalars + FIRST_COEFFICIENT).to(ACC)
-        with_first = where_present(table, FIRST_GRAD, columns, tensor, mask)
-        first_grad = stream(table, FIRST_GRAD, columns, tensor, start, G, ALIGNED) + offsets
-        g = tl.load(first_grad, mask=with_first, other=0.0).to(ACC)
-        u += tl.where(coefficient != 0, coefficient * g, 0.0)
+        u += tl.where(coefficient != 0, coefficient * g.to(ACC), 0.0)
     state = ()
     if STATES > 0:
-        state0 = stream(table, STATE0, columns, tensor, start, S, ALIGNED) + offsets
-        state = state + (tl.load(state0, mask=mask).to(ACC),)
+        state = state + (old[0].to(ACC),)
     if STATES > 1:
-        state1 = stream(table, STATE1, columns, tensor, start, S, ALIGNED) + offsets
-        state = state + (tl.load(state1, mask=mask).to(ACC),)
+        state = state + (old[1].to(ACC),)
     if STATES > 2:
-        state2 = stream(table, STATE2, columns, tensor, start, S, ALIGNED) + offsets
-        state = state + (tl.load(state2, mask=mask).to(ACC),)
+        state = state + (old[2].to(ACC),)
     squared_norms = 0.0
     if BY_NORM:  # a compiler would drop the load where it is ignored, the interpreter would not
         squared_norms = tl.load(scalars + SQUARED_NORMS)
@@ -144,34 +168,29 @@ def update_kernel(table, chunks, columns, hyper, scalars, arrivals, origin, P: t
     tensor, group, index, size, vector = read_chunk(chunks, tl.program_id(0))
     start = index * CHUNK
     h = hyper_row(hyper, group) + BASE_COLUMNS
-    step = 0
+    count = table
     if COUNTS:
         count = tl.load(table + STEP * columns + tensor).to(tl.pointer_type(tl.float32))
-        before = tl.load(count)
-        step = (before + 1).to(ACC)
-    fresh = False
-    if STARTS:
-        fresh = tl.load(table + FRESH * columns + tensor) != 0
-    key = 0
-    if STOCHASTIC:
-        key = pass_key(table, columns, tensor, scalars, 1)
     if vector > 0:
         offsets = tl.arange(0, CHUNK)
-        _update(table, columns, tensor, start, offsets, offsets < vector, h, scalars, origin,
-                step, fresh, key, P, G, S, ACC, UPDATE, STATES, SCALE, MIX, SKIP,
-                BY_NORM, ASCENT_STATES, HAS_MASTER, STOCHASTIC, True)  # fmt: skip
+        _update(table, columns, tensor, start, offsets, offsets < vector, h, scalars, origin, count,
+                P, G, S, ACC, UPDATE, COUNTS, STARTS, STATES, SCALE, MIX, SKIP, BY_NORM,
+                ASCENT_STATES, HAS_MASTER, STOCHASTIC, True)  # fmt: skip
     for first in range(vector, size, LANES):
         offsets = first + tl.arange(0, LANES)
-        _update(table, columns, tensor, start, offsets, offsets < size, h, scalars, origin,
-                step, fresh, key, P, G, S, ACC, UPDATE, STATES, SCALE, MIX, SKIP,
-                BY_NORM, ASCENT_STATES, HAS_MASTER, STOCHASTIC, False)  # fmt: skip
+        _update(table, columns, tensor, start, offsets, offsets < size, h, scalars, origin, count,
+                P, G, S, ACC, UPDATE, COUNTS, STARTS, STATES, SCALE, MIX, SKIP, BY_NORM,
+                ASCENT_STATES, HAS_MASTER, STOCHASTIC, False)  # fmt: skip
     if COUNTS:
-        # Every chunk of a tensor reads its step count, so only the last to finish may write it;
-        # the barrier keeps this program's own reads ahead of its arrival.
+        # Every chunk of a tensor reads its step count, so only the last to finish may write it. The
+        # arrivals order nothing else, and need no fence: a program's stores are computed from the
+        # count, so it has been read where they are issued, and the barrier lets the program arrive
+        # after all of them. To wait until they are seen by others would cost each a microsecond.
         tl.debug_barrier()
         last = tl.load(table + CHUNKS * columns + tensor) - 1
-        if tl.atomic_add(arrivals + tensor, 1, sem="acq_rel") == last:
+        if tl.atomic_add(arrivals + tensor, 1, sem="relaxed") == last:
             tl.store(arrivals + tensor, 0)
+            before = tl.load(count)
             if SKIP:
                 before += tl.where(tl.load(scalars + ACCEPTED) != 0, 1.0, 0.0).to(tl.float32)
             else:

@@ -9,7 +9,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from fastsam.kernels.layout import Row, Task
+from fastsam.kernels.layout import Row, Task, counters, partials
 from fastsam.kernels.perturb import perturb_kernel
 from fastsam.kernels.reduce import finish_kernel, reduce_kernel, segments_kernel
 from fastsam.kernels.table import Table, Upload, is_capturing
@@ -35,6 +35,8 @@ from .plan import (
     hypergradient_sums,
     on,
     perturb_constants,
+    perturb_launch,
+    reduce_launch,
     states_of,
     update_constants,
 )
@@ -104,9 +106,13 @@ class TritonBackend(Launcher, DeviceBackend):
                         ascent_sums(spec), plan.buckets, batch, spec, scalars
                     )
                 rule = perturb_constants(spec, kept is None)
+                backwards = self.launches.backwards and plan.reduction is not None
                 plan.launches = [self._prepare(
-                    perturb_kernel, bucket, spec, scalars, self.launches.perturb,
-                    HAS_MASTER=bucket.has_master, STOCHASTIC=_is_stochastic(bucket, spec), **rule,
+                    perturb_kernel, bucket, spec, scalars,
+                    perturb_launch(self.launches, rule["STATES"], bucket.has_master,
+                                   **_only(bucket.types, "P", "G")),
+                    backwards=backwards, HAS_MASTER=bucket.has_master,
+                    STOCHASTIC=_is_stochastic(bucket, spec), **rule,
                     **_only(bucket.types, "P", "G", "ACC"),
                 ) for bucket in plan.buckets]  # fmt: skip
             plan.depends = depends
@@ -213,10 +219,11 @@ class TritonBackend(Launcher, DeviceBackend):
                 continue
             starts = base.starts_from_gradient
             arrivals = self._scratch("updated", bucket.table.columns, torch.int32, scalars.device)
+            backwards = self.launches.backwards and spec.needs_descent_norm
             has_start = bool(starts) and bucket.types["STATES"] > 0
             updates.append(self._prepare(
                 update_kernel, bucket, spec, scalars, self.launches.update, arrivals,
-                compiles=True, HAS_MASTER=bucket.has_master,
+                compiles=True, backwards=backwards, HAS_MASTER=bucket.has_master,
                 STOCHASTIC=_is_stochastic(bucket, spec),
                 **update_constants(spec, states, has_start, base), **bucket.types,
             ))  # fmt: skip
@@ -227,7 +234,6 @@ class TritonBackend(Launcher, DeviceBackend):
     ) -> Reduction:
         constants, tasks = found.constants, found.tasks
         has_scale = constants["ADAPTIVE"] or (constants["SCALED"] and constants["ASCENDS"])
-        launch = self.launches.reduce_streams if found.several else self.launches.reduce
         members: dict[Sharding, list[Bucket]] = defaultdict(list)
         for bucket in buckets:
             members[bucket.sharding].append(bucket)
@@ -239,14 +245,20 @@ class TritonBackend(Launcher, DeviceBackend):
         for sharding, same in members.items():
             reduction.parts[sharding] = []
             for i, bucket in enumerate(same):
-                partials = constants["SUMS"] * bucket.table.chunks(launch.chunk).size(0)
+                has_master = bucket.has_master and has_scale
+                launch = reduce_launch(
+                    self.launches, found, has_master, **_only(bucket.types, "P", "G")
+                )
+                programs, device = bucket.table.chunks(launch.chunk).size(0), scalars.device
                 last = is_whole and i == len(same) - 1
                 reduction.parts[sharding].append(self._prepare(
                     reduce_kernel, bucket, spec, scalars, launch,
-                    self._scratch("partials", partials, torch.float64, scalars.device),
-                    self._scratch("reduced", 1, torch.int32, scalars.device),
+                    self._scratch(
+                        "partials", partials(programs, constants["SUMS"]), torch.float64, device
+                    ),
+                    self._scratch("reduced", counters(programs), torch.int32, device),
                     tasks | (FIRST if i == 0 else 0) | (LAST if last else 0),
-                    HAS_MASTER=bucket.has_master and has_scale,
+                    HAS_MASTER=has_master,
                     **constants, **_only(bucket.types, "P", "G", "ACC"),
                 ))  # fmt: skip
                 if constants["ASCENDS"] and batch.squares is not None:
@@ -263,18 +275,19 @@ class TritonBackend(Launcher, DeviceBackend):
         """The launch that adds up a reduction's partials by segment."""
         assert batch.squares is not None and batch.segments is not None
         device, count = batch.squares.device, len(batch.squares)
-        if bucket.ranges is None:
+        if chunk not in bucket.ranges:
             sizes = [max(1, -(-w.numel() // chunk)) for w in bucket.params]
             ends = np.cumsum(sizes)
             ranges = np.zeros((count, 2), np.int64)
             for k, start, end in zip(bucket.members, ends - sizes, ends, strict=True):
                 held = ranges[batch.segments[k]]  # its tensors are neighbours
                 held[:] = held[0] if held[1] else start, end
-            bucket.ranges = Upload(device, self._captured)(ranges)
+            bucket.ranges[chunk] = Upload(device, self._captured)(ranges)
+        ranges_here = bucket.ranges[chunk]
         if is_capturing(device):
-            self._captured += [bucket.ranges, batch.squares]
-        partials = self._scratch("partials", 1, torch.float64, device)
-        arguments = partials, bucket.ranges, batch.squares, FIRST if opens else 0
+            self._captured += [ranges_here, batch.squares]
+        sums = self._scratch("partials", 1, torch.float64, device)
+        arguments = sums, ranges_here, batch.squares, FIRST if opens else 0
         return Direct(segments_kernel, (count,), *arguments, num_warps=4)
 
     def _forget(self, batch: Batch) -> None:

@@ -65,7 +65,7 @@ class Bucket:
     base: Base | None = None  # their fused update, in the descent
     table: Table = field(init=False)
     kept: list[Tensor] = field(default_factory=list)  # copies whose addresses are in the table
-    ranges: Tensor | None = None  # of a reduction's programs, by segment
+    ranges: dict[int, Tensor] = field(default_factory=dict)  # programs by segment, by their chunk
     described: bool = False  # whether the table holds what does not move
 
     def __post_init__(self) -> None:

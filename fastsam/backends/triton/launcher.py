@@ -65,16 +65,17 @@ class Launcher:
 
     def _prepare(
         self, kernel: Any, bucket: Bucket, spec: StepSpec, scalars: Tensor, launch: Launch,
-        *more: Any, compiles: bool = False, **constants: Any,
+        *more: Any, compiles: bool = False, backwards: bool = False, **constants: Any,
     ) -> Launched:  # fmt: skip
         """Prepare a launch of one program per chunk of the bucket.
 
         Every kernel's first arguments are the tables, and its last is the backups' origin. With
-        ``compiles`` the kernel is compiled and loaded here, if it has not been before.
+        ``compiles`` the kernel is compiled and loaded here, if it has not been before; with
+        ``backwards`` the last chunk comes first.
         """
-        chunks, table = bucket.table.chunks(launch.chunk), bucket.table.pointers
+        chunks, table = bucket.table.chunks(launch.chunk, backwards), bucket.table.pointers
         if is_capturing(scalars.device):
-            bucket.table.captured(launch.chunk)
+            bucket.table.captured(launch.chunk, backwards)
             self._captured += [x for x in more if isinstance(x, Tensor)]
         hyper = self._hyper_table(bucket, spec)
         arguments = table, chunks, bucket.table.columns, hyper, scalars, *more

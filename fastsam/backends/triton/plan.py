@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastsam.kernels import finish, sums
-from fastsam.kernels.layout import Scalar, Task
+from fastsam.kernels.layout import Launch, Launches, Scalar, Task
 from fastsam.step.sharding import Sharding, add_up
 from fastsam.step.spec import Base, StepSpec
 
@@ -198,6 +198,37 @@ def _perturbation(spec: StepSpec) -> dict[str, Any]:
         "ACCUMULATES": rule["accumulate"], "STATES": states_of(spec), "ADAPTIVE": spec.adaptive,
         "SEGMENTS": spec.norm != "global",
     }  # fmt: skip
+
+
+def reduce_launch(
+    launches: Launches,
+    sums: Sums,
+    has_master: bool,
+    P: Any,
+    G: Any,  # noqa: N803
+) -> Launch:
+    """How a reduction is launched, on parameters and gradients of these dtypes."""
+    if sums.several:
+        return launches.reduce_streams
+    if sums.constants["SCALED"]:
+        return launches.reduce_scaled.on(_are_halves(P, G) and not has_master)
+    return launches.reduce.on(_are_halves(G))
+
+
+def perturb_launch(
+    launches: Launches,
+    states: int,
+    has_master: bool,
+    P: Any,
+    G: Any,  # noqa: N803
+) -> Launch:
+    """How a perturbation is launched. The ascent's state and master weights are never halves."""
+    return launches.perturb.on(_are_halves(P, G) and not states and not has_master)
+
+
+def _are_halves(*dtypes: Any) -> bool:
+    """Whether all have 16 bits; Triton's dtypes, or their names."""
+    return all(str(dtype) in ("fp16", "bf16") for dtype in dtypes)
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
