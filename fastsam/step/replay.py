@@ -4,7 +4,7 @@ A graph holds addresses and numbers, and decisions that Python took once. A repl
 in silence whatever has changed since.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from operator import attrgetter, itemgetter
 from typing import Any
@@ -45,7 +45,7 @@ class Assumptions:
         self._lists = [list(group["params"]) for group in groups]
         self._params = list(chain.from_iterable(self._lists))
         self._device = self._params[0].device
-        self._state = list(_state_values(optimizer))
+        self._state = _state_values(optimizer)
         if hosted := [x for x in self._state if not isinstance(x, Tensor)]:
             base = type(optimizer.base_optimizer).__name__
             raise refuse(
@@ -54,8 +54,15 @@ class Assumptions:
             )
         self._before = {param: dict(state) for param, state in optimizer.state.items()}
         self._kept = dict(optimizer.kept)
-        self._tensors = [*self._params, *self._state]
-        self._addresses = list(map(Tensor.data_ptr, self._tensors))
+        # State's memory is replaced, if ever, along with everyone's, as by a cast: of each kind two
+        # are looked at in every step.
+        watched: dict[str, list[Tensor]] = {}
+        for state in self._before.values():
+            for key, x in state.items():
+                watched[key] = [*watched.get(key, [])[:1], x]
+        self._watched = [*self._params, *chain.from_iterable(watched.values())]
+        self._addresses = list(map(Tensor.data_ptr, self._watched))
+        self._state_addresses = list(map(Tensor.data_ptr, self._state))
         self._needs_grad = list(map(_needs_grad, self._params))
         self._options = [_Options(group, self._device) for group in groups]
         names = {k for cls in type(optimizer).__mro__ for k, x in vars(cls).items()
@@ -91,12 +98,12 @@ class Assumptions:
         lists = [group["params"] for group in optimizer.param_groups]
         if len(lists) != len(self._lists) or not all(map(identical, lists, self._lists)):
             return "param_groups have got other parameters or groups", AGAIN
-        state = list(_state_values(optimizer))
+        state = _state_values(optimizer)
         if not identical(state, self._state):  # other tensors in the same memory would do
             addresses = [x.data_ptr() if isinstance(x, Tensor) else None for x in state]
-            if addresses != self._addresses[len(self._params) :]:
+            if addresses != self._state_addresses:
                 return "the state has got other tensors, as by load_state_dict,", AGAIN
-        if list(map(Tensor.data_ptr, self._tensors)) != self._addresses:
+        if list(map(Tensor.data_ptr, self._watched)) != self._addresses:
             return "a parameter or its state has moved in memory", AGAIN
         if list(map(_needs_grad, self._params)) != self._needs_grad:
             return "requires_grad of a parameter has changed", AGAIN
@@ -197,10 +204,10 @@ class _Place(int):
     __hash__ = int.__hash__
 
 
-def _state_values(optimizer: Any) -> Iterator[Any]:
+def _state_values(optimizer: Any) -> list[Any]:
     """State by parameter, and the optimizer's own numbers that are on the device."""
-    yield from chain.from_iterable(map(dict.values, optimizer.state.values()))
-    yield from [x for x in optimizer.kept.values() if isinstance(x, Tensor)]
+    values = list(chain.from_iterable(map(dict.values, optimizer.state.values())))
+    return values + [x for x in optimizer.kept.values() if isinstance(x, Tensor)]
 
 
 def has_loss_scale(optimizer: Any) -> bool:
