@@ -309,6 +309,7 @@ class GroupArguments:
 
     def __init__(self, ascent: Rule, descent: Rule) -> None:
         self._rules = ascent, descent
+        self._shared = () if descent is None else tuple(descent.arguments)
         self._of: dict[Rule, tuple[dict[str, Argument], list[Any]]] = {}  # by base
         self._known: list[Known] = []
 
@@ -354,7 +355,8 @@ class GroupArguments:
             defaults: For groups that were given to the base alone, or assigned.
         """
         known = self._known
-        if len(known) != len(groups):
+        changed = len(known) != len(groups)
+        if changed:
             known = self._known = [Known({}, {}, [])] * len(groups)
         for k, group in enumerate(groups):
             one = known[k]
@@ -369,8 +371,13 @@ class GroupArguments:
                             group.setdefault(key, value)
                     one = known[k] = Known(group, *self.of(base_of(group)))
                 one.check_changed()
+                changed = True
             for check in one.checks:
                 check(group)
+        for key in self._shared if changed else ():  # u is one mixture over all groups
+            for group in groups:
+                if group[key] != groups[0][key]:
+                    raise refuse(key, f"that of the first group, {groups[0][key]!r}", group[key])
 
 
 @contextmanager

@@ -62,6 +62,7 @@ CASES = {
     "LightSAM III": Case(fastsam.LightSAM, None, LIGHT, NO_NORM, 60),
     "AdaSAM": Case(fastsam.AdaSAM, None, LIGHT, floor=56),
     "VaSSO + SGD": Case(fastsam.VaSSO, floor=52),  # SAM's, and s: read, read, written
+    "GSAM + SGD": Case(fastsam.GSAM, kernels=TWO_NORMS, floor=52),  # as SAMAR
     "SAMAR + SGD": Case(fastsam.SAMAR, kernels=TWO_NORMS, floor=52),  # SAM's; g~ and g, and g again
 }
 #: In bfloat16 with half the bytes; the others keep state in float32.

@@ -21,7 +21,7 @@ from shards import INTERPRETED, formula, gpus, wrapped
 #: Those whose update needs more of the first gradient than its norm.
 REFUSED = [
     name for name, method in METHODS.items()
-    if method.cls is fastsam.SAMAR or {"eta", "renormalize"} <= method.kwargs.keys()
+    if method.mixes or {"eta", "renormalize"} <= method.kwargs.keys()
 ]  # fmt: skip
 OWN = [name for name in METHODS if name not in REFUSED]
 
@@ -344,7 +344,7 @@ def test_updates_that_need_more_are_refused():
     for found in processes.run(2, refusals):
         assert list(found) == REFUSED
         for method, message in found.items():
-            reason = "mixes" if METHODS[method].cls is fastsam.SAMAR else "adaptive"
+            reason = "mixes" if METHODS[method].mixes else "adaptive"
             assert reason in message and "ascent_context" in message
 
 

@@ -60,6 +60,8 @@ RANGES = {
     "seed": [*NO_INTEGER, 2**32, None],
     **dict.fromkeys(("rounding", "backend", "hessian", "norm"), NO_NAME),
     **dict.fromkeys(("ascent_context", "descent_context"), NO_CONTEXT),
+    "alpha": [*NO_NUMBER, None, *NO_TENSOR],
+    "variant": NO_NAME,
     "smoothing": [*NO_NUMBER, None, 1, *NO_TENSOR],
     "c": [*NO_NUMBER, None, 0.9, *NO_TENSOR],
     **dict.fromkeys(("lam_min", "lam_max"), [*NO_NUMBER, None, *NO_TENSOR]),
@@ -94,7 +96,7 @@ def create(name, **kwargs):
 def arguments():
     """Every argument of every class, of its own, of SAM's and of the bases that it passes on to."""
     common = [key for key in inspect.signature(fastsam.SAM).parameters if key in RANGES]
-    for name in ("SAM", "ASAM", "USAM", "UnifiedSAM", "SSAM", "VaSSO", "SAMAR", "LightSAM",
+    for name in ("SAM", "ASAM", "USAM", "UnifiedSAM", "SSAM", "VaSSO", "SAMAR", "GSAM", "LightSAM",
                  "AdaSAM", "AdaGradNorm", "LETS", "SharpnessRatio"):  # fmt: skip
         parameters = inspect.signature(getattr(fastsam, name)).parameters
         for key, parameter in parameters.items():

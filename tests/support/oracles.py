@@ -22,13 +22,18 @@ NORM_EPS = 1e-12  # added to a norm before dividing by it
 VASSO_EPS = 1e-7  # the same in VaSSO's ascent
 CLIP_EPS = 1e-6  # the same in torch.nn.utils.clip_grad_norm_
 
-# The ascent rules, and what they ask of a group beyond rho.
+# The ascent and the descent rules, and what they ask of a group beyond rho.
 ASCENTS: dict[str, Group] = {
     "unified": {},
     "vasso": {"theta": 0.9},
     "adagrad_norm": {"eps": 1e-8},
     "adagrad": {"eps": 1e-8},
     "adam": {"eps": 1e-8, "betas": (0.9, 0.999)},
+}
+DESCENTS: dict[str, Group] = {
+    "": {},
+    "gsam": {"alpha": 0.4},
+    "gsam-first": {"alpha": 0.4},
 }
 
 
@@ -73,9 +78,13 @@ class Oracle:
       "adam" (III) has r = b1 r + (1-b1) g; a = b2 a + (1-b2) g^2; e = rho r / sqrt(a).
 
     Descent: u = gamma g~, gamma = 1 or SSAM's n / (n~ + eps), n = ||T g|| (Tan et al. 2025); or
-    SAMAR's u = (1 - lam_k) g + lam_k gamma g~ (Zou, Deng & Sun 2024), or g~ where n is not
-    finite; then clipping; then the base update. The ascent's state and SAMAR's change when a step
-    is completed, not before.
+    SAMAR's u = (1 - lam_k) g + lam_k gamma g~ (Zou, Deng & Sun 2024), or one of the descent rules
+    below, each with gamma g~ for g~, or gamma g~ alone where n is not finite; then clipping; then the base update. The ascent's state and SAMAR's change when a step
+    is completed, not before. The descent rules:
+
+    - "gsam" (Zhuang et al. 2022): u = g~ - alpha (the part of g that is orthogonal to g~);
+      "gsam-first": u = g + alpha (the part of g~ that is orthogonal to g). All of a vector is
+      orthogonal to one of zeros.
 
     Args:
         weights: Initial weights; rounded to the storage type.
@@ -83,7 +92,7 @@ class Oracle:
             ascent asks for and the base's hyper-parameters under torch's names, defaults filled
             in. To be changed between steps through `self.groups`.
         base: A key of `BASES`.
-        ascent: A key of `ASCENTS`.
+        ascent, descent: Keys of `ASCENTS` and `DESCENTS`. A descent's group keys are the first's.
         lam: Unified SAM's, a number or a function of the step t = 1, 2, ...
         mix: SAMAR's rule for its lam: a `Ratio`, or any function of lam_k, s_k and s_{k-1}. It is
             asked from the second sharpness on; the first lam is its `lam`, or 1.
@@ -114,6 +123,7 @@ class Oracle:
         base: str,
         *,
         ascent: str = "unified",
+        descent: str = "",
         lam: float | Callable[[int], float] = 1.0,
         mix: Callable[[float, float, float], float] | None = None,
         renormalize: bool = False,
@@ -126,13 +136,14 @@ class Oracle:
     ) -> None:
         self._update, defaults = BASES[base]
         common = {"rho": 0.05, "adaptive": False, "eta": 0.0, "maximize": False}
-        defaults = common | ASCENTS[ascent] | defaults
+        defaults = common | ASCENTS[ascent] | DESCENTS[descent] | defaults
         for group in groups:
             if unknown := group.keys() - defaults.keys() - {"params"}:
                 raise ValueError(f"{base} has no {sorted(unknown)}")
         self.groups: list[Group] = [defaults | group for group in groups]
         self._group = {i: group for group in self.groups for i in group["params"]}
         self._ascent, self._unified_lam, self._mix = ascent, lam, mix
+        self._descent = descent
         self._renormalize, self._by_norm = renormalize, base in BY_NORM
         self._max_grad_norm, self._skip_nonfinite = max_grad_norm, skip_nonfinite
         self._store, self._store_grad = storage, grad_storage
@@ -259,6 +270,8 @@ class Oracle:
             us = {i: (1 - lam) * first.get(i, 0.0) + lam * u for i, u in us.items()}
             if gs:
                 self._adapt(sharpness)
+        if self._descent and np.isfinite(n):
+            us = self._mixture({i: self._first.get(i, np.zeros_like(u)) for i, u in us.items()}, us)
         if self._max_grad_norm is not None:
             clip = np.minimum(1.0, self._max_grad_norm / (_norm(us.values()) + CLIP_EPS))
             us = {i: clip * u for i, u in us.items()}
@@ -273,6 +286,16 @@ class Oracle:
             self.weights[i] = self._store(w)
             for name, x in state.items():
                 self.state[i][name] = x if name == "step" else self._store_state(x)
+
+    def _mixture(self, first: dict[int, Array], second: dict[int, Array]) -> dict[int, Array]:
+        """u of a descent rule."""
+        h = self.groups[0]
+        kept, other = (first, second) if self._descent == "gsam-first" else (second, first)
+        alpha = h["alpha"] if kept is first else -h["alpha"]
+        length = _norm(kept.values())
+        units = {i: x / length if length > 0 else 0 * x for i, x in kept.items()}
+        along = sum(float(np.sum(units[i] * x)) for i, x in other.items())
+        return {i: x + alpha * (other[i] - along * units[i]) for i, x in kept.items()}
 
     def _adapt(self, sharpness: float) -> None:
         """SAMAR's lam for the next step; all stays where this one measured nothing."""

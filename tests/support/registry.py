@@ -69,6 +69,11 @@ class Method:
     oracle: dict[str, Any] = field(default_factory=dict)  # and its other arguments
     bases: Sequence[str] = tuple(BASES)  # those it is tested with
 
+    @property
+    def mixes(self) -> bool:
+        """Whether the update takes the first gradient itself."""
+        return bool({"mix", "descent"} & self.oracle.keys())
+
 
 def wave(t: int) -> float:
     """A schedule for Unified SAM that is none of the named ones."""
@@ -82,6 +87,7 @@ def halfway(lam: Any, sharpness: Any, previous: Any) -> Any:
 
 ADAPTIVE = {"adaptive": True}
 TWO = ("sgd-momentum", "adamw")
+THREE = (*TWO, "adagrad_norm")
 #: Everything that composes with a method, at once.
 ALL = {"renormalize": True, "max_grad_norm": 0.5, "skip_nonfinite": True}
 RATIO = {"c": 1.2, "lam_min": 0.3, "lam_max": 1.5, "smoothing": 0.4}
@@ -114,6 +120,13 @@ METHODS = {
         ("sgd-momentum", "adagrad_norm"),
     ),
     "samar-callable": Method(fastsam.SAMAR, {"rule": halfway}, {}, {"mix": halfway}, TWO),
+    "gsam": Method(fastsam.GSAM, {}, {}, {"descent": "gsam"}, THREE),
+    "gsam-first-all": Method(
+        fastsam.GSAM,
+        {"rho": 0.5, "eta": 0.1, "alpha": 0.7, "variant": "first"} | ADAPTIVE | ALL,
+        {"rho": 0.5, "eta": 0.1, "alpha": 0.7} | ADAPTIVE, {"descent": "gsam-first"} | ALL,
+        ("sgd-momentum", "adagrad_norm"),
+    ),
     "lightsam-1": Method(
         fastsam.LightSAM, {"rho": 0.3, "rule": "adagrad_norm"}, {"rho": 0.3},
         {"ascent": "adagrad_norm"}, ("light_adagrad_norm",),
@@ -131,6 +144,10 @@ METHODS = {
     ),
     "adasam": Method(fastsam.AdaSAM, {"rho": 0.05}, {}, {}, ("uncorrected_amsgrad",)),
 }  # fmt: skip
+#: Methods that differ from another by an equation alone, and share with it whatever else a step
+#: has. Their equations are tested as all are; other tests are given them one by one only where
+#: every case runs (``conftest.py``).
+RELATIVES = ("gsam", "gsam-first-all")
 #: Every method with every base that it is tested with.
 COMBINATIONS = [(name, base) for name, method in METHODS.items() for base in method.bases]
 

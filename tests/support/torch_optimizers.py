@@ -238,6 +238,11 @@ fastsam_db = [
         [*SAM_ERRORS, ({"lam": -1.0}, ValueError, "lam must be at least 0 and finite, got -1.0"),
          ({"rule": 1}, TypeError, "rule must be a SharpnessRatio or another callable")],
     ),
+    info(
+        fastsam.GSAM, PLAIN | {"along the first": MOMENTUM | {"alpha": 0.2, "variant": "first"}},
+        [*SAM_ERRORS, ({"alpha": -1.0}, ValueError, "alpha must be at least 0 and finite, got -1"),
+         ({"variant": "g"}, ValueError, "variant must be one of 'perturbed', 'first', got 'g'")],
+    ),
     light(
         fastsam.LightSAM,
         {
