@@ -196,6 +196,9 @@ def _of_descent(types: Sequence[str]) -> Iterator[Variant]:
         sums = descent_sums(spec)
         for master in _masters(types, sums.constants["ADAPTIVE"]):
             yield _reduction(types, sums, **master)
+        if rule is not None and not rule.sums and not scaled and not clips:  # known at once
+            for master in _masters(types, adaptive):
+                yield _reduction(types, ascent_sums(spec), **master)
     yield _reduction(types, hypergradient_sums(_spec(UNIFIED, False), "difference"), False)
 
 
@@ -216,10 +219,9 @@ def _of_base(types: Sequence[str], base: Base, group: dict[str, Any]) -> Iterato
             rule = update_constants(spec, of_ascent, starts) | storage
             yield _variant("update_kernel", types, LAUNCHES.update, STATES=states, **rule)
             if scale and not base.wide and of_ascent == 0:
-                yield _variant(
-                    "update_kernel", types, LAUNCHES.update, STATES=states,
-                    **(rule | {"MIX": True}),
-                )  # fmt: skip
+                for beside in flags:
+                    mixed = rule | {"MIX": True, "BESIDE": beside}
+                    yield _variant("update_kernel", types, LAUNCHES.update, STATES=states, **mixed)
 
 
 def _reduction(types: Sequence[str], sums: Sums, HAS_MASTER: bool) -> Variant:  # noqa: N803

@@ -9,17 +9,22 @@ from .batch_norm import frozen_batch_norm
 from .frozen import frozen_updates
 from .graphs import graphed
 from .methods.adasam import AdaSAM
+from .methods.friendly import FriendlySAM
 from .methods.gsam import GSAM
+from .methods.lesam import LESAM
 from .methods.lets import LETS
 from .methods.lightsam import LightSAM
 from .methods.ratio import SharpnessRatio
 from .methods.sam import ASAM, SAM, SSAM, USAM, UnifiedSAM
 from .methods.samar import SAMAR
 from .methods.vasso import VaSSO
+from .methods.weighted import GNP, WSAM
+from .normalization import normalization_groups
 from .replicas import per_replica
 
 __version__ = "0.1.0"
-__all__ = ["ASAM", "GSAM", "LETS", "SAM", "SAMAR", "SSAM", "USAM", "AdaGradNorm", "AdaSAM", "Landscape",
-           "LightSAM", "SharpnessRatio", "UnifiedSAM", "VaSSO", "compare_ranks",
-           "frozen_batch_norm", "frozen_updates", "graphed", "loss_landscape", "per_replica",
-           "rules", "sharpness", "theory"]  # fmt: skip
+__all__ = ["ASAM", "GNP", "GSAM", "LESAM", "LETS", "SAM", "SAMAR", "SSAM", "USAM", "WSAM",
+           "AdaGradNorm", "AdaSAM", "FriendlySAM", "Landscape", "LightSAM", "SharpnessRatio",
+           "UnifiedSAM", "VaSSO", "compare_ranks", "frozen_batch_norm", "frozen_updates", "graphed",
+           "loss_landscape", "normalization_groups", "per_replica", "rules", "sharpness",
+           "theory"]  # fmt: skip

@@ -110,6 +110,7 @@ class Passes:
         elif not goes_on:
             scalars[Scalar.GRAD_NORM].zero_()
             scalars[Scalar.NEXT_ACCUMULATED] = scalars[Scalar.ACCUMULATED]
+            backends.settle(scalars[Scalar.GRAD_NORM], spec, scalars)
         if norm is not None:  # that at w is the step's
             if spec.skip_first and batch.params:
                 scalars[Scalar.FOUND_INF] += ~scalars[Scalar.ASCENT_NORM].isfinite()
@@ -203,9 +204,13 @@ class Passes:
             # it cannot skip on the device: the one branch on a device value
             if not spec.skip_nonfinite or bool(scalars[Scalar.ACCEPTED]):
                 _step_unfused(base, spec, states)
+                for param, change in (batch.beside or {}).items():
+                    param.sub_(change)
 
         with backends.undone_if_it_fails(scalars) if unfused else nullcontext():
             serving = self.backends.serving(backend, batch)
+            if unfused and spec.has_part_apart:
+                batch.beside = {}
             if unfused and spec.bases is not None:  # before the fused ones, as it may fail
                 batch.step_unfused = step_unfused
             serving.descend(batch, flight.backup, spec, scalars)

@@ -412,9 +412,12 @@ def _serves_a_grad_scaler(method: _Method, backend: str) -> None:
 def _follows_its_groups(method: _Method, backend: str) -> None:
     run = _Run(method, backend).steps(2)
     unchanged = _Run(method, backend).resume(run)
+    descent = run.optimizer.descent
+    shared = () if descent is None else descent.arguments  # have one value for all groups
     for i, group in enumerate(run.optimizer.param_groups, start=1):
         numbers = {k: x for k, x in group.items() if isinstance(x, float) or k in ("lr", "rho")}
-        group |= {key: x * 0.5**i for key, x in numbers.items() if not is_own(key)}
+        powers = {key: 1 if key in shared else i for key in numbers if not is_own(key)}
+        group |= {key: numbers[key] * 0.5**power for key, power in powers.items()}
     fresh = _Run(method, backend).resume(run)  # which remembers nothing
     found = run.trace(2)
     _same(found, fresh.trace(2), "with smaller numbers in the groups, against a new optimizer")

@@ -36,18 +36,37 @@ ACCUMULATE = tl.constexpr(int(Task.ACCUMULATE))
 COMMIT = tl.constexpr(int(Task.COMMIT))
 ADAPT = tl.constexpr(int(Task.ADAPT))
 SKIP_FIRST = tl.constexpr(int(Task.SKIP_FIRST))
+APART = tl.constexpr(int(Scalar.APART))
+FIRST_APART = tl.constexpr(int(Scalar.FIRST_APART))
+
+
+@triton.jit
+def _store_apart(scalars, found, usable, gamma):
+    """What a rule has beside the base, where it has something."""
+    if len(found) > 2:
+        scale = gamma * tl.load(scalars + INVERSE_SCALE)
+        first_scale = tl.load(scalars + FIRST_INVERSE_SCALE)
+        tl.store(scalars + APART, tl.where(usable, found[2] * scale, 0.0))
+        tl.store(scalars + FIRST_APART, tl.where(usable, found[3] * first_scale, 0.0))
 
 
 @triton.jit
 def finish_ascent(hyper, scalars, direction_squared, grad_squared, sum2, sum3, sum4, tasks,
                   ACCUMULATES: tl.constexpr, COEFFICIENTS: tl.constexpr,
                   ADAPTED: tl.constexpr):  # fmt: skip
-    """The norms that the perturbation needs, and the rule's accumulator."""
+    """The norms that the perturbation needs, the rule's accumulator, and what is known of ``u``."""
     tl.store(scalars + ASCENT_NORM, tl.sqrt(direction_squared))
     tl.store(scalars + GRAD_NORM, tl.sqrt(grad_squared))
     if ACCUMULATES is not None:
         total = tl.load(scalars + ACCUMULATED)
         tl.store(scalars + NEXT_ACCUMULATED, ACCUMULATES(total, grad_squared))
+    if COEFFICIENTS is not None:  # which depend on no sums
+        state = tl.load(scalars + DESCENT0), tl.load(scalars + DESCENT1)
+        found = COEFFICIENTS(state, 0.0, 0.0, 0.0, hyper + DESCENT)
+        usable = is_finite(grad_squared)
+        tl.store(scalars + COEFFICIENT, tl.where(usable, found[0], 1.0))
+        tl.store(scalars + FIRST_COEFFICIENT, tl.where(usable, found[1], 0.0))
+        _store_apart(scalars, found, usable, 1.0)
 
 
 @triton.jit
@@ -70,13 +89,14 @@ def finish_descent(hyper, scalars, measured_squared, plain_squared, sharpness, p
     if COEFFICIENTS is not None:
         used = tl.load(scalars + DESCENT0)
         tl.store(scalars + USED_DESCENT0, used)
-        c, c1 = COEFFICIENTS((used, tl.load(scalars + DESCENT1)), first_squared,
+        found = COEFFICIENTS((used, tl.load(scalars + DESCENT1)), first_squared,
                              gamma * gamma * plain_squared, gamma * product,
                              hyper + DESCENT)  # fmt: skip
         # a first gradient that is not finite stays out of u, as it stayed out of the perturbation
         usable = is_finite(n) & is_finite(first_squared)  # n is that of what is perturbed
-        first = tl.where(usable, c1, 0.0)
-        coefficient = tl.where(usable, c * gamma, gamma)
+        coefficient = tl.where(usable, found[0] * gamma, gamma)
+        first = tl.where(usable, found[1], 0.0)
+        _store_apart(scalars, found, usable, gamma)
         cross = 2 * first * coefficient * product
         squared = coefficient * coefficient * plain_squared + cross
         squared += tl.where(first != 0, first * first * first_squared, 0.0)

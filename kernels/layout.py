@@ -153,6 +153,8 @@ class Scalar(IntEnum):
     INVERSE_SCALE = 22
     FOUND_INF = 23  # not 0 where somebody else found the gradients to overflow
     ROUNDING_STEP = 24  # steps rounded stochastically so far
+    APART = 25  # w <- base(w, u) - lr (apart * g~ + first apart * g)
+    FIRST_APART = 26
 
 
 class Task(IntFlag):

@@ -69,9 +69,10 @@ def length(row, scalars, norm, RADIUS: tl.constexpr, ACCUMULATES: tl.constexpr,
 def _perturb(table, columns, tensor, start, offsets, mask, row, scalars, origin,
              P: tl.constexpr, G: tl.constexpr, ACC: tl.constexpr, ADVANCE: tl.constexpr,
              DIRECTION: tl.constexpr, RADIUS: tl.constexpr, USABLE: tl.constexpr,
-             ACCUMULATES: tl.constexpr, STATES: tl.constexpr, ADAPTIVE: tl.constexpr,
-             SEGMENTS: tl.constexpr, BACKS_UP: tl.constexpr, HAS_MASTER: tl.constexpr,
-             STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr):  # fmt: skip
+             ACCUMULATES: tl.constexpr, STATES: tl.constexpr, FROM_OLD: tl.constexpr,
+             ADAPTIVE: tl.constexpr, SEGMENTS: tl.constexpr, BACKS_UP: tl.constexpr,
+             HAS_MASTER: tl.constexpr, STOCHASTIC: tl.constexpr,
+             ALIGNED: tl.constexpr):  # fmt: skip
     # all addresses, then all loads, then what is computed of them, then all stores: a load after a
     # store would wait for that, and one after a use for everything before it
     param = stream(table, PARAM, columns, tensor, start, P, ALIGNED) + offsets
@@ -106,7 +107,7 @@ def _perturb(table, columns, tensor, start, offsets, mask, row, scalars, origin,
     if STATES > 0:
         new = ADVANCE(g, state, row + ASCENT)
     t = element_scale(w, row, ADAPTIVE)
-    d = DIRECTION(g, new, row + ASCENT)
+    d = DIRECTION(g, state if FROM_OLD else new, row + ASCENT)
     e = tl.where(scale != 0, scale * (t * (t * d)), 0.0)
     if STATES > 0:
         usable = USABLE(new, norm)
@@ -126,9 +127,9 @@ def _perturb(table, columns, tensor, start, offsets, mask, row, scalars, origin,
 def perturb_kernel(table, chunks, columns, hyper, scalars, origin, P: tl.constexpr,
                    G: tl.constexpr, ACC: tl.constexpr, ADVANCE: tl.constexpr,
                    DIRECTION: tl.constexpr, RADIUS: tl.constexpr, USABLE: tl.constexpr,
-                   ACCUMULATES: tl.constexpr, STATES: tl.constexpr, ADAPTIVE: tl.constexpr,
-                   SEGMENTS: tl.constexpr, BACKS_UP: tl.constexpr,
-                   HAS_MASTER: tl.constexpr, STOCHASTIC: tl.constexpr,
+                   ACCUMULATES: tl.constexpr, STATES: tl.constexpr,
+                   FROM_OLD: tl.constexpr, ADAPTIVE: tl.constexpr, SEGMENTS: tl.constexpr,
+                   BACKS_UP: tl.constexpr, HAS_MASTER: tl.constexpr, STOCHASTIC: tl.constexpr,
                    CHUNK: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
     """``e = radius * T^2 * direction``, one chunk per program.
 
@@ -142,6 +143,7 @@ def perturb_kernel(table, chunks, columns, hyper, scalars, origin, P: tl.constex
         ADVANCE, DIRECTION, RADIUS, USABLE, ACCUMULATES: The rule's functions (``ascent/``); None
             for those that it does not have.
         STATES: Number of the rule's state tensors per parameter, which are in ``ACC``.
+        FROM_OLD: Whether the direction is given the state of before this gradient.
         ADAPTIVE: Whether some group has ASAM's element-wise scale.
         SEGMENTS: Whether the norm is that of the tensor's segment.
         BACKS_UP: Whether the weights are copied; an earlier ascent of the step may have done it.
@@ -154,10 +156,10 @@ def perturb_kernel(table, chunks, columns, hyper, scalars, origin, P: tl.constex
     if vector > 0:
         offsets = tl.arange(0, CHUNK)
         _perturb(table, columns, tensor, start, offsets, offsets < vector, row, scalars, origin,
-                 P, G, ACC, ADVANCE, DIRECTION, RADIUS, USABLE, ACCUMULATES, STATES, ADAPTIVE,
-                 SEGMENTS, BACKS_UP, HAS_MASTER, STOCHASTIC, True)  # fmt: skip
+                 P, G, ACC, ADVANCE, DIRECTION, RADIUS, USABLE, ACCUMULATES, STATES, FROM_OLD,
+                 ADAPTIVE, SEGMENTS, BACKS_UP, HAS_MASTER, STOCHASTIC, True)  # fmt: skip
     for first in range(vector, size, LANES):
         offsets = first + tl.arange(0, LANES)
         _perturb(table, columns, tensor, start, offsets, offsets < size, row, scalars, origin,
-                 P, G, ACC, ADVANCE, DIRECTION, RADIUS, USABLE, ACCUMULATES, STATES, ADAPTIVE,
-                 SEGMENTS, BACKS_UP, HAS_MASTER, STOCHASTIC, False)  # fmt: skip
+                 P, G, ACC, ADVANCE, DIRECTION, RADIUS, USABLE, ACCUMULATES, STATES, FROM_OLD,
+                 ADAPTIVE, SEGMENTS, BACKS_UP, HAS_MASTER, STOCHASTIC, False)  # fmt: skip

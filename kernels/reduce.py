@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import is_finite
-from .finish import COEFFICIENT, INVERSE_SCALE
+from .finish import APART, COEFFICIENT, INVERSE_SCALE
 from .layout import WINDOW as PARTIALS
 from .layout import Hyper, Scalar, Task
 from .perturb import ASCENT, FIRST_INVERSE_SCALE, SIGN, element_scale, length, norm_of
@@ -58,8 +58,9 @@ def _terms(table, columns, tensor, start, offsets, mask, row, scalars, origin, f
            P: tl.constexpr, G: tl.constexpr, ACC: tl.constexpr, TERMS: tl.constexpr,
            ASCENDS: tl.constexpr, BOTH: tl.constexpr, LETS: tl.constexpr, ADVANCE: tl.constexpr,
            DIRECTION: tl.constexpr, RADIUS: tl.constexpr, ACCUMULATES: tl.constexpr,
-           STATES: tl.constexpr, ADAPTIVE: tl.constexpr, SEGMENTS: tl.constexpr,
-           SCALED: tl.constexpr, HAS_MASTER: tl.constexpr, ALIGNED: tl.constexpr):  # fmt: skip
+           STATES: tl.constexpr, FROM_OLD: tl.constexpr, ADAPTIVE: tl.constexpr,
+           SEGMENTS: tl.constexpr, SCALED: tl.constexpr, HAS_MASTER: tl.constexpr,
+           ALIGNED: tl.constexpr):  # fmt: skip
     """What is summed, element by element: the streams that ``TERMS`` combines.
 
     What has the gradients' size is multiplied by ``factor``, if there is one.
@@ -89,12 +90,14 @@ def _terms(table, columns, tensor, start, offsets, mask, row, scalars, origin, f
         g = tl.load(first_grad, mask=perturbed, other=0.0)
         if RADIUS is not None:
             if STATES > 0:
-                next0 = stream(table, NEXT0, columns, tensor, start, ACC, ALIGNED) + offsets
+                ROW0: tl.constexpr = ASCENT0 if FROM_OLD else NEXT0
+                next0 = stream(table, ROW0, columns, tensor, start, ACC, ALIGNED) + offsets
                 # a gradient without state is one of a group that is not perturbed
-                stateful = where_present(table, NEXT0, columns, tensor, perturbed)
+                stateful = where_present(table, ROW0, columns, tensor, perturbed)
                 later = later + (tl.load(next0, mask=stateful, other=0.0),)
             if STATES > 1:
-                next1 = stream(table, NEXT1, columns, tensor, start, ACC, ALIGNED) + offsets
+                ROW1: tl.constexpr = ASCENT1 if FROM_OLD else NEXT1
+                next1 = stream(table, ROW1, columns, tensor, start, ACC, ALIGNED) + offsets
                 later = later + (tl.load(next1, mask=stateful, other=0.0),)
             if ADAPTIVE:
                 if HAS_MASTER:
@@ -124,7 +127,7 @@ def _terms(table, columns, tensor, start, offsets, mask, row, scalars, origin, f
         here = element_scale(w.to(ACC), row, SCALED)
     d = present
     if ASCENDS and DIRECTION is not None:
-        if STATES > 0:
+        if STATES > 0 and not FROM_OLD:
             state = ADVANCE(present, state, row + ASCENT)
         d = DIRECTION(present, state, row + ASCENT)
     e = present
@@ -140,7 +143,8 @@ def _terms(table, columns, tensor, start, offsets, mask, row, scalars, origin, f
         g = present
     if LETS:
         delta = delta.to(ACC) - without.to(ACC)
-        delta = tl.load(row + LR) * tl.load(scalars + COEFFICIENT).to(ACC) * delta
+        coefficient = tl.load(scalars + COEFFICIENT) + tl.load(scalars + APART)
+        delta = tl.load(row + LR) * coefficient.to(ACC) * delta
     else:
         delta = present
     if factor is not None:
@@ -152,9 +156,10 @@ def _terms(table, columns, tensor, start, offsets, mask, row, scalars, origin, f
 def _sums(table, chunks, columns, hyper, scalars, origin, factor, P: tl.constexpr, G: tl.constexpr,
           ACC: tl.constexpr, TERMS: tl.constexpr, ASCENDS: tl.constexpr, BOTH: tl.constexpr,
           LETS: tl.constexpr, ADVANCE: tl.constexpr, DIRECTION: tl.constexpr, RADIUS: tl.constexpr,
-          ACCUMULATES: tl.constexpr, STATES: tl.constexpr, ADAPTIVE: tl.constexpr,
-          SEGMENTS: tl.constexpr, SCALED: tl.constexpr, HAS_MASTER: tl.constexpr,
-          SUMS: tl.constexpr, CHUNK: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
+          ACCUMULATES: tl.constexpr, STATES: tl.constexpr, FROM_OLD: tl.constexpr,
+          ADAPTIVE: tl.constexpr, SEGMENTS: tl.constexpr, SCALED: tl.constexpr,
+          HAS_MASTER: tl.constexpr, SUMS: tl.constexpr, CHUNK: tl.constexpr,
+          LANES: tl.constexpr):  # fmt: skip
     """The sums over this program's chunk."""
     tensor, group, index, size, vector = read_chunk(chunks, tl.program_id(0))
     start = index * CHUNK
@@ -168,8 +173,8 @@ def _sums(table, chunks, columns, hyper, scalars, origin, factor, P: tl.constexp
         offsets = tl.arange(0, CHUNK)
         a, b, c, d, f = _terms(table, columns, tensor, start, offsets, offsets < vector, row,
                                scalars, origin, factor, P, G, ACC, TERMS, ASCENDS, BOTH, LETS,
-                               ADVANCE, DIRECTION, RADIUS, ACCUMULATES, STATES, ADAPTIVE,
-                               SEGMENTS, SCALED, HAS_MASTER, True)  # fmt: skip
+                               ADVANCE, DIRECTION, RADIUS, ACCUMULATES, STATES, FROM_OLD,
+                               ADAPTIVE, SEGMENTS, SCALED, HAS_MASTER, True)  # fmt: skip
         sum0 += tl.sum(a)
         if SUMS > 1:
             sum1 += tl.sum(b)
@@ -187,8 +192,8 @@ def _sums(table, chunks, columns, hyper, scalars, origin, factor, P: tl.constexp
             offsets = first + tl.arange(0, LANES)
             a, b, c, d, f = _terms(table, columns, tensor, start, offsets, offsets < size, row,
                                    scalars, origin, factor, P, G, ACC, TERMS, ASCENDS, BOTH, LETS,
-                                   ADVANCE, DIRECTION, RADIUS, ACCUMULATES, STATES, ADAPTIVE,
-                                   SEGMENTS, SCALED, HAS_MASTER, False)  # fmt: skip
+                                   ADVANCE, DIRECTION, RADIUS, ACCUMULATES, STATES, FROM_OLD,
+                                   ADAPTIVE, SEGMENTS, SCALED, HAS_MASTER, False)  # fmt: skip
             lanes0 += a
             lanes1 += b
             lanes2 += c
@@ -273,9 +278,9 @@ def reduce_kernel(table, chunks, columns, hyper, scalars, partials, arrivals, ta
                   FINISH: tl.constexpr, ASCENDS: tl.constexpr, BOTH: tl.constexpr,
                   LETS: tl.constexpr, ADVANCE: tl.constexpr, DIRECTION: tl.constexpr,
                   RADIUS: tl.constexpr, ACCUMULATES: tl.constexpr, COEFFICIENTS: tl.constexpr,
-                  ADAPTED: tl.constexpr, STATES: tl.constexpr, ADAPTIVE: tl.constexpr,
-                  SEGMENTS: tl.constexpr,
-                  SCALED: tl.constexpr, HAS_MASTER: tl.constexpr, SUMS: tl.constexpr,
+                  ADAPTED: tl.constexpr, STATES: tl.constexpr, FROM_OLD: tl.constexpr,
+                  ADAPTIVE: tl.constexpr, SEGMENTS: tl.constexpr, SCALED: tl.constexpr,
+                  HAS_MASTER: tl.constexpr, SUMS: tl.constexpr,
                   CHUNK: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
     """Sums over one bucket.
 
@@ -295,6 +300,7 @@ def reduce_kernel(table, chunks, columns, hyper, scalars, partials, arrivals, ta
             the sums, or what follows from them, depend on it; else None.
         COEFFICIENTS, ADAPTED: The descent rule's (``descent/``); the same.
         STATES: Number of the ascent rule's state tensors, where the sums depend on them.
+        FROM_OLD: Whether its direction is given the state of before the step.
         ADAPTIVE: Whether the perturbation that is made once more has ``T``.
         SEGMENTS: Whether its norm is that of the tensor's segment.
         SCALED: Whether the norm of this pass has ``T``.
@@ -307,7 +313,7 @@ def reduce_kernel(table, chunks, columns, hyper, scalars, partials, arrivals, ta
     programs = tl.num_programs(0)
     sum0, sum1, sum2, sum3, sum4 = _sums(
         table, chunks, columns, hyper, scalars, origin, None, P, G, ACC, TERMS, ASCENDS, BOTH,
-        LETS, ADVANCE, DIRECTION, RADIUS, ACCUMULATES, STATES, ADAPTIVE, SEGMENTS, SCALED,
+        LETS, ADVANCE, DIRECTION, RADIUS, ACCUMULATES, STATES, FROM_OLD, ADAPTIVE, SEGMENTS, SCALED,
         HAS_MASTER, SUMS, CHUNK, LANES)  # fmt: skip
     length = _padded(programs)
     mine = partials + program + tl.arange(0, 1)
@@ -329,8 +335,8 @@ def reduce_kernel(table, chunks, columns, hyper, scalars, partials, arrivals, ta
             back = tl.where(lost != 0, 2.0**140, 2.0**-200).to(tl.float64)
             again0, again1, again2, again3, again4 = _sums(
                 table, chunks, columns, hyper, scalars, origin, factor, P, G, ACC, TERMS, ASCENDS,
-                BOTH, LETS, ADVANCE, DIRECTION, RADIUS, ACCUMULATES, STATES, ADAPTIVE, SEGMENTS,
-                SCALED, HAS_MASTER, SUMS, CHUNK, LANES)  # fmt: skip
+                BOTH, LETS, ADVANCE, DIRECTION, RADIUS, ACCUMULATES, STATES, FROM_OLD, ADAPTIVE,
+                SEGMENTS, SCALED, HAS_MASTER, SUMS, CHUNK, LANES)  # fmt: skip
             a = tl.where(lost != 0, is_finite(sum0) == 0, sum0 < SMALL)
             tl.store(mine, _seen_again(sum0, again0, a, back))
             if SUMS > 1:

@@ -7,7 +7,7 @@ file in ``base/``.
 import triton
 import triton.language as tl
 
-from .finish import ACCEPTED, COEFFICIENT, FIRST_COEFFICIENT, SQUARED_NORMS
+from .finish import ACCEPTED, APART, COEFFICIENT, FIRST_APART, FIRST_COEFFICIENT, SQUARED_NORMS
 from .layout import Hyper
 from .rounding import pass_key, round_weight
 from .stream import (
@@ -37,15 +37,18 @@ from .stream import (
 )
 
 BASE_COLUMNS = tl.constexpr(int(Hyper.BASE))
+#: From a group's columns of the base.
+LR = tl.constexpr(int(Hyper.LR) - int(Hyper.BASE))
+SIGN = tl.constexpr(int(Hyper.SIGN) - int(Hyper.BASE))
 
 
 @triton.jit
 def _update(table, columns, tensor, start, offsets, mask, h, scalars, origin, count,
             P: tl.constexpr, G: tl.constexpr, S: tl.constexpr, ACC: tl.constexpr,
             UPDATE: tl.constexpr, COUNTS: tl.constexpr, STARTS: tl.constexpr,
-            STATES: tl.constexpr, SCALE: tl.constexpr, MIX: tl.constexpr, SKIP: tl.constexpr,
-            BY_NORM: tl.constexpr, ASCENT_STATES: tl.constexpr, HAS_MASTER: tl.constexpr,
-            STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr):  # fmt: skip
+            STATES: tl.constexpr, SCALE: tl.constexpr, MIX: tl.constexpr, BESIDE: tl.constexpr,
+            SKIP: tl.constexpr, BY_NORM: tl.constexpr, ASCENT_STATES: tl.constexpr,
+            HAS_MASTER: tl.constexpr, STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr):  # fmt: skip
     # all addresses, then all loads, then what is computed of them, then all stores: a load after a
     # store would wait for that, and one after a use for everything before it
     param = stream(table, PARAM, columns, tensor, start, P, ALIGNED) + offsets
@@ -87,7 +90,8 @@ def _update(table, columns, tensor, start, offsets, mask, h, scalars, origin, co
     if HAS_MASTER:
         w = tl.where(unperturbed, newest(w, stored, P), w)
     w = w.to(ACC)
-    u = u.to(ACC)
+    second = u.to(ACC)
+    u = second
     if SCALE:
         u = tl.load(scalars + COEFFICIENT).to(ACC) * u
     if MIX:
@@ -104,6 +108,12 @@ def _update(table, columns, tensor, start, offsets, mask, h, scalars, origin, co
     if BY_NORM:  # a compiler would drop the load where it is ignored, the interpreter would not
         squared_norms = tl.load(scalars + SQUARED_NORMS)
     new, later = UPDATE(w, u, state, h, step, fresh, squared_norms)
+    if BESIDE:
+        apart = tl.load(scalars + APART).to(ACC)
+        first_apart = tl.load(scalars + FIRST_APART).to(ACC)
+        change = tl.where(apart != 0, apart * second, 0.0)
+        change += tl.where(first_apart != 0, first_apart * g.to(ACC), 0.0)
+        new -= tl.load(h + LR) * tl.load(h + SIGN) * change
     new0 = later[0] if STATES > 0 else new
     new1 = later[1] if STATES > 1 else new
     new2 = later[2] if STATES > 2 else new
@@ -144,9 +154,9 @@ def update_kernel(table, chunks, columns, hyper, scalars, arrivals, origin, P: t
                   G: tl.constexpr, S: tl.constexpr, ACC: tl.constexpr,
                   UPDATE: tl.constexpr, COUNTS: tl.constexpr, STARTS: tl.constexpr,
                   STATES: tl.constexpr, SCALE: tl.constexpr, MIX: tl.constexpr,
-                  SKIP: tl.constexpr, BY_NORM: tl.constexpr, ASCENT_STATES: tl.constexpr,
-                  HAS_MASTER: tl.constexpr, STOCHASTIC: tl.constexpr, CHUNK: tl.constexpr,
-                  LANES: tl.constexpr):  # fmt: skip
+                  BESIDE: tl.constexpr, SKIP: tl.constexpr, BY_NORM: tl.constexpr,
+                  ASCENT_STATES: tl.constexpr, HAS_MASTER: tl.constexpr, STOCHASTIC: tl.constexpr,
+                  CHUNK: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
     """Restore, ``u = coefficient * g~ + first coefficient * g``, base update: a chunk per program.
 
     Args:
@@ -159,6 +169,7 @@ def update_kernel(table, chunks, columns, hyper, scalars, arrivals, origin, P: t
         SCALE: Whether ``u`` differs from ``g~`` (renormalisation, clipping, a descent rule, a loss
             scale).
         MIX: Whether ``u`` has a part along the first gradient.
+        BESIDE: With MIX, whether a part of the update goes past the base.
         SKIP: Whether a step may be rejected on the device.
         BY_NORM: Whether the base update takes the sum of squared norms.
         ASCENT_STATES: With SKIP, number of the ascent rule's state tensors, to be rejected too.
@@ -174,12 +185,12 @@ def update_kernel(table, chunks, columns, hyper, scalars, arrivals, origin, P: t
     if vector > 0:
         offsets = tl.arange(0, CHUNK)
         _update(table, columns, tensor, start, offsets, offsets < vector, h, scalars, origin, count,
-                P, G, S, ACC, UPDATE, COUNTS, STARTS, STATES, SCALE, MIX, SKIP, BY_NORM,
+                P, G, S, ACC, UPDATE, COUNTS, STARTS, STATES, SCALE, MIX, BESIDE, SKIP, BY_NORM,
                 ASCENT_STATES, HAS_MASTER, STOCHASTIC, True)  # fmt: skip
     for first in range(vector, size, LANES):
         offsets = first + tl.arange(0, LANES)
         _update(table, columns, tensor, start, offsets, offsets < size, h, scalars, origin, count,
-                P, G, S, ACC, UPDATE, COUNTS, STARTS, STATES, SCALE, MIX, SKIP, BY_NORM,
+                P, G, S, ACC, UPDATE, COUNTS, STARTS, STATES, SCALE, MIX, BESIDE, SKIP, BY_NORM,
                 ASCENT_STATES, HAS_MASTER, STOCHASTIC, False)  # fmt: skip
     if COUNTS:
         # Every chunk of a tensor reads its step count, so only the last to finish may write it. The

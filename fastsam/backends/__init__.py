@@ -13,10 +13,10 @@ from fastsam.step.batch import Batch
 from .base import Backend, DeviceBackend
 from .devices import SeveralDevices
 from .reference import keep_rejected, write_grads
-from .sums import undone_if_it_fails
+from .sums import settle, undone_if_it_fails
 
-__all__ = ["Backend", "Backends", "create", "keep_rejected", "resolve", "undone_if_it_fails",
-           "write_grads"]  # fmt: skip
+__all__ = ["Backend", "Backends", "create", "keep_rejected", "resolve", "settle",
+           "undone_if_it_fails", "write_grads"]  # fmt: skip
 
 NAMES = ("auto", "triton", "torch", "reference")
 

@@ -14,7 +14,7 @@ from fastsam.arithmetic import wide
 from fastsam.kernels.layout import Scalar
 from fastsam.step.batch import Batch
 from fastsam.step.sharding import total
-from fastsam.step.spec import StepSpec
+from fastsam.step.spec import StepSpec, sign_of
 
 from .base import DeviceBackend, Pass, Stop
 from .equations import columns_of, learning_rate, perturbation, radius, signed
@@ -42,7 +42,7 @@ def advance_one(batch: Batch, k: int, spec: StepSpec) -> Tensor:
     if rule.advance is not None and old:
         for name, value in rule.advance(g, old, h).items():
             new[name].copy_(value)
-    return rule.direction(g, new, h)
+    return rule.direction(g, old if rule.from_old else new, h)
 
 
 def state_of(batch: Batch, k: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -93,6 +93,8 @@ def update_one(
         step = state["step"].item() if on_cpu else state["step"].double()
     fresh = batch.fresh is not None and batch.fresh[k]
     base.update(w, u, state, group, step, fresh, scalars[Scalar.SQUARED_NORMS])
+    if spec.has_part_apart:
+        w -= beside(batch, k, spec, scalars).to(w.dtype)
     if spec.skip_nonfinite:
         accepted = scalars[Scalar.ACCEPTED] != 0
         w = torch.where(accepted, w, wide(before))
@@ -120,11 +122,25 @@ def final_gradient(batch: Batch, k: int, spec: StepSpec, scalars: Tensor) -> Ten
     return scalars[Scalar.COEFFICIENT].to(u.dtype) * u if spec.rescales else u
 
 
+def beside(batch: Batch, k: int, spec: StepSpec, scalars: Tensor) -> Tensor:
+    """What a descent rule takes away from parameter ``k`` past the base."""
+    group, second = spec.groups[batch.groups[k]], wide(batch.grads[k])
+    first = None if batch.firsts is None else batch.firsts[k]
+    g = torch.zeros_like(second) if first is None else wide(first)
+    apart = scalars[Scalar.APART]
+    part = mixture(g, torch.where(apart != 0, second, 0.0), scalars[Scalar.FIRST_APART], apart)
+    change: Tensor = learning_rate(group) * sign_of(group) * part
+    return change
+
+
 def leave_final_gradient(batch: Batch, spec: StepSpec, scalars: Tensor) -> None:
     """Leave ``u`` in ``.grad`` of the parameters whose base optimizer is not fused."""
     if not spec.rescales:
         return
     members = unfused(batch, spec)
+    if batch.beside is not None:  # of gradients that are about to be written over
+        for k in members:
+            batch.beside[batch.params[k]] = beside(batch, k, spec, scalars)
     some = batch
     if spec.bases is not None:
         some = Batch(
@@ -251,4 +267,5 @@ class ReferenceBackend(DeviceBackend):
             parts.append(lr * ((validation - training) * product).sum(dtype=scalars.dtype))
         slope = total(parts, batch.shardings)
         yield slope
-        scalars[Scalar.HYPERGRADIENT] = scalars[Scalar.COEFFICIENT] * slope
+        weight = scalars[Scalar.COEFFICIENT] + scalars[Scalar.APART]  # of the second gradient
+        scalars[Scalar.HYPERGRADIENT] = weight * slope

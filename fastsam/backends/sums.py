@@ -18,6 +18,8 @@ from .weights import ListBackup
 
 #: Where a descent rule's scalars are, in the order of their declaration.
 SCALARS = Scalar.DESCENT0, Scalar.DESCENT1
+#: And where the coefficients are of what goes past the base: of the second gradient, and the first.
+BESIDE = Scalar.APART, Scalar.FIRST_APART
 
 
 def global_norm(
@@ -86,6 +88,20 @@ def finish_ascent(n: Tensor, direction_norm: Tensor, spec: StepSpec, scalars: Te
     if spec.ascent.accumulate is not None:
         old = scalars[Scalar.ACCUMULATED].clone()
         scalars[Scalar.NEXT_ACCUMULATED] = spec.ascent.accumulate(old, n)
+    settle(n, spec, scalars)
+
+
+def settle(n: Tensor, spec: StepSpec, scalars: Tensor) -> None:
+    """The coefficients of ``u`` where they depend on no sums, after a first pass."""
+    rule = spec.descent
+    if rule is None or rule.sums:
+        return
+    found = rule.coefficients(_scalars_of(rule, scalars), {}, rule.columns(spec.groups[0]))
+    c, c1, *beside = (x + torch.zeros_like(scalars[0]) for x in found)
+    scalars[Scalar.COEFFICIENT] = torch.where(n.isfinite(), c, 1.0)
+    scalars[Scalar.FIRST_COEFFICIENT] = torch.where(n.isfinite(), c1, 0.0)
+    for slot, x in zip(BESIDE, beside, strict=False):
+        scalars[slot] = torch.where(n.isfinite(), x, 0.0)
 
 
 def first_passes(
@@ -103,7 +119,8 @@ def first_passes(
             yield signed(first, group), zeros
             continue
         w = param if backup is None else backup.copies.get(param, param)
-        state = None if batch.next is None else batch.next[k]
+        states = batch.ascent if spec.ascent.from_old else batch.next
+        state = None if states is None else states[k]
         g = signed(first, group)
         d = spec.ascent.direction(g, state or {}, columns_of(spec, group))
         yield g, perturbation(w, d, group, radius(spec, group, scalars_of(batch, k, scalars)))
@@ -170,11 +187,13 @@ def finish_descent(
         given = sums | {"second": norm.square(), "product": gamma * sums["product"]}
         given = {name: x for name, x in given.items() if name in rule.sums}
         found = rule.coefficients(state, given, rule.columns(spec.groups[0]))
-        c, c1 = (x + torch.zeros_like(n) for x in found)  # they may be numbers
+        c, c1, *beside = (x + torch.zeros_like(n) for x in found)  # they may be numbers
         # a first gradient that is not finite stays out of u, as it stayed out of the perturbation
         usable = n.isfinite() & sums["first"].isfinite()  # n is that of what is perturbed
         first = torch.where(usable, c1, 0.0)
         coefficient = torch.where(usable, c * gamma, gamma)
+        for slot, x, scale in zip(BESIDE, beside, (gamma, 1.0), strict=False):
+            scalars[slot] = torch.where(usable, x * scale, 0.0)
         squared = (coefficient * plain).square() + 2 * first * coefficient * sums["product"]
         squared = squared + torch.where(first != 0, first.square() * sums["first"], 0.0)
         # with g alone or g~ alone there is nothing to cancel, nor NaN from what is left out

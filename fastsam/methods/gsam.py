@@ -23,9 +23,7 @@ def _projection(sums: dict[str, Tensor], onto: str) -> Tensor:
     return torch.where(sums[onto] > 0, sums["product"] / sums[onto], 0.0)
 
 
-def _coefficients(
-    state: dict[str, Tensor], sums: dict[str, Tensor], h: Columns
-) -> tuple[Any, Any]:
+def _coefficients(state: dict[str, Tensor], sums: dict[str, Tensor], h: Columns) -> tuple[Any, Any]:
     if h["FIRST"]:
         return h["ALPHA"], 1 - h["ALPHA"] * _projection(sums, "first")
     return 1 + h["ALPHA"] * _projection(sums, "second"), -h["ALPHA"]
@@ -112,5 +110,5 @@ class GSAM(SharpnessAwareOptimizer):
 
     @property
     def variant(self) -> str:
-        """Which gradient is kept: ``"perturbed"`` or ``"first"``."""
+        """Which gradient is kept, ``"perturbed"`` or ``"first"``."""
         return self._variant

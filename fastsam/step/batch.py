@@ -119,6 +119,7 @@ class Batch:
         held: The ascent's state, where it is that of exactly these parameters.
         part: Which of several devices' it is, by number; None where there is but one.
         step_unfused: Steps the bases that are not fused, where others are: takes the scalars.
+        beside: What has to be taken away from parameters after a base that is not fused.
     """
 
     params: list[Tensor] = field(default_factory=list)
@@ -142,6 +143,7 @@ class Batch:
     held: Any = None
     part: int | None = None
     step_unfused: Callable[[Tensor], None] | None = None
+    beside: dict[Tensor, Tensor] | None = None
 
     @property
     def leads(self) -> bool:

@@ -42,7 +42,8 @@ class Recording:
     def take(self, batch: Batch, backup: Backup | None, spec: StepSpec, replicas: Any) -> None:
         """Take in a step that is complete, of which only what the approximation reads."""
         diag = self.hessian == "diag"
-        self.batch = replace(batch, ascent=None, held=None, next=batch.next if diag else None)
+        old = batch.ascent if diag and spec.ascent.from_old else None
+        self.batch = replace(batch, ascent=old, held=None, next=batch.next if diag else None)
         self.backup = backup if diag and spec.adaptive else None
         self.spec, self.replicas = spec, replicas
 

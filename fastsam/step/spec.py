@@ -87,6 +87,7 @@ class Ascent(Rule):
         radius: ``(rho, norm, total, h)`` to :math:`r`. Numbers or 0-dim tensors: ``norm`` is what
             the argument of that name says, ``total`` the accumulator with this step's norm.
         direction: ``(g, state, h)`` to :math:`d`. Default: the gradient.
+        from_old: Whether the direction is given the state of before this gradient, and not the new.
         advance: ``(g, state, h)`` to the state after this gradient. With state.
         usable: ``(state, norm)`` to whether the new state may replace the old. With state.
         accumulate: ``(total, norm)`` to the accumulator after this step.
@@ -114,6 +115,7 @@ class Ascent(Rule):
     kernel: str
     radius: Callable[[Any, Any, Any, Columns], Any]
     direction: Callable[[Tensor, dict[str, Tensor], Columns], Tensor] = along_gradient
+    from_old: bool = False
     advance: Callable[[Tensor, dict[str, Tensor], Columns], dict[str, Tensor]] | None = None
     usable: Callable[[dict[str, Tensor], Tensor], Tensor] | None = None
     accumulate: Callable[[Tensor, Tensor], Tensor] | None = None
@@ -166,17 +168,23 @@ class Ascent(Rule):
 class Descent(Rule):
     r"""What the base update takes: :math:`u = c\, \tilde g + c_1\, g`.
 
+    A rule may also have a part that the base does not see:
+    :math:`w \leftarrow \mathrm{base}(w, u) - lr\,(a\, \tilde g + a_1\, g)`.
+
     The equations work on 0-dim tensors. ``state`` and ``sums`` are dicts by name, ``h`` is what
     ``columns`` gives.
 
     Args:
         name: Of the rule, for messages.
         kernel: Module with its Triton functions (``fastsam.kernels.descent`` lists them).
-        coefficients: ``(state, sums, h)`` to :math:`c` and :math:`c_1`, tensors or numbers. Where
-            the first gradient is not finite they are not used: :math:`u = \tilde g` then.
+        coefficients: ``(state, sums, h)`` to :math:`c` and :math:`c_1`, tensors or numbers; of a
+            rule that is ``apart`` to :math:`c, c_1, a` and :math:`a_1`. Where the first gradient is
+            not finite they are not used: :math:`u = \tilde g` then.
         sums: Which of ``SUMS`` the rule is given: ``"first"``, ``"second"`` and ``"product"`` for
             the coefficients, ``"sharpness"`` for ``adapt``. :math:`\tilde g` counts as rescaled
-            where ``renormalize`` asks for that.
+            where ``renormalize`` asks for that. Of a rule without sums the coefficients are known
+            after the first pass, and no gradient is read for them.
+        apart: Whether it has a part beside the base. Clipping leaves that as it is.
         columns: ``(group)``, of the first group, to the rule's hyper-parameters, at most four.
         scalars: Numbers that the rule keeps from step to step, at most two, each with its start.
         least: What some of them are at least. A state dict with less, or with a number that is not
@@ -197,6 +205,7 @@ class Descent(Rule):
     kernel: str
     coefficients: Callable[[dict[str, Tensor], dict[str, Tensor], Columns], tuple[Any, Any]]
     sums: Sequence[str] = ()
+    apart: bool = False
     columns: Callable[[Group], Columns] = _no_columns
     scalars: Mapping[str, float] = field(default_factory=dict)
     least: Mapping[str, float] = field(default_factory=dict)
@@ -413,4 +422,14 @@ class StepSpec:
     @property
     def needs_descent_norm(self) -> bool:
         needs_norm = self.base is not None and self.base.needs_norm
-        return self.rescales or self.skip_nonfinite or needs_norm
+        if self.renormalize or self.is_scaled or self.skip_nonfinite or needs_norm:
+            return True
+        if self.max_grad_norm is not None or self.descent is None:
+            return self.max_grad_norm is not None
+        # else the first pass has seen whether all first gradients are finite
+        return bool(self.descent.sums) or not all(map(is_perturbed, self.groups))
+
+    @property
+    def has_part_apart(self) -> bool:
+        """Whether the update has a part that the base does not see."""
+        return self.descent is not None and self.descent.apart

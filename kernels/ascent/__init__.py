@@ -6,7 +6,7 @@ state tensors in the order of their declaration, and ``h`` points to the hyper-p
 
 | function | gives | needed |
 | --- | --- | --- |
-| ``direction(g, state, h)`` | the direction, from the new state | always |
+| ``direction(g, state, h)`` | the direction, from the new state (``from_old``: the old) | always |
 | ``radius(rho, norm, total, h)`` | what the direction is multiplied by | always |
 | ``advance(g, state, h)`` | the state after gradient ``g``, a tuple | with state |
 | ``usable(state, norm)`` | whether the new state may replace the old | with state |

@@ -6,9 +6,10 @@ of two: the rule's scalars, in the order of their declaration.
 
 | function | gives | needed |
 | --- | --- | --- |
-| ``coefficients(state, first, second, product, h)`` | ``c, c1`` | always |
+| ``coefficients(state, first, second, product, h)`` | ``c, c1`` (``apart``: ``a, a1``) | always |
 | ``adapt(state, sharpness, h)`` | the scalars after this step, a tuple of two | with ``adapt`` |
 
 ``first`` is the first gradient's squared norm, ``second`` the second's, after SSAM's rescaling if
-that is asked for, and ``product`` their dot product. ``sharpness`` is ``<g + g~, e> / 2``.
+that is asked for, and ``product`` their dot product. ``sharpness`` is ``<g + g~, e> / 2``. Of a
+rule that is ``apart``, ``lr * (a * g~ + a1 * g)`` is taken away beside what the base does.
 """

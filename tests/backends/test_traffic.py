@@ -63,6 +63,10 @@ CASES = {
     "AdaSAM": Case(fastsam.AdaSAM, None, LIGHT, floor=56),
     "VaSSO + SGD": Case(fastsam.VaSSO, floor=52),  # SAM's, and s: read, read, written
     "GSAM + SGD": Case(fastsam.GSAM, kernels=TWO_NORMS, floor=52),  # as SAMAR
+    # the weights of the mixture are known when the update begins: g, read once more
+    "WSAM + SGD": Case(fastsam.WSAM, floor=44),
+    "LESAM + SGD": Case(fastsam.LESAM),
+    "FriendlySAM + SGD": Case(fastsam.FriendlySAM, floor=52),  # as VaSSO
     "SAMAR + SGD": Case(fastsam.SAMAR, kernels=TWO_NORMS, floor=52),  # SAM's; g~ and g, and g again
 }
 #: In bfloat16 with half the bytes; the others keep state in float32.
@@ -78,6 +82,10 @@ OTHER_CASES = {
     "LightSAM III, clipped": Case(
         fastsam.LightSAM, None, LIGHT | {"max_grad_norm": 1.0}, NO_NORM[:1] + TWO_NORMS[2:], 64
     ),
+    "WSAM + SGD, clipped": Case(fastsam.WSAM, SGD, {"max_grad_norm": 1.0}, TWO_NORMS, 52),
+    "WSAM + AdamW, coupled": Case(fastsam.WSAM, ADAMW, {"decouple": False}, floor=52),
+    "GNP + SGD": Case(fastsam.GNP, floor=44),
+    "GNP + SGD, unit": Case(fastsam.GNP, SGD, {"unit": True}, TWO_NORMS, 52),
     "SAM + AdaGradNorm": Case(fastsam.SAM, (fastsam.AdaGradNorm, {}), {}, TWO_NORMS, 36),
     # the clipped norm is that of u, the renormalised one that of T u
     "adaptive SSAM + SGD, clipped": Case(

@@ -81,6 +81,7 @@ from fastsam.methods.lightsam import LIGHT_NORM
 from fastsam.methods.samar import MIX
 from fastsam.unified import UNIFIED
 from fastsam.methods.vasso import EMA
+from fastsam.methods.weighted import DECOUPLED
 from fastsam.step.spec import StepSpec
 
 names = finish_kernel.arg_names
@@ -89,8 +90,9 @@ signature = {name: types.get(name, "constexpr") for name in names}
 groups = [GROUPS[1]]
 plain, mixed = StepSpec(groups, UNIFIED, None), StepSpec(groups, UNIFIED, None, descent=MIX)
 average, light = StepSpec(groups, EMA, None), StepSpec(groups, LIGHT_NORM, None)
-for sums in (ascent_sums(average), ascent_sums(light), descent_sums(plain), descent_sums(mixed),
-             hypergradient_sums(plain, "diag")):
+known = StepSpec(groups, UNIFIED, None, descent=DECOUPLED)  # the coefficients, at once
+for sums in (ascent_sums(average), ascent_sums(light), ascent_sums(known), descent_sums(plain),
+             descent_sums(mixed), descent_sums(known), hypergradient_sums(plain, "diag")):
     constants = {(names.index(k),): v for k, v in sums.constants.items() if k in names}
     for target in TARGETS.values():
         source = ASTSource(finish_kernel, signature, constants, {})

@@ -262,6 +262,9 @@ OURS = [
     (fastsam.USAM, (torch.optim.Adagrad,), {}), (fastsam.UnifiedSAM, (SGD,), {"lam": "1/t"}),
     (fastsam.SSAM, (torch.optim.Adam,), {}), (fastsam.VaSSO, (SGD,), MOMENTUM),
     (fastsam.SAMAR, (SGD,), MOMENTUM), (fastsam.AdaSAM, (), LIGHT),
+    (fastsam.GSAM, (SGD,), MOMENTUM), (fastsam.WSAM, (SGD,), MOMENTUM | {"gamma": 0.6}),
+    (fastsam.GNP, (SGD,), MOMENTUM), (fastsam.LESAM, (SGD,), MOMENTUM),
+    (fastsam.FriendlySAM, (SGD,), MOMENTUM | {"sigma": 0.9}),
     *((fastsam.LightSAM, (), LIGHT | {"rule": r}) for r in ("adagrad_norm", "adagrad", "adam")),
 ]  # fmt: skip
 #: Triton's interpreter takes ten seconds for each; the others differ from them little there.

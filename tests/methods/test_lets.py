@@ -200,6 +200,8 @@ def expected(oracle, method, passes, losses, hessian):
         us = ((1 - lam) * g + c * x for g, x in zip(firsts, seconds, strict=True))
         norm = math.sqrt(sum(np.square(u).sum() for u, p in zip(us, present, strict=True) if p))
         c *= min(1.0, bound / (norm + 1e-6))
+    if "descent" in method.oracle:
+        c = oracle.of_second
     total = size = 0.0
     for group in oracle.groups:
         for i in group["params"]:

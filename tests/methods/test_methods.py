@@ -93,8 +93,9 @@ def test_trajectory(method, base, dtype, backend, record_property):
         free.step(gradients)
         for k, ours in enumerate(numpy(params)):
             worst = check_close(
-                f"w {k}, step {step}", ours, forced.weights[k], before[k], dtypes.param, eps
-            )
+                f"w {k}, step {step}", ours, forced.weights[k], before[k], dtypes.param, eps,
+                forced.terms.get(k, 0.0),
+            )  # fmt: skip
             farthest = max(farthest, worst)
             for name, exact in forced.state[k].items():
                 ours = optimizer.state[params[k]][name].double().cpu().numpy()

@@ -50,7 +50,7 @@ RANGES = {
     "betas": NO_BETAS,
     "max_grad_norm": [x for x in NO_NUMBER if x is not math.inf] + [0, 0.0, *NO_TENSOR],
     **dict.fromkeys(("adaptive", "renormalize", "skip_nonfinite", "master_weights", "maximize",
-                     "repeat_random", "set_to_none",
+                     "repeat_random", "set_to_none", "decouple", "unit",
                      "nesterov", "amsgrad", "differentiable"), NO_BOOL),
     "perturb_every": [*NO_INTEGER, 0, None],
     "ascent_steps": [*NO_INTEGER, 0, None],
@@ -60,7 +60,10 @@ RANGES = {
     "seed": [*NO_INTEGER, 2**32, None],
     **dict.fromkeys(("rounding", "backend", "hessian", "norm"), NO_NAME),
     **dict.fromkeys(("ascent_context", "descent_context"), NO_CONTEXT),
-    "alpha": [*NO_NUMBER, None, *NO_TENSOR],
+    **dict.fromkeys(("alpha", "sigma"), [*NO_NUMBER, None, *NO_TENSOR]),
+    "gamma": [*NO_NUMBER, None, 1, *NO_TENSOR],
+    "lmbda": [*NO_NUMBER, None, 1.5, *NO_TENSOR],
+    "rho_max": [*NO_NUMBER, None],
     "variant": NO_NAME,
     "smoothing": [*NO_NUMBER, None, 1, *NO_TENSOR],
     "c": [*NO_NUMBER, None, 0.9, *NO_TENSOR],
@@ -96,7 +99,8 @@ def create(name, **kwargs):
 def arguments():
     """Every argument of every class, of its own, of SAM's and of the bases that it passes on to."""
     common = [key for key in inspect.signature(fastsam.SAM).parameters if key in RANGES]
-    for name in ("SAM", "ASAM", "USAM", "UnifiedSAM", "SSAM", "VaSSO", "SAMAR", "GSAM", "LightSAM",
+    for name in ("SAM", "ASAM", "USAM", "UnifiedSAM", "SSAM", "VaSSO", "SAMAR", "FriendlySAM",
+                 "LESAM", "GSAM", "WSAM", "GNP", "LightSAM",
                  "AdaSAM", "AdaGradNorm", "LETS", "SharpnessRatio"):  # fmt: skip
         parameters = inspect.signature(getattr(fastsam, name)).parameters
         for key, parameter in parameters.items():
@@ -106,6 +110,7 @@ def arguments():
         if "kwargs" in parameters:
             for key in common:
                 fixed = (name == "ASAM" and key == "adaptive") or key in parameters
+                fixed = fixed or (name == "LESAM" and key == "rho")  # its rho_max
                 if not fixed and not (name in ("LightSAM", "AdaSAM") and key in light):
                     yield name, key, {}
     for rule in ("adagrad_norm", "adagrad"):

@@ -158,12 +158,12 @@ GROUPS = [{"params": [0, 2], "lr": 0.03}, {"params": [1], "rho": 0.2, "lr": 0.01
 
 def plain(oracle, grads):
     """The oracle's base update alone: no ascent, and neither rescaling nor mixture."""
-    kept = oracle._renormalize, oracle._mix
-    oracle._renormalize, oracle._mix = False, None
+    kept = oracle._renormalize, oracle._mix, oracle._descent
+    oracle._renormalize, oracle._mix, oracle._descent = False, None, ""
     oracle._first, oracle.e, oracle._new_state, oracle._new_a2 = {}, {}, {}, oracle.a2
     oracle.t, oracle._n, oracle.perturbed = oracle.t + 1, 0.0, list(oracle.weights)
     oracle.descend(grads)
-    oracle._renormalize, oracle._mix = kept
+    oracle._renormalize, oracle._mix, oracle._descent = kept
 
 
 def of_the_ascent(optimizer, params):

@@ -26,6 +26,8 @@ CLIP_EPS = 1e-6  # the same in torch.nn.utils.clip_grad_norm_
 ASCENTS: dict[str, Group] = {
     "unified": {},
     "vasso": {"theta": 0.9},
+    "lesam": {"sigma": 0.35},
+    "friendly": {"sigma": 1.0, "lmbda": 0.9},
     "adagrad_norm": {"eps": 1e-8},
     "adagrad": {"eps": 1e-8},
     "adam": {"eps": 1e-8, "betas": (0.9, 0.999)},
@@ -34,6 +36,10 @@ DESCENTS: dict[str, Group] = {
     "": {},
     "gsam": {"alpha": 0.4},
     "gsam-first": {"alpha": 0.4},
+    "wsam": {"gamma": 0.9},
+    "wsam-coupled": {"gamma": 0.9},
+    "gnp": {"alpha": 0.8},
+    "gnp-unit": {"alpha": 0.8},
 }
 
 
@@ -72,6 +78,9 @@ class Oracle:
       2022); between them lies Unified SAM (Oikonomou & Loizou 2025).
     - "vasso" (Li & Giannakis 2023): s = (1-theta) s + theta g, where a weight's first s is its
       first g; e = rho T^2 s / (||T s|| + 1e-7).
+    - "lesam" (Wang et al. 2026): e = min(sigma / n, rho) T^2 g / n, n = ||T g||.
+    - "friendly" (Li et al. 2024): d = g - sigma m, e = rho T^2 d / ||T d||, then
+      m = lmbda m + (1-lmbda) g. A weight's first d and first m are its first g.
     - LightSAM (arXiv 2505.24399), where T = 1, a starts at eps^2 and r at 0:
       "adagrad_norm" (I) has the scalar a += ||g||^2; e = rho g / sqrt(a);
       "adagrad" (II) has a += g^2, element by element; e = rho g / sqrt(a);
@@ -79,12 +88,16 @@ class Oracle:
 
     Descent: u = gamma g~, gamma = 1 or SSAM's n / (n~ + eps), n = ||T g|| (Tan et al. 2025); or
     SAMAR's u = (1 - lam_k) g + lam_k gamma g~ (Zou, Deng & Sun 2024), or one of the descent rules
-    below, each with gamma g~ for g~, or gamma g~ alone where n is not finite; then clipping; then the base update. The ascent's state and SAMAR's change when a step
-    is completed, not before. The descent rules:
+    below, each with gamma g~ for g~, or gamma g~ alone where n is not finite; then clipping; then
+    the base update. The ascent's state and SAMAR's change when a step is completed, not before.
+    The descent rules:
 
     - "gsam" (Zhuang et al. 2022): u = g~ - alpha (the part of g that is orthogonal to g~);
       "gsam-first": u = g + alpha (the part of g~ that is orthogonal to g). All of a vector is
       orthogonal to one of zeros.
+    - "wsam-coupled" (Yue et al. 2023), with a = gamma / (1 - gamma): u = a g~ + (1 - a) g; "wsam":
+      u = g, and then w = base(w, u) - lr a (g~ - g), where clipping leaves the last part alone.
+    - "gnp" (Zhao et al. 2022): u = (1 - alpha) g + alpha g~; "gnp-unit": with g / ||g|| for g.
 
     Args:
         weights: Initial weights; rounded to the storage type.
@@ -110,6 +123,8 @@ class Oracle:
         a2, b2: The scalar accumulators of the ascent and of the base.
         t: Number of ascents, those of skipped steps included.
         lam, sharpness: SAMAR's for the next step: lam, and the (smoothed) s_k, None at first.
+        of_second: The weight that g~ had in the last step, past the base as well, SAMAR's aside.
+        terms: With a descent rule, the sizes of what it has added to each weight, times lr.
         e: The perturbations of the last step, unrounded; none where nothing is perturbed.
         metrics: `grad_norm` ||T g||;
             `perturbed_grad_norm` n~ (with T), `renormalization` gamma, `skipped` (number of
@@ -144,6 +159,7 @@ class Oracle:
         self._group = {i: group for group in self.groups for i in group["params"]}
         self._ascent, self._unified_lam, self._mix = ascent, lam, mix
         self._descent = descent
+        self.of_second, self.terms = 1.0, {}
         self._renormalize, self._by_norm = renormalize, base in BY_NORM
         self._max_grad_norm, self._skip_nonfinite = max_grad_norm, skip_nonfinite
         self._store, self._store_grad = storage, grad_storage
@@ -168,7 +184,8 @@ class Oracle:
 
     def _scale(self, w: Array, i: int) -> Array | float:
         """T of the i-th weight at w."""
-        h, scaled = self._group[i], self._ascent in ("unified", "vasso")
+        scaled = self._ascent in ("unified", "vasso", "lesam", "friendly")
+        h = self._group[i]
         return np.abs(w) + h["eta"] if h["adaptive"] and scaled else 1.0
 
     def _scaled_norm(self, weights: Arrays, xs: dict[int, Array]) -> float:
@@ -182,7 +199,8 @@ class Oracle:
         self._new_state: dict[int, State] = {}
         self._new_a2 = self.a2
         self._n = self.metrics["grad_norm"] = self._scaled_norm(self.weights, gs)
-        rules = {"unified": self._unified, "vasso": self._vasso, "adagrad_norm": self._light_norm}
+        rules = {"unified": self._unified, "vasso": self._vasso, "adagrad_norm": self._light_norm,
+                 "lesam": self._lesam, "friendly": self._friendly}  # fmt: skip
         self.e = rules.get(self._ascent, self._light)(gs)
         self.perturbed = list(self.weights)
         for i, e in self.e.items():
@@ -210,6 +228,29 @@ class Oracle:
         self._new_state = {i: {"ascent_ema": self._store_ascent(s)} for i, s in ss.items()}
         squares = {i: self._scale(self.weights[i], i) ** 2 for i in ss}
         return {i: self._group[i]["rho"] * squares[i] * s / (n + VASSO_EPS) for i, s in ss.items()}
+
+    def _lesam(self, gs: dict[int, Array]) -> dict[int, Array]:
+        if self._n == 0 or not np.isfinite(self._n):
+            return {}
+        n = self._n + NORM_EPS
+        lengths = {i: min(self._group[i]["sigma"] / n, self._group[i]["rho"]) for i in gs}
+        squares = {i: self._scale(self.weights[i], i) ** 2 for i in gs}
+        return {i: lengths[i] * squares[i] * g / n for i, g in gs.items()}
+
+    def _friendly(self, gs: dict[int, Array]) -> dict[int, Array]:
+        ds, ms = {}, {}
+        for i, g in gs.items():
+            h, old = self._group[i], self.state[i].get("ascent_ema")
+            ds[i] = g if old is None else g - h["sigma"] * old
+            ms[i] = g if old is None else h["lmbda"] * old + (1 - h["lmbda"]) * g
+        n = self._scaled_norm(self.weights, ds)
+        if not np.isfinite(n):
+            return {}
+        self._new_state = {i: {"ascent_ema": self._store_ascent(m)} for i, m in ms.items()}
+        if n == 0:
+            return {}
+        squares = {i: self._scale(self.weights[i], i) ** 2 for i in ds}
+        return {i: self._group[i]["rho"] * squares[i] * d / (n + NORM_EPS) for i, d in ds.items()}
 
     def _light_norm(self, gs: dict[int, Array]) -> dict[int, Array]:
         a2 = self.a2 + self._n**2
@@ -270,11 +311,25 @@ class Oracle:
             us = {i: (1 - lam) * first.get(i, 0.0) + lam * u for i, u in us.items()}
             if gs:
                 self._adapt(sharpness)
+        past: dict[int, Array] = {}  # the base
+        self.of_second, self.terms = gamma, {}
         if self._descent and np.isfinite(n):
-            us = self._mixture({i: self._first.get(i, np.zeros_like(u)) for i, u in us.items()}, us)
+            second, first = us, {i: self._first.get(i, np.zeros_like(u)) for i, u in us.items()}
+            c, c1, a = self._mixture(first, second)
+            us = {i: c * x + c1 * first[i] for i, x in second.items()}
+            past = {i: a * (x - first[i]) for i, x in second.items()}
+            self.of_second = c * gamma
+            k, k1 = abs(c) + abs(a), abs(c1) + abs(a)
+            self.terms = {
+                i: self._group[i]["lr"] * (k * np.abs(x) + k1 * np.abs(first[i]))
+                for i, x in second.items()
+            }
         if self._max_grad_norm is not None:
             clip = np.minimum(1.0, self._max_grad_norm / (_norm(us.values()) + CLIP_EPS))
             us = {i: clip * u for i, u in us.items()}
+            self.of_second *= clip
+        if past:
+            self.of_second += a * gamma
         if self._by_norm:
             self.b2 += _norm(us.values()) ** 2
             if self.b2 == 0:  # every u so far was zero: 0/0
@@ -283,19 +338,30 @@ class Oracle:
         for i, u in us.items():
             h = self._group[i]
             w, state = self._update(self.weights[i], u, self.state[i], h)
+            w = w - h["lr"] * past.get(i, 0.0)
             self.weights[i] = self._store(w)
             for name, x in state.items():
                 self.state[i][name] = x if name == "step" else self._store_state(x)
 
-    def _mixture(self, first: dict[int, Array], second: dict[int, Array]) -> dict[int, Array]:
-        """u of a descent rule."""
+    def _mixture(
+        self, first: dict[int, Array], second: dict[int, Array]
+    ) -> tuple[float, float, float]:
+        """Of a descent rule c, c1 and a: u = c g~ + c1 g, and lr a (g~ - g) past the base."""
         h = self.groups[0]
-        kept, other = (first, second) if self._descent == "gsam-first" else (second, first)
-        alpha = h["alpha"] if kept is first else -h["alpha"]
-        length = _norm(kept.values())
-        units = {i: x / length if length > 0 else 0 * x for i, x in kept.items()}
-        along = sum(float(np.sum(units[i] * x)) for i, x in other.items())
-        return {i: x + alpha * (other[i] - along * units[i]) for i, x in kept.items()}
+        if self._descent.startswith("gsam"):
+            kept, other = second, first
+            if self._descent == "gsam-first":
+                kept, other = first, second
+            length = _norm(kept.values())
+            along = sum(float(np.sum(x / length * other[i])) for i, x in kept.items())
+            of_kept = h["alpha"] * along / length if length > 0 else 0.0
+            if self._descent == "gsam-first":
+                return h["alpha"], 1 - of_kept, 0.0
+            return 1 + of_kept, -h["alpha"], 0.0
+        if self._descent == "gnp-unit":
+            return h["alpha"], (1 - h["alpha"]) / (_norm(first.values()) or 1.0), 0.0
+        a = h["gamma"] / (1 - h["gamma"]) if "gamma" in h else h["alpha"]
+        return (0.0, 1.0, a) if self._descent == "wsam" else (a, 1 - a, 0.0)
 
     def _adapt(self, sharpness: float) -> None:
         """SAMAR's lam for the next step; all stays where this one measured nothing."""

@@ -127,6 +127,31 @@ METHODS = {
         {"rho": 0.5, "eta": 0.1, "alpha": 0.7} | ADAPTIVE, {"descent": "gsam-first"} | ALL,
         ("sgd-momentum", "adagrad_norm"),
     ),
+    "wsam": Method(fastsam.WSAM, {"gamma": 0.6}, {"gamma": 0.6}, {"descent": "wsam"}, THREE),
+    "wsam-all": Method(
+        fastsam.WSAM, {"rho": 0.5, "eta": 0.1, "gamma": 0.6} | ADAPTIVE | ALL,
+        {"rho": 0.5, "eta": 0.1, "gamma": 0.6} | ADAPTIVE, {"descent": "wsam"} | ALL, TWO,
+    ),
+    "wsam-coupled": Method(
+        fastsam.WSAM, {"gamma": 0.6, "decouple": False}, {"gamma": 0.6},
+        {"descent": "wsam-coupled"}, THREE,
+    ),
+    "gnp": Method(fastsam.GNP, {}, {}, {"descent": "gnp"}, TWO),
+    "gnp-unit": Method(fastsam.GNP, {"unit": True}, {}, {"descent": "gnp-unit"}, THREE),
+    "lesam": Method(
+        fastsam.LESAM, {"sigma": 0.1, "rho_max": 0.2}, {"sigma": 0.1, "rho": 0.2},
+        {"ascent": "lesam"}, TWO,
+    ),
+    # with sigma = 1 two equal gradients leave nothing to perturb along
+    "friendly": Method(
+        fastsam.FriendlySAM, {"sigma": 0.9}, {"sigma": 0.9}, {"ascent": "friendly"}, THREE
+    ),
+    "friendly-all": Method(
+        fastsam.FriendlySAM,
+        {"rho": 0.5, "sigma": 0.7, "lmbda": 0.6, "eta": 0.1} | ADAPTIVE | ALL,
+        {"rho": 0.5, "sigma": 0.7, "lmbda": 0.6, "eta": 0.1} | ADAPTIVE,
+        {"ascent": "friendly"} | ALL, TWO,
+    ),
     "lightsam-1": Method(
         fastsam.LightSAM, {"rho": 0.3, "rule": "adagrad_norm"}, {"rho": 0.3},
         {"ascent": "adagrad_norm"}, ("light_adagrad_norm",),
@@ -147,7 +172,8 @@ METHODS = {
 #: Methods that differ from another by an equation alone, and share with it whatever else a step
 #: has. Their equations are tested as all are; other tests are given them one by one only where
 #: every case runs (``conftest.py``).
-RELATIVES = ("gsam", "gsam-first-all")
+RELATIVES = ("gsam", "gsam-first-all", "wsam-all", "wsam-coupled", "gnp", "gnp-unit", "lesam",
+             "friendly-all")  # fmt: skip
 #: Every method with every base that it is tested with.
 COMBINATIONS = [(name, base) for name, method in METHODS.items() for base in method.bases]
 

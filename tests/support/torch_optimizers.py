@@ -243,6 +243,16 @@ fastsam_db = [
         [*SAM_ERRORS, ({"alpha": -1.0}, ValueError, "alpha must be at least 0 and finite, got -1"),
          ({"variant": "g"}, ValueError, "variant must be one of 'perturbed', 'first', got 'g'")],
     ),
+    info(
+        fastsam.WSAM,
+        PLAIN | {"coupled": MOMENTUM | {"decouple": False},
+                 "RMSprop, not fused": {"base_optimizer": RMSprop, "gamma": 0.4}},
+        [*SAM_ERRORS, ({"gamma": 1.0}, ValueError, r"gamma must be in \[0, 1\), got 1.0")],
+    ),
+    info(fastsam.GNP, PLAIN | {"unit": MOMENTUM | {"unit": True}},
+         [*SAM_ERRORS, ({"alpha": -1.0}, ValueError, "alpha must be at least 0 and finite")]),
+    info(fastsam.FriendlySAM, PLAIN | {"of half": MOMENTUM | {"sigma": 0.5, "lmbda": 0.6}},
+         [*SAM_ERRORS, ({"lmbda": 1.5}, ValueError, r"lmbda must be in \[0, 1\], got 1.5")]),
     light(
         fastsam.LightSAM,
         {

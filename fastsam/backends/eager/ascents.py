@@ -114,8 +114,10 @@ class ByEquations(AlongGradient):
         for part in parts:
             h = columns_of(spec, part.group)
             for k in part.members:
-                new = self._advance(batch, k, spec, h)
-                found[k] = spec.ascent.direction(signed(batch.grads[k], part.group), new, h)
+                state = self._advance(batch, k, spec, h)
+                if spec.ascent.from_old:
+                    state = (batch.ascent[k] if batch.ascent is not None else None) or {}
+                found[k] = spec.ascent.direction(signed(batch.grads[k], part.group), state, h)
         return [found[k] for k in range(len(batch.grads))]
 
     def _advance(self, batch: Batch, k: int, spec: StepSpec, h: Any) -> dict[str, Tensor]:
@@ -151,7 +153,7 @@ class ByEquations(AlongGradient):
                     for name, value in spec.ascent.advance(g, old, h).items():
                         new[name].copy_(value)
                 if d is None:
-                    d = spec.ascent.direction(g, new, h)
+                    d = spec.ascent.direction(g, old if spec.ascent.from_old else new, h)
                 e = perturbation(w, d, group, scale)
                 if names and spec.ascent.usable is not None:
                     good = spec.ascent.usable(new, scalars[Scalar.ASCENT_NORM])

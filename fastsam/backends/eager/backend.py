@@ -153,6 +153,11 @@ def _prepared(
     elif spec.rescales:
         # a cast, because 0-dim gradients would be promoted to the coefficient's float64
         grads = list(torch._foreach_mul(grads, scalars[Scalar.COEFFICIENT].to(grads[0].dtype)))
+    changes = []
+    if spec.has_part_apart:
+        changes = [reference.beside(batch, k, spec, scalars) for k in members]
+        if spec.skip_nonfinite:
+            changes = [torch.where(scalars[Scalar.ACCEPTED] != 0, x, 0.0) for x in changes]
     states = {name: [held[k][name] for k in members] for name in base.states(group)}
     found_inf = (1 - scalars[Scalar.ACCEPTED]).float() if spec.skip_nonfinite else None
     common: dict[str, Any] = dict(
@@ -166,6 +171,8 @@ def _prepared(
         if steps:
             torch._foreach_add_(steps, 1)
         update()
+        if changes:
+            torch._foreach_sub_(params, changes)
         if steps and found_inf is not None:
             torch._foreach_sub_(steps, [found_inf] * len(steps))
 

@@ -86,6 +86,10 @@ class Update(ABC):
         if self.is_unsigned:
             self.first *= sign_of(group)
             self.coefficient *= sign_of(group)
+        self.beside: list[float] = []  # what is taken away of both gradients past the base
+        if spec.has_part_apart:
+            lr = float(group["lr"]) * sign_of(group)
+            self.beside = [lr * float(scalars[slot]) for slot in (Scalar.APART, Scalar.FIRST_APART)]
         self.squared_norms = float(scalars[Scalar.SQUARED_NORMS])
         names = list(base.states(group))
         self.steps = part.column(batch.states, "step") if base.counts_steps else []
@@ -119,16 +123,20 @@ class Update(ABC):
         for room, (positions, (weights, grads, *streams)) in zip(
             self.rooms, self.blocks, strict=True
         ):
-            u = grads
+            u, sources = grads, [grads]
             if room is not None:
                 torch.mul(room.gather(grads), self.coefficient, out=room.whole)
                 u = room.parts
             if self.mixed:
                 firsts = streams.pop(0)
+                sources.append(firsts)
                 if self.first != 0:
                     torch._foreach_add_(u, firsts, alpha=self.first)
             steps = [self.steps[i] for i in positions] if self.steps else []
             self.update(weights, u, streams, steps)
+            for scale, xs in zip(self.beside, sources, strict=False):
+                if scale != 0:
+                    torch._foreach_add_(weights, xs, alpha=-scale)
 
     @abstractmethod
     def update(self, weights: Tensors, u: Tensors, states: list[Tensors], steps: Tensors) -> None:

@@ -94,6 +94,7 @@ def perturb_constants(spec: StepSpec, backs_up: bool = True) -> dict[str, Any]:
     return {
         "ADVANCE": rule["advance"], "DIRECTION": rule["direction"], "RADIUS": rule["radius"],
         "USABLE": rule["usable"], "ACCUMULATES": rule["accumulate"], "STATES": states_of(spec),
+        "FROM_OLD": spec.ascent.from_old,
         "ADAPTIVE": spec.adaptive, "SEGMENTS": spec.norm != "global", "BACKS_UP": backs_up,
     }  # fmt: skip
 
@@ -114,7 +115,7 @@ def update_constants(
     return {
         "UPDATE": functions_of(base, BASE)["update"], "COUNTS": base.counts_steps,
         "STARTS": starts, "SCALE": spec.rescales, "MIX": spec.descent is not None,
-        "SKIP": spec.skip_nonfinite, "BY_NORM": base.needs_norm,
+        "BESIDE": spec.has_part_apart, "SKIP": spec.skip_nonfinite, "BY_NORM": base.needs_norm,
         "ASCENT_STATES": ascent_states,
     }  # fmt: skip
 
@@ -135,12 +136,15 @@ def ascent_sums(spec: StepSpec) -> Sums:
     own: dict[str, Any] = {"ACCUMULATES": rule["accumulate"]}
     if along:
         own |= {"ADVANCE": rule["advance"], "DIRECTION": rule["direction"]}
+    if spec.descent is not None and not spec.descent.sums:  # what follows is known
+        own["COEFFICIENTS"] = functions_of(spec.descent, DESCENT)["coefficients"]
     return Sums(
         NO_RULE | own | {
             "TERMS": sums.of_ascent, "FINISH": finish.finish_ascent, "ASCENDS": True,
             "BOTH": False, "LETS": False, "SCALED": spec.adaptive, "ADAPTIVE": False,
             "SEGMENTS": False,
-            "STATES": states_of(spec) if along else 0, "SUMS": 2 if along else 1,
+            "STATES": states_of(spec) if along else 0, "FROM_OLD": along and spec.ascent.from_old,
+            "SUMS": 2 if along else 1,
         },
         several=along,
     )  # fmt: skip
@@ -160,6 +164,7 @@ def descent_sums(spec: StepSpec) -> Sums:
     common = {
         "FINISH": finish.finish_descent, "ASCENDS": False, "BOTH": spec.descent is not None,
         "LETS": False, "SCALED": scaled, "ADAPTIVE": False, "SEGMENTS": False, "STATES": 0,
+        "FROM_OLD": False,
     }  # fmt: skip
     if spec.descent is None:
         # the plain norm is a sum of its own only where T makes the other one different
@@ -184,6 +189,7 @@ def hypergradient_sums(spec: StepSpec, hessian: str) -> Sums:
     common = {
         "FINISH": finish.finish_hypergradient, "ASCENDS": False, "BOTH": True, "LETS": True,
         "SCALED": False, "ADAPTIVE": False, "SEGMENTS": False, "STATES": 0, "SUMS": 1,
+        "FROM_OLD": False,
     }  # fmt: skip
     if hessian == "diag":
         return Sums(NO_RULE | common | {"TERMS": sums.of_diagonal} | _perturbation(spec))
@@ -196,7 +202,7 @@ def _perturbation(spec: StepSpec) -> dict[str, Any]:
     return {
         "DIRECTION": rule["direction"], "RADIUS": rule["radius"],
         "ACCUMULATES": rule["accumulate"], "STATES": states_of(spec), "ADAPTIVE": spec.adaptive,
-        "SEGMENTS": spec.norm != "global",
+        "SEGMENTS": spec.norm != "global", "FROM_OLD": spec.ascent.from_old,
     }  # fmt: skip
 
 
