@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastsam.kernels.layout import Launches
+from fastsam.kernels.layout import Launch, Launches
 
 from .clock import Clock
 from .problems import CASES, Trial, fitting, release
@@ -30,12 +30,14 @@ CONFIGURATIONS = [
             ("samar-sgd", torch.bfloat16),
         ]),
         ("reduce", (8192, 16_384), [("sam-adamw", torch.float32), ("sam-adamw", torch.bfloat16)]),
+        ("reduce_scaled", (2048, 4096), [("asam-sgd", torch.float32)]),
         ("perturb", (1024, 2048), [("sam-adamw", torch.float32), ("sam-adamw", torch.bfloat16)]),
         ("update", (1024, 2048), [("sam-adamw", torch.bfloat16), ("sam-sgd", torch.float32)]),
     ]
     for case, dtype in trials for chunk in chunks
 ]  # fmt: skip
-#: Elements at which the order of the perturbation is tried: from what a cache holds to far beyond.
+#: Elements at which the order of what follows a reduction is tried: from what a cache holds to far
+#: beyond.
 WALKED = (4_000_000, 10_000_000, 30_000_000, 100_000_000)
 
 
@@ -79,7 +81,7 @@ def _copy(clock: Clock, elements: int, dtype: torch.dtype, times: int) -> float:
 
 
 def candidates(context: Context) -> None:
-    """What a measurement has to decide: sizes of chunks, and the order of the perturbation."""
+    """What a measurement has to decide: sizes of chunks, and their order."""
     clock = Clock(context.device, context.rehearsal)
     times = 2 if context.rehearsal else TIMES
     elements = 20_000 if context.rehearsal else 100_000_000
@@ -92,33 +94,29 @@ def candidates(context: Context) -> None:
         found = clock.of_kernels(trial.first, trial.second, times)
         context.add(
             what="chunk", kind=kind, chunk=chunk, case=name, dtype=str(dtype)[6:],
-            in_use=launches == Launches(), elements=count, seconds=found,
+            in_use=is_in_use(launches, kind, dtype), elements=count, seconds=found,
         )  # fmt: skip
         del trial
         context.say(f"{kind} {chunk}: {CASES[name].label}, {str(dtype)[6:]}")
     for count in (20_000,) if context.rehearsal else WALKED:
         count = fitting("sam-sgd", count, torch.float32, release(context.device))
-        trial = Trial("sam-sgd", count, tensors, torch.float32, context.device)
-        for order in ("in use", "reversed"):
+        for backwards in (True, False):
+            launches = dataclasses.replace(Launches(), backwards=backwards)
+            trial = Trial("sam-sgd", count, tensors, torch.float32, context.device, launches)
             found = clock.of_kernels(trial.first, trial.second, times)
-            context.add(what="order", order=order, elements=count, seconds=found)
-            if order == "in use":
-                trial.reverse()
-        del trial
-        context.say(f"order of the perturbation: {count:,}")
+            context.add(what="order", backwards=backwards, elements=count, seconds=found)
+            del trial
+        context.say(f"order of the chunks: {count:,}")
 
 
 def with_chunk(kind: str, chunk: int) -> Launches:
-    """Launch configurations with so many elements per program of one kind.
-
-    Where 16-bit tensors have a configuration of their own, it is changed, too.
-    """
-    changed: dict[str, Any] = {}
-    for entry in dataclasses.fields(Launches):
-        streams = "streams" in entry.name
-        wanted = streams if kind == "reduce_streams" else entry.name.startswith(kind) > streams
-        if wanted:
-            changed[entry.name] = getattr(Launches(), entry.name)._replace(chunk=chunk)
-    if not changed:
-        raise RuntimeError(f"Launches has no configuration of {kind!r}")
+    """Launch configurations with so many elements per program of one kind, whatever the dtype."""
+    lanes = getattr(Launches(), kind).lanes
+    changed: dict[str, Any] = {kind: Launch(chunk, lanes)}
     return dataclasses.replace(Launches(), **changed)
+
+
+def is_in_use(launches: Launches, kind: str, dtype: torch.dtype) -> bool:
+    """Whether tensors of this dtype are launched like that as it is."""
+    halves = dtype.itemsize == 2
+    return bool(getattr(launches, kind).on(halves) == getattr(Launches(), kind).on(halves))

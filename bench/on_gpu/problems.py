@@ -76,6 +76,11 @@ CASES = {
         "SAM + AdamW", _with(fastsam.SAM, ADAMW),
         {"reduce": REDUCE, "perturb": PERTURB, "update": OF_ADAMW}, {"P": 2, "G": 1, "S": 2},
     ),
+    "asam-sgd": Case(
+        "ASAM + SGD", _with(fastsam.ASAM, SGD, momentum=0.9),
+        {"reduce": {"P": 1, "G": 1}, "perturb": PERTURB, "update": OF_SGD},
+        {"P": 2, "G": 1, "S": 1},
+    ),
     "vasso-sgd": Case(
         "VaSSO + SGD", _with(fastsam.VaSSO, SGD, momentum=0.9),
         {"reduce": {"G": 1, "W": 1}, "perturb": {"P": 3, "G": 1, "W": 2}, "update": OF_SGD},
@@ -133,28 +138,6 @@ class Trial:
             for param, grad in zip(self.params, self.seconds, strict=True):
                 param.grad = grad
         self.optimizer.second_step()
-
-    def reverse(self) -> None:
-        """Let the perturbation walk its tensors in the opposite order, from the next step on.
-
-        The order in which programs begin is that of the chunk table.
-
-        Raises:
-            RuntimeError: If it has no chunk table of its own.
-        """
-        layouts = self.optimizer._passes.collector.layouts()
-        plans = [item for layout in layouts for item in layout.plans.items()]
-        found = 0
-        for (name, _), plan in plans:
-            for bucket in plan.buckets if name == "ascent" else []:
-                sizes = bucket.table._chunks
-                if len(sizes) < 2:
-                    raise RuntimeError("reduction and perturbation have one chunk table")
-                chunks = sizes[min(sizes)]  # a reduction's chunks are the larger ones
-                chunks.copy_(chunks.flip(0))
-                found += 1
-        if not found:
-            raise RuntimeError("no step has been taken that perturbs")
 
 
 def quietly(make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
