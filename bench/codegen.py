@@ -119,7 +119,8 @@ class Variant:
 
     def __str__(self) -> str:
         constants = dict(self.constants)
-        types = "/".join(constants.pop(name) for name in "PGS" if name in constants)
+        found = (constants.pop(name, None) for name in (*"PGS", "READ"))
+        types = "/".join(name for name in found if name is not None)
         flags = (f"{k.lower()}={int(x)}" for k, x in constants.items()
                  if isinstance(x, int) and k not in ("CHUNK", "LANES"))  # fmt: skip
         return " ".join((self.family, types, *flags))
@@ -169,20 +170,39 @@ def _spec(ascent: Ascent, adaptive: bool, **more: Any) -> StepSpec:
 
 
 def _of_ascent(types: Sequence[str], spec: StepSpec) -> Iterator[Variant]:
+    # what reads the base's state does not serve what makes the perturbation once more
+    again = not spec.ascent.base_state
     for storage in _storages(types):
-        yield _perturbation(types, perturb_constants(spec), **storage)
-    yield _reduction(types, hypergradient_sums(spec, "diag"), False)
-    if spec.ascent.norm is not None and spec.ascent.accumulate is None:
-        by_layer = replace(spec, norm="layer")
-        storage = next(iter(_storages(types)))
-        yield _perturbation(types, perturb_constants(by_layer), **storage)
-        yield _reduction(types, hypergradient_sums(by_layer, "diag"), False)
-    if spec.ascent.advance is None and spec.ascent.accumulate is None:  # it may come several times
-        storage = next(iter(_storages(types)))
-        yield _perturbation(types, perturb_constants(spec, False), **storage)
+        for read in _reads(spec.ascent, types, storage):
+            yield _perturbation(types, perturb_constants(spec), read, **storage)
+    if again:
+        yield _reduction(types, hypergradient_sums(spec, "diag"), False)
+    storage = next(iter(_storages(types)))
+    for read in _reads(spec.ascent, types, storage):
+        if spec.ascent.norm is not None and spec.ascent.accumulate is None:
+            by_layer = replace(spec, norm="layer")
+            yield _perturbation(types, perturb_constants(by_layer), read, **storage)
+            if again:
+                yield _reduction(types, hypergradient_sums(by_layer, "diag"), False)
+        if spec.ascent.advance is None and spec.ascent.accumulate is None:
+            # it may come several times
+            yield _perturbation(types, perturb_constants(spec, False), read, **storage)
     if spec.ascent.norm is not None:
         for master in _masters(types, spec.adaptive):
-            yield _reduction(types, ascent_sums(spec), **master)
+            for read in _reads(spec.ascent, types, master):
+                along = spec.ascent.norm == "direction"
+                yield _reduction(types, ascent_sums(spec), read=read if along else None, **master)
+
+
+def _reads(
+    ascent: Ascent, types: Sequence[str], storage: Mapping[str, bool]
+) -> Sequence[str | None]:
+    """Dtypes of the base's state that the rule reads, with these of parameter and gradient."""
+    if not ascent.base_state:
+        return [None]
+    if storage["HAS_MASTER"]:
+        return ["fp32"]
+    return [state for *others, state in TYPES if tuple(others) == tuple(types)]
 
 
 def _of_descent(types: Sequence[str]) -> Iterator[Variant]:
@@ -224,14 +244,20 @@ def _of_base(types: Sequence[str], base: Base, group: dict[str, Any]) -> Iterato
                     yield _variant("update_kernel", types, LAUNCHES.update, STATES=states, **mixed)
 
 
-def _reduction(types: Sequence[str], sums: Sums, HAS_MASTER: bool) -> Variant:  # noqa: N803
+def _reduction(
+    types: Sequence[str], sums: Sums, HAS_MASTER: bool, read: str | None = None  # noqa: N803
+) -> Variant:  # fmt: skip
     launch = reduce_launch(LAUNCHES, sums, HAS_MASTER, *types[:2])
-    return _variant("reduce_kernel", types, launch, HAS_MASTER=HAS_MASTER, **sums.constants)
+    more = {"HAS_MASTER": HAS_MASTER, "READ": read}
+    return _variant("reduce_kernel", types, launch, **more, **sums.constants)
 
 
-def _perturbation(types: Sequence[str], constants: Mapping[str, Any], **storage: bool) -> Variant:
-    launch = perturb_launch(LAUNCHES, constants["STATES"], storage["HAS_MASTER"], *types[:2])
-    return _variant("perturb_kernel", types, launch, **storage, **constants)
+def _perturbation(
+    types: Sequence[str], constants: Mapping[str, Any], read: str | None, **storage: bool
+) -> Variant:
+    master = storage["HAS_MASTER"]
+    launch = perturb_launch(LAUNCHES, constants["STATES"], master, *types[:2], read)
+    return _variant("perturb_kernel", types, launch, READ=read, **storage, **constants)
 
 
 def _masters(types: Sequence[str], matter: bool) -> list[dict[str, bool]]:

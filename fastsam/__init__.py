@@ -9,7 +9,9 @@ from .batch_norm import frozen_batch_norm
 from .frozen import frozen_updates
 from .graphs import graphed
 from .methods.adasam import AdaSAM
+from .methods.esam import select_samples
 from .methods.friendly import FriendlySAM
+from .methods.functional import FunctionalSAM, functional_closures
 from .methods.gsam import GSAM
 from .methods.lesam import LESAM
 from .methods.lets import LETS
@@ -24,7 +26,8 @@ from .replicas import per_replica
 
 __version__ = "0.1.0"
 __all__ = ["ASAM", "GNP", "GSAM", "LESAM", "LETS", "SAM", "SAMAR", "SSAM", "USAM", "WSAM",
-           "AdaGradNorm", "AdaSAM", "FriendlySAM", "Landscape", "LightSAM", "SharpnessRatio",
-           "UnifiedSAM", "VaSSO", "compare_ranks", "frozen_batch_norm", "frozen_updates", "graphed",
-           "loss_landscape", "normalization_groups", "per_replica", "rules", "sharpness",
+           "AdaGradNorm", "AdaSAM", "FriendlySAM", "FunctionalSAM", "Landscape", "LightSAM",
+           "SharpnessRatio", "UnifiedSAM", "VaSSO", "compare_ranks", "frozen_batch_norm",
+           "frozen_updates", "functional_closures", "graphed", "loss_landscape",
+           "normalization_groups", "per_replica", "rules", "select_samples", "sharpness",
            "theory"]  # fmt: skip

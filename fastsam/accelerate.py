@@ -59,12 +59,17 @@ class AcceleratedSAM(AcceleratedOptimizer):  # type: ignore[misc,unused-ignore]
         super().__init__(optimizer, accelerator.device_placement, accelerator.scaler)
         self._is_accelerate_prepared = True
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        second_closure: Callable[[], Any] | None = None,
+    ) -> Any:
         """Take a step where gradients are synchronised; before that, do nothing.
 
         Args:
             closure: As in :meth:`fastsam.SAM.step`. May be None after ``first_step`` of
                 ``.optimizer``, for its second, and where the step is the base's alone.
+            second_closure: As there.
 
         Returns:
             What the closure's first call returned.
@@ -82,7 +87,7 @@ class AcceleratedSAM(AcceleratedOptimizer):  # type: ignore[misc,unused-ignore]
         elif closure is None and not sam.perturbs_next:
             sam.plain_step(grad_scaler=scaler)
         else:
-            loss = sam.step(closure, grad_scaler=scaler)
+            loss = sam.step(closure, second_closure, grad_scaler=scaler)
         if scaler is not None:
             scaler.update()
             self._is_overflow = _skipped(sam) > skipped

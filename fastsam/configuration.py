@@ -41,9 +41,11 @@ from .step.checkpoint import Loading, SharedState, parts_of, read_kept, set_part
 from .step.checks import (
     check_ascent_steps,
     check_base,
+    check_base_state,
     check_keys,
     check_partitioned,
     check_perturb,
+    check_rules,
     check_states,
     check_stop,
 )
@@ -162,6 +164,7 @@ class Configured(SharedState):
         self.ascent_context, self.descent_context = ascent_context, descent_context
         self.set_to_none = set_to_none
         check_stop(self.start, self.stop)
+        check_rules(self.ascent, self.descent)
         has_own = not takes_base(type(self))
         check_together(type(self).__name__, has_own, classes, self.master_weights)
         first = find_base(cls)
@@ -187,6 +190,7 @@ class Configured(SharedState):
         for group in self.param_groups:
             if (base := self._base_of(group)) is None:
                 continue
+            self._check_base_state(group, base)
             # Adagrad's begins here; ours where it is needed, all at once
             for param in group["params"] if taken is None else ():
                 self.state.pop(param, None)
@@ -315,8 +319,14 @@ class Configured(SharedState):
         # the base will complete the first ones
         whole = hasattr(self, "base_optimizer")
         self._arguments.check(group, self._base_of(group) if whole else self._base, whole)
+        if whole:
+            self._check_base_state(group, self._base_of(group))
         if self.renormalize:
             check_perturb([group])
+
+    def _check_base_state(self, group: dict[str, Any], base: Base | None) -> None:
+        owner = bases_of(self.base_optimizer, [group])[0]
+        check_base_state(self.ascent, base, type(owner).__name__, group)
 
     # --- state dicts and copies ---
 

@@ -8,6 +8,7 @@ from torch.optim.optimizer import Optimizer
 from transformers import Trainer
 
 from .accelerate import AcceleratedSAM
+from .methods.functional import FunctionalSAM
 
 #: Methods of ``Trainer`` that are overridden or called here.
 NEEDED = (
@@ -42,9 +43,11 @@ class SAMTrainerMixin:
     - schedulers and ``resume_from_checkpoint``: as ever, bit for bit.
     - ``deepspeed`` is refused.
 
-    ``perturb_every``, ``start``, ``stop``, ``ascent_context`` (entered for each micro-batch) and
-    ``descent_context`` are served, and an exception restores the weights. Dropout draws anew in the
-    second pass. ``LETS`` is refused: it needs a second batch.
+    ``perturb_every``, ``start``, ``stop``, ``ascent_context`` (entered for each micro-batch),
+    ``descent_context`` and ``repeat_random`` are served, and an exception restores the weights.
+    ``LETS`` is refused: it needs a second batch. ``FunctionalSAM`` marks what the model's output
+    embeddings give (``get_output_embeddings``: a language model's logits), unless ``outputs_of``
+    has named another module; a model without them needs that, and is refused in the first step.
     """
 
     args: Any
@@ -62,6 +65,11 @@ class SAMTrainerMixin:
         if not isinstance(self.optimizer, AcceleratedSAM):
             self.optimizer = AcceleratedSAM(self.optimizer, self.accelerator)
         sam = self.optimizer.optimizer
+        if isinstance(sam, FunctionalSAM) and not sam.has_outputs:
+            find = getattr(self.model, "get_output_embeddings", None)  # type: ignore[attr-defined]
+            head = None if find is None else find()
+            if head is not None:
+                sam.outputs_of(head)
         if sam.max_grad_norm is None and self.args.max_grad_norm:
             sam.max_grad_norm = self.args.max_grad_norm
         return self.optimizer
@@ -69,7 +77,7 @@ class SAMTrainerMixin:
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """The micro-batches of a step, which are kept for the second pass."""
         batches, items = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
-        self._batches = batches
+        self._batches, self._opens_step = batches, True
         return batches, items
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -78,13 +86,15 @@ class SAMTrainerMixin:
         sam = self.optimizer.optimizer
         if not sam.perturbs_next:
             return run(model, inputs, *args, **kwargs)
-        with (sam.ascent_context or nullcontext)():
+        repeats = sam.repeated_random if sam.repeat_random else nullcontext
+        opens, self._opens_step = self._opens_step, False  # where random numbers are noted
+        with (sam.ascent_context or nullcontext)(), repeats() if opens else nullcontext():
             loss = run(model, inputs, *args, **kwargs)
         if not self.accelerator.sync_gradients:
             return loss
         try:
             sam.first_step(zero_grad=True, grad_scaler=self.optimizer.scaler)
-            with (sam.descent_context or nullcontext)():
+            with (sam.descent_context or nullcontext)(), repeats():
                 for batch in self._batches[:-1]:
                     with self.accelerator.no_sync(model):
                         run(model, batch, *args, **kwargs)

@@ -72,6 +72,7 @@ class SharpnessAwareOptimizer(ExplicitPasses):
     def step(
         self,
         closure: Callable[[], Any] | None = None,
+        second_closure: Callable[[], Any] | None = None,
         *,
         grad_scaler: GradScaler | None = None,
     ) -> Any:
@@ -84,6 +85,9 @@ class SharpnessAwareOptimizer(ExplicitPasses):
                 is 0, unless the first pass has state to keep. Gradients are zeroed before each
                 call, as ``set_to_none`` says. With ``ascent_steps`` it is called once more for each
                 above 1. One that leaves no gradient is warned of, once.
+            second_closure: Is called in its place for the second pass, where the gradient that
+                updates the weights is to be another function's than the one that perturbs them: of
+                another loss, of other samples. Default: the same.
             grad_scaler: A ``torch.amp.GradScaler`` with which the closure scales the loss that it
                 calls ``backward`` on. A gradient that is not finite in either pass restores the
                 weights and skips the step; ``grad_scaler.update()`` is to be called after it, and
@@ -102,9 +106,13 @@ class SharpnessAwareOptimizer(ExplicitPasses):
             self.create_state()
             return None
         check_closure(type(self).__name__, closure)
+        if second_closure is None:
+            second_closure = closure
+        else:
+            check_closure(type(self).__name__, second_closure)
         self._expect("first_step", "step")
         self._check_settings()
-        return self._undone_if_it_fails(self._step, closure, grad_scaler)
+        return self._undone_if_it_fails(self._step, closure, second_closure, grad_scaler)
 
     @uncompiled
     @torch.no_grad()
@@ -195,6 +203,11 @@ class SharpnessAwareOptimizer(ExplicitPasses):
             return
         if self.ascent_steps != 1:
             raise RuntimeError(f"LETS needs ascent_steps=1, got {self.ascent_steps}")
+        if hessian == "diag" and self.ascent.base_state:
+            raise RuntimeError(
+                f"LETS needs hessian='difference' with {type(self).__name__}, whose perturbation "
+                "follows from state of the base's that the update changes, got 'diag'"
+            )
         passes, spec = self._passes, self._spec(InFlight(True))
         passes.recording = Recording(
             hessian,
@@ -263,7 +276,10 @@ class SharpnessAwareOptimizer(ExplicitPasses):
         finally:
             self._inside_step = False
 
-    def _step(self, closure: Callable[[], Any], scaler: GradScaler | None) -> Any:
+    def _step(
+        self, closure: Callable[[], Any], second_closure: Callable[[], Any],
+        scaler: GradScaler | None,
+    ) -> Any:  # fmt: skip
         perturbs = self._needs_two_passes
         repeats = self.repeat_random and perturbs
         # a gradient that the base takes as it is has to be synchronised, for one
@@ -277,7 +293,7 @@ class SharpnessAwareOptimizer(ExplicitPasses):
             return loss
         self.first_step(zero_grad=True, grad_scaler=scaler)
         self._ascend_on(closure, repeats, scaler)
-        self._call(closure, self.descent_context, repeats)
+        self._call(second_closure, self.descent_context, repeats)
         self._first_look.after(self._warnings)
         self.second_step(grad_scaler=scaler)
         return loss

@@ -15,6 +15,7 @@ from . import backends
 from .bases.several import Several
 from .replicas import agree
 from .step.arguments import named
+from .step.base_state import find_base_state_read
 from .step.batch import Batch
 from .step.caches import forget_weights
 from .step.capture import check_capture, is_captured
@@ -92,6 +93,8 @@ class Passes:
         ascent = None
         if spec.ascent.advance is not None:
             ascent = find_ascent_state(spec.ascent, batch, spec.groups, states)
+        if spec.ascent.base_state:
+            find_base_state_read(batch, spec, states)
         if flight.scale is not None or self.scalars.carries_scale:
             batch = self._scale(batch, Scalar.FIRST_INVERSE_SCALE, spec, flight, backend)
         if spec.descent is not None or self.recording is not None:

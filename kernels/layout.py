@@ -86,7 +86,7 @@ class Row(IntEnum):
     # kernels' argument ``origin``; with master weights the address of these, or of the parameter
     BACKUP = 2
     STEP = 3  # 0-dim float32 step count
-    STATE0 = 4
+    STATE0 = 4  # the base's state; in the first pass what the ascent rule reads of it
     STATE1 = 5
     STATE2 = 6
     FRESH = 7  # not an address: 1 where the momentum buffer is new

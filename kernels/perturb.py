@@ -19,11 +19,14 @@ from .stream import (
     NEXT1,
     NORM,
     PARAM,
+    STATE0,
     all_loads_first,
     hyper_row,
+    known_base,
     newest,
     read_chunk,
     stream,
+    where_present,
 )
 
 RHO = tl.constexpr(int(Hyper.RHO))
@@ -70,8 +73,8 @@ def _perturb(table, columns, tensor, start, offsets, mask, row, scalars, origin,
              P: tl.constexpr, G: tl.constexpr, ACC: tl.constexpr, ADVANCE: tl.constexpr,
              DIRECTION: tl.constexpr, RADIUS: tl.constexpr, USABLE: tl.constexpr,
              ACCUMULATES: tl.constexpr, STATES: tl.constexpr, FROM_OLD: tl.constexpr,
-             ADAPTIVE: tl.constexpr, SEGMENTS: tl.constexpr, BACKS_UP: tl.constexpr,
-             HAS_MASTER: tl.constexpr, STOCHASTIC: tl.constexpr,
+             READ: tl.constexpr, ADAPTIVE: tl.constexpr, SEGMENTS: tl.constexpr,
+             BACKS_UP: tl.constexpr, HAS_MASTER: tl.constexpr, STOCHASTIC: tl.constexpr,
              ALIGNED: tl.constexpr):  # fmt: skip
     # all addresses, then all loads, then what is computed of them, then all stores: a load after a
     # store would wait for that, and one after a use for everything before it
@@ -96,7 +99,11 @@ def _perturb(table, columns, tensor, start, offsets, mask, row, scalars, origin,
         state = state + (tl.load(ascent0, mask=mask),)
     if STATES > 1:
         state = state + (tl.load(ascent1, mask=mask),)
-    if ALIGNED and (STATES > 0 or HAS_MASTER):
+    if READ is not None:
+        state0 = stream(table, STATE0, columns, tensor, start, READ, ALIGNED) + offsets
+        there = where_present(table, STATE0, columns, tensor, mask)
+        read = tl.load(state0, mask=there, other=0.0)
+    if ALIGNED and (STATES > 0 or HAS_MASTER or READ is not None):
         all_loads_first()
     norm = norm_of(table, columns, tensor, scalars, ACC, SEGMENTS)
     scale = length(row, scalars, norm, RADIUS, ACCUMULATES, ACC)
@@ -107,7 +114,10 @@ def _perturb(table, columns, tensor, start, offsets, mask, row, scalars, origin,
     if STATES > 0:
         new = ADVANCE(g, state, row + ASCENT)
     t = element_scale(w, row, ADAPTIVE)
-    d = DIRECTION(g, state if FROM_OLD else new, row + ASCENT)
+    seen = state if FROM_OLD else new
+    if READ is not None:
+        seen = seen + (known_base(table, columns, tensor, read, ACC),)
+    d = DIRECTION(g, seen, row + ASCENT)
     e = tl.where(scale != 0, scale * (t * (t * d)), 0.0)
     if STATES > 0:
         usable = USABLE(new, norm)
@@ -128,7 +138,8 @@ def perturb_kernel(table, chunks, columns, hyper, scalars, origin, P: tl.constex
                    G: tl.constexpr, ACC: tl.constexpr, ADVANCE: tl.constexpr,
                    DIRECTION: tl.constexpr, RADIUS: tl.constexpr, USABLE: tl.constexpr,
                    ACCUMULATES: tl.constexpr, STATES: tl.constexpr,
-                   FROM_OLD: tl.constexpr, ADAPTIVE: tl.constexpr, SEGMENTS: tl.constexpr,
+                   FROM_OLD: tl.constexpr, READ: tl.constexpr,
+                   ADAPTIVE: tl.constexpr, SEGMENTS: tl.constexpr,
                    BACKS_UP: tl.constexpr, HAS_MASTER: tl.constexpr, STOCHASTIC: tl.constexpr,
                    CHUNK: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
     """``e = radius * T^2 * direction``, one chunk per program.
@@ -144,6 +155,7 @@ def perturb_kernel(table, chunks, columns, hyper, scalars, origin, P: tl.constex
             for those that it does not have.
         STATES: Number of the rule's state tensors per parameter, which are in ``ACC``.
         FROM_OLD: Whether the direction is given the state of before this gradient.
+        READ: Dtype of the base's state that the rule reads; None where it reads none.
         ADAPTIVE: Whether some group has ASAM's element-wise scale.
         SEGMENTS: Whether the norm is that of the tensor's segment.
         BACKS_UP: Whether the weights are copied; an earlier ascent of the step may have done it.
@@ -156,10 +168,10 @@ def perturb_kernel(table, chunks, columns, hyper, scalars, origin, P: tl.constex
     if vector > 0:
         offsets = tl.arange(0, CHUNK)
         _perturb(table, columns, tensor, start, offsets, offsets < vector, row, scalars, origin,
-                 P, G, ACC, ADVANCE, DIRECTION, RADIUS, USABLE, ACCUMULATES, STATES, FROM_OLD,
+                 P, G, ACC, ADVANCE, DIRECTION, RADIUS, USABLE, ACCUMULATES, STATES, FROM_OLD, READ,
                  ADAPTIVE, SEGMENTS, BACKS_UP, HAS_MASTER, STOCHASTIC, True)  # fmt: skip
     for first in range(vector, size, LANES):
         offsets = first + tl.arange(0, LANES)
         _perturb(table, columns, tensor, start, offsets, offsets < size, row, scalars, origin,
-                 P, G, ACC, ADVANCE, DIRECTION, RADIUS, USABLE, ACCUMULATES, STATES, FROM_OLD,
+                 P, G, ACC, ADVANCE, DIRECTION, RADIUS, USABLE, ACCUMULATES, STATES, FROM_OLD, READ,
                  ADAPTIVE, SEGMENTS, BACKS_UP, HAS_MASTER, STOCHASTIC, False)  # fmt: skip

@@ -29,10 +29,12 @@ from .stream import (
     NEXT0,
     NEXT1,
     PARAM,
+    STATE0,
     TRAINING,
     VALIDATION,
     all_loads_first,
     hyper_row,
+    known_base,
     newest,
     read_chunk,
     stream,
@@ -58,7 +60,7 @@ def _terms(table, columns, tensor, start, offsets, mask, row, scalars, origin, f
            P: tl.constexpr, G: tl.constexpr, ACC: tl.constexpr, TERMS: tl.constexpr,
            ASCENDS: tl.constexpr, BOTH: tl.constexpr, LETS: tl.constexpr, ADVANCE: tl.constexpr,
            DIRECTION: tl.constexpr, RADIUS: tl.constexpr, ACCUMULATES: tl.constexpr,
-           STATES: tl.constexpr, FROM_OLD: tl.constexpr, ADAPTIVE: tl.constexpr,
+           STATES: tl.constexpr, FROM_OLD: tl.constexpr, READ: tl.constexpr, ADAPTIVE: tl.constexpr,
            SEGMENTS: tl.constexpr, SCALED: tl.constexpr, HAS_MASTER: tl.constexpr,
            ALIGNED: tl.constexpr):  # fmt: skip
     """What is summed, element by element: the streams that ``TERMS`` combines.
@@ -82,6 +84,10 @@ def _terms(table, columns, tensor, start, offsets, mask, row, scalars, origin, f
         if STATES > 1:
             ascent1 = stream(table, ASCENT1, columns, tensor, start, ACC, ALIGNED) + offsets
             state = state + (tl.load(ascent1, mask=mask, other=0.0),)
+        if READ is not None:
+            state0 = stream(table, STATE0, columns, tensor, start, READ, ALIGNED) + offsets
+            there = where_present(table, STATE0, columns, tensor, mask)
+            read = tl.load(state0, mask=there, other=0.0)
     perturbed = mask
     later = ()
     if BOTH:
@@ -113,7 +119,7 @@ def _terms(table, columns, tensor, start, offsets, mask, row, scalars, origin, f
         trained = where_present(table, TRAINING, columns, tensor, mask)
         training = stream(table, TRAINING, columns, tensor, start, G, ALIGNED) + offsets
         without = tl.load(training, mask=trained, other=0.0)
-    if ALIGNED and (STATES > 0 or BOTH):
+    if ALIGNED and (STATES > 0 or BOTH or READ is not None):
         all_loads_first()
     SCALE: tl.constexpr = FIRST_INVERSE_SCALE if ASCENDS else INVERSE_SCALE
     sign = 1.0
@@ -129,6 +135,8 @@ def _terms(table, columns, tensor, start, offsets, mask, row, scalars, origin, f
     if ASCENDS and DIRECTION is not None:
         if STATES > 0 and not FROM_OLD:
             state = ADVANCE(present, state, row + ASCENT)
+        if READ is not None:
+            state = state + (known_base(table, columns, tensor, read, ACC),)
         d = DIRECTION(present, state, row + ASCENT)
     e = present
     if BOTH:
@@ -157,7 +165,7 @@ def _sums(table, chunks, columns, hyper, scalars, origin, factor, P: tl.constexp
           ACC: tl.constexpr, TERMS: tl.constexpr, ASCENDS: tl.constexpr, BOTH: tl.constexpr,
           LETS: tl.constexpr, ADVANCE: tl.constexpr, DIRECTION: tl.constexpr, RADIUS: tl.constexpr,
           ACCUMULATES: tl.constexpr, STATES: tl.constexpr, FROM_OLD: tl.constexpr,
-          ADAPTIVE: tl.constexpr, SEGMENTS: tl.constexpr, SCALED: tl.constexpr,
+          READ: tl.constexpr, ADAPTIVE: tl.constexpr, SEGMENTS: tl.constexpr, SCALED: tl.constexpr,
           HAS_MASTER: tl.constexpr, SUMS: tl.constexpr, CHUNK: tl.constexpr,
           LANES: tl.constexpr):  # fmt: skip
     """The sums over this program's chunk."""
@@ -173,7 +181,7 @@ def _sums(table, chunks, columns, hyper, scalars, origin, factor, P: tl.constexp
         offsets = tl.arange(0, CHUNK)
         a, b, c, d, f = _terms(table, columns, tensor, start, offsets, offsets < vector, row,
                                scalars, origin, factor, P, G, ACC, TERMS, ASCENDS, BOTH, LETS,
-                               ADVANCE, DIRECTION, RADIUS, ACCUMULATES, STATES, FROM_OLD,
+                               ADVANCE, DIRECTION, RADIUS, ACCUMULATES, STATES, FROM_OLD, READ,
                                ADAPTIVE, SEGMENTS, SCALED, HAS_MASTER, True)  # fmt: skip
         sum0 += tl.sum(a)
         if SUMS > 1:
@@ -192,7 +200,7 @@ def _sums(table, chunks, columns, hyper, scalars, origin, factor, P: tl.constexp
             offsets = first + tl.arange(0, LANES)
             a, b, c, d, f = _terms(table, columns, tensor, start, offsets, offsets < size, row,
                                    scalars, origin, factor, P, G, ACC, TERMS, ASCENDS, BOTH, LETS,
-                                   ADVANCE, DIRECTION, RADIUS, ACCUMULATES, STATES, FROM_OLD,
+                                   ADVANCE, DIRECTION, RADIUS, ACCUMULATES, STATES, FROM_OLD, READ,
                                    ADAPTIVE, SEGMENTS, SCALED, HAS_MASTER, False)  # fmt: skip
             lanes0 += a
             lanes1 += b
@@ -279,8 +287,8 @@ def reduce_kernel(table, chunks, columns, hyper, scalars, partials, arrivals, ta
                   LETS: tl.constexpr, ADVANCE: tl.constexpr, DIRECTION: tl.constexpr,
                   RADIUS: tl.constexpr, ACCUMULATES: tl.constexpr, COEFFICIENTS: tl.constexpr,
                   ADAPTED: tl.constexpr, STATES: tl.constexpr, FROM_OLD: tl.constexpr,
-                  ADAPTIVE: tl.constexpr, SEGMENTS: tl.constexpr, SCALED: tl.constexpr,
-                  HAS_MASTER: tl.constexpr, SUMS: tl.constexpr,
+                  READ: tl.constexpr, ADAPTIVE: tl.constexpr, SEGMENTS: tl.constexpr,
+                  SCALED: tl.constexpr, HAS_MASTER: tl.constexpr, SUMS: tl.constexpr,
                   CHUNK: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
     """Sums over one bucket.
 
@@ -301,6 +309,7 @@ def reduce_kernel(table, chunks, columns, hyper, scalars, partials, arrivals, ta
         COEFFICIENTS, ADAPTED: The descent rule's (``descent/``); the same.
         STATES: Number of the ascent rule's state tensors, where the sums depend on them.
         FROM_OLD: Whether its direction is given the state of before the step.
+        READ: Dtype of the base's state that the direction depends on; None where it does on none.
         ADAPTIVE: Whether the perturbation that is made once more has ``T``.
         SEGMENTS: Whether its norm is that of the tensor's segment.
         SCALED: Whether the norm of this pass has ``T``.
@@ -313,8 +322,8 @@ def reduce_kernel(table, chunks, columns, hyper, scalars, partials, arrivals, ta
     programs = tl.num_programs(0)
     sum0, sum1, sum2, sum3, sum4 = _sums(
         table, chunks, columns, hyper, scalars, origin, None, P, G, ACC, TERMS, ASCENDS, BOTH,
-        LETS, ADVANCE, DIRECTION, RADIUS, ACCUMULATES, STATES, FROM_OLD, ADAPTIVE, SEGMENTS, SCALED,
-        HAS_MASTER, SUMS, CHUNK, LANES)  # fmt: skip
+        LETS, ADVANCE, DIRECTION, RADIUS, ACCUMULATES, STATES, FROM_OLD, READ, ADAPTIVE,
+        SEGMENTS, SCALED, HAS_MASTER, SUMS, CHUNK, LANES)  # fmt: skip
     length = _padded(programs)
     mine = partials + program + tl.arange(0, 1)
     _write(mine, length, sum0, sum1, sum2, sum3, sum4, SUMS)
@@ -335,8 +344,8 @@ def reduce_kernel(table, chunks, columns, hyper, scalars, partials, arrivals, ta
             back = tl.where(lost != 0, 2.0**140, 2.0**-200).to(tl.float64)
             again0, again1, again2, again3, again4 = _sums(
                 table, chunks, columns, hyper, scalars, origin, factor, P, G, ACC, TERMS, ASCENDS,
-                BOTH, LETS, ADVANCE, DIRECTION, RADIUS, ACCUMULATES, STATES, FROM_OLD, ADAPTIVE,
-                SEGMENTS, SCALED, HAS_MASTER, SUMS, CHUNK, LANES)  # fmt: skip
+                BOTH, LETS, ADVANCE, DIRECTION, RADIUS, ACCUMULATES, STATES, FROM_OLD, READ,
+                ADAPTIVE, SEGMENTS, SCALED, HAS_MASTER, SUMS, CHUNK, LANES)  # fmt: skip
             a = tl.where(lost != 0, is_finite(sum0) == 0, sum0 < SMALL)
             tl.store(mine, _seen_again(sum0, again0, a, back))
             if SUMS > 1:

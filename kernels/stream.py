@@ -103,6 +103,12 @@ def where_present(table, row: tl.constexpr, columns, tensor, mask):
 
 
 @triton.jit
+def known_base(table, columns, tensor, x, ACC: tl.constexpr):
+    """The base's state ``x``, as an ascent rule is given it: NaN of a tensor that has none."""
+    return tl.where(tl.load(table + STATE0 * columns + tensor) != 0, x.to(ACC), float("nan"))
+
+
+@triton.jit
 def narrow(x, dtype: tl.constexpr):
     """Round to the storage dtype, to nearest even."""
     if INTERPRETED and dtype == tl.bfloat16:

@@ -1,14 +1,16 @@
 """The parts of ``e = radius * T^2 * direction`` that are the same for every rule, in torch."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastsam.arithmetic import wide
+from fastsam.arithmetic import wide, wide_dtype
 from fastsam.kernels.layout import Scalar
-from fastsam.step.spec import Columns, Group, StepSpec, is_perturbed, sign_of
+from fastsam.step.batch import Batch
+from fastsam.step.spec import Ascent, Columns, Group, StepSpec, is_perturbed, sign_of
 
 
 def columns_of(spec: StepSpec, group: Group) -> Columns:
@@ -19,6 +21,17 @@ def columns_of(spec: StepSpec, group: Group) -> Columns:
 def signed(grad: Tensor, group: Group) -> Tensor:
     """The gradient of what a group minimises, in the dtype of the arithmetic."""
     return -wide(grad) if sign_of(group) < 0 else wide(grad)
+
+
+def seen_by(rule: Ascent, state: dict[str, Tensor], batch: Batch, k: int) -> dict[str, Tensor]:
+    """What a direction is given as state: the ascent's, and with it what the rule reads of the
+    base's, NaN where there is none."""
+    if not rule.base_state:
+        return state
+    param, held = batch.params[k], None if batch.read is None else batch.read[k]
+    if held is None:
+        held = param.new_full((), math.nan)
+    return {**state, rule.base_state: held.to(wide_dtype(param))}
 
 
 def learning_rate(group: Group) -> Any:

@@ -17,7 +17,7 @@ from fastsam.step.sharding import total
 from fastsam.step.spec import StepSpec, sign_of
 
 from .base import DeviceBackend, Pass, Stop
-from .equations import columns_of, learning_rate, perturbation, radius, signed
+from .equations import columns_of, learning_rate, perturbation, radius, seen_by, signed
 from .rounding import rounded
 from .sums import (
     descent_sums,
@@ -42,7 +42,7 @@ def advance_one(batch: Batch, k: int, spec: StepSpec) -> Tensor:
     if rule.advance is not None and old:
         for name, value in rule.advance(g, old, h).items():
             new[name].copy_(value)
-    return rule.direction(g, old if rule.from_old else new, h)
+    return rule.direction(g, seen_by(rule, old if rule.from_old else new, batch, k), h)
 
 
 def state_of(batch: Batch, k: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -13,7 +13,7 @@ from fastsam.step.sharding import Sharding, add_up, total
 from fastsam.step.spec import Descent, StepSpec, is_perturbed
 
 from .base import Pass
-from .equations import columns_of, element_scale, perturbation, radius, signed
+from .equations import columns_of, element_scale, perturbation, radius, seen_by, signed
 from .weights import ListBackup
 
 #: Where a descent rule's scalars are, in the order of their declaration.
@@ -122,7 +122,8 @@ def first_passes(
         states = batch.ascent if spec.ascent.from_old else batch.next
         state = None if states is None else states[k]
         g = signed(first, group)
-        d = spec.ascent.direction(g, state or {}, columns_of(spec, group))
+        state = seen_by(spec.ascent, state or {}, batch, k)
+        d = spec.ascent.direction(g, state, columns_of(spec, group))
         yield g, perturbation(w, d, group, radius(spec, group, scalars_of(batch, k, scalars)))
 
 

@@ -43,6 +43,7 @@ class Layout:
         held: The ascent's state, found complete (``state.py``).
         masters: The master weights, found complete (``precision.py``).
         room: Memory for copies of the gradients (``gradients.py``).
+        read: The base's state that the ascent reads (``base_state.py``).
         places: Every parameter's place among all.
         segments: The segment of each parameter (``segments.py``).
         after: Token of the first pass's layout whose parameters are all here, unchanged; in a
@@ -71,6 +72,7 @@ class Layout:
     held: Any = None
     masters: Any = None
     room: Any = None
+    read: Any = None
     places: list[int] | None = None
     segments: list[int] | None = None
     after: object = None
@@ -87,8 +89,8 @@ class Layout:
         picked: Any = {name: pick(xs) for name, xs in lists.items() if isinstance(xs, list) and xs}
         return replace(
             self, **picked, members={device: list(range(len(positions)))}, token=object(),
-            operators={}, plans={}, parts={}, prepared=None, held=None, masters=None, room=None,
-            after=None,
+            operators={}, plans={}, parts={}, prepared=None, held=None, read=None, masters=None,
+            room=None, after=None,
         )  # fmt: skip
 
 
@@ -108,6 +110,7 @@ class Batch:
         states: Of the base.
         fresh: Whether the state that starts from the gradient (a momentum buffer) is new.
         ascent, next: The ascent rule's state before the step, and room for the one after it.
+        read: The base's state that the ascent rule reads, in the first pass.
         firsts: First gradients, in the second pass.
         validation, training: LETS's gradients at the updated weights.
         masters: Float32 weights behind 16-bit parameters.
@@ -115,7 +118,8 @@ class Batch:
         segments, squares: Where the ascent's norm is not global, each parameter's segment, and the
             squared norms of all segments.
         layout: Where equal ones mean that what was worked out from them still holds.
-        prepared: The base's state as it was found complete; another object where it is another.
+        prepared: The base's state as it was found complete, or what the ascent reads of it; another
+            object where it is another.
         held: The ascent's state, where it is that of exactly these parameters.
         part: Which of several devices' it is, by number; None where there is but one.
         step_unfused: Steps the bases that are not fused, where others are: takes the scalars.
@@ -131,6 +135,7 @@ class Batch:
     fresh: list[bool] | None = None
     ascent: list[dict[str, Tensor] | None] | None = None
     next: list[dict[str, Tensor] | None] | None = None
+    read: list[Tensor | None] | None = None
     firsts: list[Tensor | None] | None = None
     validation: list[Tensor | None] | None = None
     training: list[Tensor | None] | None = None

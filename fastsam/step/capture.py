@@ -60,7 +60,10 @@ def check_capture(
         raise refuse(name, "it has taken no step outside, which creates its state")
     names = []
     for i, group in enumerate(spec.groups):
-        own = [*spec.ascent.states(group)] if is_perturbed(group) else []
+        own = []
+        if is_perturbed(group):
+            own = [*spec.ascent.states(group), *[spec.ascent.base_state] * spec.perturbs]
+            own = [name for name in own if name]
         base = spec.base_of(i)
         if base is not None:
             own += [*base.states(group), *["step"] * base.counts_steps]

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .arguments import refuse, shown, unified_lam
 from .checkpoint import SharedState, is_own
-from .spec import Ascent, Base, Descent
+from .spec import Ascent, Base, Descent, is_perturbed
 
 #: What is said of parameters that DeepSpeed has taken over.
 ZERO = (
@@ -150,6 +150,31 @@ def check_states(
                 f"base {base.name!r} must have none of the states {', '.join(sorted(own))}, which "
                 f"are fastsam's, and has {', '.join(clash)}"
             )
+
+
+def check_base_state(
+    ascent: Ascent, base: Base | None, name: str, group: Mapping[str, Any]
+) -> None:
+    """A perturbed group's base has the state that the ascent reads.
+
+    Of one that is not fused nobody knows before its first step.
+    """
+    if base is None or not ascent.base_state or not is_perturbed(group):
+        return
+    if ascent.base_state not in base.state_names(dict(group)):
+        raise TypeError(
+            f"base_optimizer must be one that keeps {ascent.base_state!r}, which the ascent "
+            f"{ascent.name!r} reads, in every group that is perturbed; got {name}"
+        )
+
+
+def check_rules(ascent: Ascent, descent: Descent | None) -> None:
+    """What reads the base's state is not made once more when the second gradient is there."""
+    if ascent.base_state and descent is not None and descent.needs_perturbation:
+        raise TypeError(
+            f"descent {descent.name!r} measures the sharpness, which ascent {ascent.name!r} does "
+            f"not serve: it reads the base's {ascent.base_state!r} in the first pass alone"
+        )
 
 
 def check_tensors(param: Tensor, grad: Tensor, others: Sequence[Tensor], name: str) -> None:

@@ -97,8 +97,12 @@ class Ascent(Rule):
         states: ``(group)`` to the names of state tensors, at most two, each with what it holds
             before the first gradient. They are in float32, or float64 for float64 parameters.
             Names begin with ``ascent_``, so that no base optimizer has them.
+        base_state: Name of a state tensor of the base optimizer that ``direction`` is given, too,
+            as the step before has left it, among ``state`` and in the dtype of the arithmetic. It
+            is read where it lies, and NaN where a parameter has none yet. Default: none.
         norm: ``"gradient"`` or ``"direction"``: of which the global norm is taken, with ``T``.
-            None: none is needed. A direction whose norm is taken is 0 where gradient and state are.
+            None: none is needed. A direction whose norm is taken is 0 where gradient and state of
+            the ascent are.
         scales: Whether ASAM's element-wise scale is defined for it.
         arguments: What the hyper-parameters may be, by group key (``fastsam.rules.Number`` and
             ``Flag``): checked where they are given, and in a step where they have changed.
@@ -122,6 +126,7 @@ class Ascent(Rule):
     accumulator: Callable[[Group], float] | None = None
     columns: Callable[[Group, float], Columns] = _no_ascent_columns
     states: Callable[[Group], dict[str, float]] = _no_states
+    base_state: str = ""
     norm: str | None = "gradient"
     scales: bool = True
     arguments: Mapping[str, Argument] = field(default_factory=dict)
@@ -142,6 +147,11 @@ class Ascent(Rule):
                     raise ValueError(f"ascent {self.name!r} has {has} and needs {lacks} with it")
         if self.states is not _no_states and self.advance is None:
             raise ValueError(f"ascent {self.name!r} has states and needs advance with them")
+        if not isinstance(self.base_state, str) or self.base_state.startswith("ascent_"):
+            raise ValueError(
+                f"base_state of ascent {self.name!r} must name a state of the base optimizer, got "
+                f"{self.base_state!r}"
+            )
 
     def state_names(self, group: Group) -> dict[str, float]:
         """The state of a group's parameters, checked.

@@ -24,7 +24,7 @@ from .spec import Ascent, Base, Group, StepSpec
 States = MutableMapping[Tensor, dict[str, Any]]
 
 
-def _refuse_shape(name: str, found: Tensor, param: Tensor) -> RuntimeError:
+def refuse_shape(name: str, found: Tensor, param: Tensor) -> RuntimeError:
     # the kernels walk raw memory: this would be out of bounds
     return RuntimeError(
         f"state {name!r} has shape {tuple(found.shape)} and its parameter {tuple(param.shape)}: "
@@ -112,7 +112,7 @@ def create_base_state(
             state[name] = torch.full_like(param, start, dtype=dtype)
             fresh |= name == base.starts_from_gradient
         elif state[name].shape != param.shape:
-            raise _refuse_shape(name, state[name], param)
+            raise refuse_shape(name, state[name], param)
         elif state[name].device != param.device:  # the model moved after its optimizer
             state[name] = state[name].to(param.device)
         as_grad = name == base.starts_from_gradient and state[name].dtype == grad.dtype
@@ -231,7 +231,7 @@ def ascent_state(
         if tensor is None:
             tensor = torch.full_like(param, start, dtype=wide_dtype(param))
         elif tensor.shape != param.shape:
-            raise _refuse_shape(name, tensor, param)
+            raise refuse_shape(name, tensor, param)
         state[name] = tensor.to(param.device, wide_dtype(param))
     return state
 

@@ -12,6 +12,10 @@ state tensors in the order of their declaration, and ``h`` points to the hyper-p
 | ``usable(state, norm)`` | whether the new state may replace the old | with state |
 | ``accumulate(total, squared_norm)`` | the accumulator after this step | with an accumulator |
 
+A rule whose declaration names a ``base_state`` finds it in ``direction``, after its own state: what
+the base optimizer has kept of the step before, NaN in a tensor that has none yet. Elements where
+the gradient is 0 and there is no state of the rule's own have to have the direction 0.
+
 ``norm`` is the norm that the declaration asks for. ``total`` is the accumulator with this step's
 norm, in float64; 0 for a rule that has none.
 """

@@ -173,7 +173,7 @@ def test_layouts_and_tensors_that_the_operators_do_not_serve(method, small_block
 @pytest.mark.parametrize(
     ("method", "base"),
     [
-        (m, "sgd-nesterov" if base_of(m).cls else METHODS[m].bases[0])
+        (m, METHODS[m].bases[0] if METHODS[m].bases[0] in registry.OWN_UPDATES else "sgd-nesterov")
         for m in METHODS if not m.startswith("unified-1") and "-all" not in m
     ] + [("sam", base) for base in registry.BASES if base != "sgd-dampening"],
 )  # fmt: skip

@@ -50,6 +50,7 @@ class Case:
 
 
 LIGHT = {"lr": 0.1, "rho": 0.1}
+PRECONDITIONED = {"preconditioned": True, "by_hand": True}
 CASES = {
     "SAM + SGD": Case(fastsam.SAM),
     "SAM + AdamW": Case(fastsam.SAM, ADAMW, floor=48),
@@ -68,9 +69,12 @@ CASES = {
     "LESAM + SGD": Case(fastsam.LESAM),
     "FriendlySAM + SGD": Case(fastsam.FriendlySAM, floor=52),  # as VaSSO
     "SAMAR + SGD": Case(fastsam.SAMAR, kernels=TWO_NORMS, floor=52),  # SAM's; g~ and g, and g again
+    # SAM's on AdamW, and v twice
+    "FunctionalSAM + AdamW": Case(fastsam.FunctionalSAM, ADAMW, PRECONDITIONED, floor=56),
 }
 #: In bfloat16 with half the bytes; the others keep state in float32.
-HALVED = ["SAM + SGD", "SAM + AdamW", "SSAM + SGD", "ASAM + SGD", "LightSAM I", "SAMAR + SGD"]
+HALVED = ["SAM + SGD", "SAM + AdamW", "SSAM + SGD", "ASAM + SGD", "LightSAM I", "SAMAR + SGD",
+          "FunctionalSAM + AdamW"]  # fmt: skip
 OTHER_CASES = {
     "USAM + SGD": Case(fastsam.USAM),
     "UnifiedSAM + AdamW": Case(fastsam.UnifiedSAM, ADAMW, {"lam": "1/t"}, floor=48),
@@ -86,6 +90,10 @@ OTHER_CASES = {
     "WSAM + AdamW, coupled": Case(fastsam.WSAM, ADAMW, {"decouple": False}, floor=52),
     "GNP + SGD": Case(fastsam.GNP, floor=44),
     "GNP + SGD, unit": Case(fastsam.GNP, SGD, {"unit": True}, TWO_NORMS, 52),
+    # the norm is that of g, which the reduction has; v is read once
+    "FunctionalSAM + AdamW, not normalized": Case(
+        fastsam.FunctionalSAM, ADAMW, PRECONDITIONED | {"normalize": False}, floor=52
+    ),
     "SAM + AdaGradNorm": Case(fastsam.SAM, (fastsam.AdaGradNorm, {}), {}, TWO_NORMS, 36),
     # the clipped norm is that of u, the renormalised one that of T u
     "adaptive SSAM + SGD, clipped": Case(

@@ -67,6 +67,43 @@ def test_default_is_one_process(size, backend, combinations, steps):
         assert found < 2e-14
 
 
+def functional(rank, size, steps):
+    """The largest difference of Functional-SAM from one process, with two micro-batches a rank."""
+    ours, whole = network(), network()
+    model = wrapped(ours)
+    own = {"rho": 0.3, "lr": 0.05, "preconditioned": True, "warmup": 1, "eps": 1e-3}
+    optimizer, other = (
+        fastsam.FunctionalSAM(x.parameters(), torch.optim.AdamW, **own) for x in (ours, whole)
+    )
+
+    def parts(rank):
+        return list(zip(*(x.chunk(2) for x in data(rank, size)), strict=True))
+
+    def closure():
+        first, last = parts(rank)
+        for (x, y), context in ((first, model.no_sync), (last, contextlib.nullcontext)):
+            with context():
+                loss = (optimizer.outputs(model(x)) - y).pow(4).mean() / 2
+                loss.backward()
+
+    def everything():
+        for one in range(size):
+            for x, y in parts(one):
+                loss = (other.outputs(whole(x)) - y).pow(4).mean() / 2 / size
+                loss.backward()
+
+    for _ in range(steps):
+        optimizer.step(closure)
+        other.step(everything)
+    return difference(list(ours.parameters()), list(whole.parameters()))
+
+
+def test_functional_sam_is_one_process():
+    """Each rank keeps the derivatives of its own micro-batches."""
+    for found in processes.run(2, functional, 4):
+        assert found < 2e-14
+
+
 def many_steps(rank, size, methods, own, steps):
     fleet = Fleet(len(methods), small_network)
     model = wrapped(fleet)

@@ -126,6 +126,52 @@ def by_hand(seen, method, kwargs, autocast=None, scaler=None):
     return model, losses, optimizer, rates
 
 
+class Seeding(TrainerCallback):
+    """Every step draws from a seed of its own."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        torch.manual_seed(state.global_step)
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+@pytest.mark.parametrize("method", [fastsam.FunctionalSAM, fastsam.SAM])
+def test_functional_sam_and_repeated_dropout(method, autocast, tmp_path):
+    """Logits are marked where a language model makes them; both passes draw the same."""
+    kwargs = {**ADAMW, "rho": 0.3, "repeat_random": True}
+    trainer = trainer_of(tmp_path, method, kwargs, model=network(0.5), bf16=autocast is not None)
+    trainer.add_callback(Seeding())
+    trainer.train()
+    model = network(0.5)
+    optimizer = method(groups_of(model), max_grad_norm=0.4, **kwargs)
+    scheduler = get_scheduler("linear", optimizer, num_warmup_steps=2, num_training_steps=5)
+    if method is fastsam.FunctionalSAM:
+        optimizer.outputs_of(model.lm_head)
+    for step, (batches, items) in enumerate(trainer.seen):
+
+        def closure(batches=batches, items=items):
+            for batch in batches:
+                with torch.autocast("cpu", autocast) if autocast else contextlib.nullcontext():
+                    loss = model(**batch, num_items_in_batch=items).loss
+                loss.backward()
+
+        torch.manual_seed(step)
+        optimizer.step(closure)
+        scheduler.step()
+    assert_same_weights(trainer.model, model)
+
+
+def test_functional_sam_of_a_model_whose_outputs_are_not_known(tmp_path):
+    model = network()
+    model.get_output_embeddings = lambda: None
+    trainer = trainer_of(tmp_path, fastsam.FunctionalSAM, ADAMW, model=model)
+    with pytest.raises(RuntimeError, match="needs to know the model's outputs"):
+        trainer.train()
+    assert_same_weights(model, network())
+    trainer = trainer_of(tmp_path, fastsam.FunctionalSAM, ADAMW, model=model)
+    trainer.create_optimizer().optimizer.outputs_of(model.lm_head)
+    trainer.train()
+
+
 def assert_same_weights(model, other):
     for (name, x), y in zip(model.state_dict().items(), other.state_dict().values(), strict=True):
         assert torch.equal(x, y), name

@@ -29,6 +29,7 @@ BATCH, STEPS = 8, 8  # two epochs
 SGD = {"base_optimizer": torch.optim.SGD, "lr": 0.1, "momentum": 0.9}
 ADAMW = {"base_optimizer": torch.optim.AdamW, "lr": 1e-2}
 SAM = functools.partial(fastsam.SAM, **SGD)
+Functional = functools.partial(fastsam.FunctionalSAM, rho=0.3, **SGD)
 
 
 def network(dropout=0.2):
@@ -76,10 +77,14 @@ def fit(module, trainer, batch_size=BATCH, **kwargs):
     return module
 
 
-def by_hand(make, dtype=torch.float32, autocast=None, scaler=None, parts=1, dropout=0.2):
+def by_hand(
+    make, dtype=torch.float32, autocast=None, scaler=None, parts=1, dropout=0.2, marks=False
+):
     """What ``fit`` does, in plain torch."""
     model, batches = network(dropout).to(dtype), loader(BATCH * parts)
     optimizer = make(model.parameters())
+    if marks:
+        optimizer.outputs_of(model)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.3, total_steps=STEPS)
     torch.manual_seed(2)
     for _ in range(2):
@@ -125,6 +130,35 @@ def test_automatic_optimization(make, precision, dtype, autocast):
     assert not same(bits(model), bits(once))
     measured = trainer.optimizers[0].metrics
     assert {**measured} == {**optimizer.metrics}
+
+
+@pytest.mark.parametrize("names_module", [False, True])
+@pytest.mark.parametrize("half", [False, True])
+def test_functional_sam(half, names_module):
+    """The outputs are marked in the training step, or their module named where the optimizer is
+    made; dropout repeats."""
+
+    class Marking(Module):
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            outputs = self.net(x)
+            if not names_module:
+                outputs = self.optimizers().optimizer.outputs(outputs)
+            return torch.nn.functional.cross_entropy(outputs, y)
+
+        def configure_optimizers(self):
+            made = super().configure_optimizers()
+            if names_module:
+                made[0][0].outputs_of(self.net)
+            return made
+
+    plugin = fastsam.lightning.MixedPrecision("16-mixed", "cpu")
+    module = fit(Marking(Functional), trainer_of(**{"plugins": plugin} if half else {}))
+    args = {"autocast": torch.float16, "scaler": torch.amp.GradScaler("cpu")} if half else {}
+    model, _ = by_hand(Functional, marks=True, **args)
+    assert same(bits(module), bits(model))
+    plain, _ = by_hand(functools.partial(SAM, rho=0.3), **args)
+    assert not same(bits(model), bits(plain))
 
 
 @pytest.mark.parametrize("scale", [2.0**10, 2.0**20])

@@ -15,7 +15,7 @@ import fastsam
 import codegen
 import launches
 from covered_kernels import covering_variants
-from registry import COMBINATIONS, DTYPES, METHODS, create, parameters, torch_dtype
+from registry import COMBINATIONS, DTYPES, LEARNING, create, parameters, torch_dtype
 
 ROOT = Path(__file__).resolve().parents[2]
 BROKEN = "tests/support/broken_kernels.py"
@@ -161,7 +161,7 @@ def test_all_launches_are_known_variants(dtype):
 @pytest.mark.parametrize("hessian", ["diag", "difference"])
 def test_all_launches_of_lets_are_known_variants(hessian):
     known = set(codegen.variants())
-    for method in METHODS:
+    for method in LEARNING:
         params = parameters([torch.ones(3).numpy()], DTYPES["fp32"])
         lets = fastsam.LETS(create(method, params, "triton"), hessian=hessian)
 

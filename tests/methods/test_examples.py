@@ -265,6 +265,8 @@ OURS = [
     (fastsam.GSAM, (SGD,), MOMENTUM), (fastsam.WSAM, (SGD,), MOMENTUM | {"gamma": 0.6}),
     (fastsam.GNP, (SGD,), MOMENTUM), (fastsam.LESAM, (SGD,), MOMENTUM),
     (fastsam.FriendlySAM, (SGD,), MOMENTUM | {"sigma": 0.9}),
+    (fastsam.FunctionalSAM, (SGD,), {"by_hand": True}),
+    (fastsam.FunctionalSAM, (torch.optim.AdamW,), {"by_hand": True, "preconditioned": True}),
     *((fastsam.LightSAM, (), LIGHT | {"rule": r}) for r in ("adagrad_norm", "adagrad", "adam")),
 ]  # fmt: skip
 #: Triton's interpreter takes ten seconds for each; the others differ from them little there.

@@ -17,6 +17,7 @@ from registry import (
     BACKENDS,
     DEVICE,
     DTYPES,
+    LEARNING,
     METHODS,
     base_of,
     build,
@@ -257,7 +258,7 @@ SHAPES = [(1031,), (6, 7), ()]
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("hessian", HESSIANS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", LEARNING)
 def test_every_method(method, hessian, backend):
     """In three groups, with their own radius, learning rate and scale."""
     worst = run_fed(method, hessian, backend, "fp64", SHAPES, GROUPS, steps=2)

@@ -31,6 +31,7 @@ ASCENTS: dict[str, Group] = {
     "adagrad_norm": {"eps": 1e-8},
     "adagrad": {"eps": 1e-8},
     "adam": {"eps": 1e-8, "betas": (0.9, 0.999)},
+    "second_moment": {},
 }
 DESCENTS: dict[str, Group] = {
     "": {},
@@ -85,6 +86,9 @@ class Oracle:
       "adagrad_norm" (I) has the scalar a += ||g||^2; e = rho g / sqrt(a);
       "adagrad" (II) has a += g^2, element by element; e = rho g / sqrt(a);
       "adam" (III) has r = b1 r + (1-b1) g; a = b2 a + (1-b2) g^2; e = rho r / sqrt(a).
+    - "second_moment" (preconditioned Functional-SAM): e = rho T^2 P g / (||T P g|| + eps), with
+      P = 1 / (sqrt(v) + 1e-8) and v Adam's exp_avg_sq of the step before; P = 1 in the first
+      `warmup` steps and where there is no v. Not `normalized`: e = rho T^2 P g / (||T g|| + eps).
 
     Descent: u = gamma g~, gamma = 1 or SSAM's n / (n~ + eps), n = ||T g|| (Tan et al. 2025); or
     SAMAR's u = (1 - lam_k) g + lam_k gamma g~ (Zou, Deng & Sun 2024), or one of the descent rules
@@ -107,6 +111,7 @@ class Oracle:
         base: A key of `BASES`.
         ascent, descent: Keys of `ASCENTS` and `DESCENTS`. A descent's group keys are the first's.
         lam: Unified SAM's, a number or a function of the step t = 1, 2, ...
+        warmup, normalized: Of "second_moment".
         mix: SAMAR's rule for its lam: a `Ratio`, or any function of lam_k, s_k and s_{k-1}. It is
             asked from the second sharpness on; the first lam is its `lam`, or 1.
         renormalize, max_grad_norm: Use SSAM's gamma; clip u to this plain norm.
@@ -140,6 +145,8 @@ class Oracle:
         ascent: str = "unified",
         descent: str = "",
         lam: float | Callable[[int], float] = 1.0,
+        warmup: int = 0,
+        normalized: bool = True,
         mix: Callable[[float, float, float], float] | None = None,
         renormalize: bool = False,
         max_grad_norm: float | None = None,
@@ -160,6 +167,7 @@ class Oracle:
         self._ascent, self._unified_lam, self._mix = ascent, lam, mix
         self._descent = descent
         self.of_second, self.terms = 1.0, {}
+        self._warmup, self._normalized = warmup, normalized
         self._renormalize, self._by_norm = renormalize, base in BY_NORM
         self._max_grad_norm, self._skip_nonfinite = max_grad_norm, skip_nonfinite
         self._store, self._store_grad = storage, grad_storage
@@ -184,7 +192,7 @@ class Oracle:
 
     def _scale(self, w: Array, i: int) -> Array | float:
         """T of the i-th weight at w."""
-        scaled = self._ascent in ("unified", "vasso", "lesam", "friendly")
+        scaled = self._ascent in ("unified", "vasso", "lesam", "friendly", "second_moment")
         h = self._group[i]
         return np.abs(w) + h["eta"] if h["adaptive"] and scaled else 1.0
 
@@ -200,7 +208,8 @@ class Oracle:
         self._new_a2 = self.a2
         self._n = self.metrics["grad_norm"] = self._scaled_norm(self.weights, gs)
         rules = {"unified": self._unified, "vasso": self._vasso, "adagrad_norm": self._light_norm,
-                 "lesam": self._lesam, "friendly": self._friendly}  # fmt: skip
+                 "lesam": self._lesam, "friendly": self._friendly,
+                 "second_moment": self._second_moment}  # fmt: skip
         self.e = rules.get(self._ascent, self._light)(gs)
         self.perturbed = list(self.weights)
         for i, e in self.e.items():
@@ -248,6 +257,17 @@ class Oracle:
             return {}
         self._new_state = {i: {"ascent_ema": self._store_ascent(m)} for i, m in ms.items()}
         if n == 0:
+            return {}
+        squares = {i: self._scale(self.weights[i], i) ** 2 for i in ds}
+        return {i: self._group[i]["rho"] * squares[i] * d / (n + NORM_EPS) for i, d in ds.items()}
+
+    def _second_moment(self, gs: dict[int, Array]) -> dict[int, Array]:
+        ds = {}
+        for i, g in gs.items():
+            v = self.state[i].get("exp_avg_sq") if self.t > self._warmup else None
+            ds[i] = g if v is None else g / (np.sqrt(v) + 1e-8)
+        n = self._scaled_norm(self.weights, ds) if self._normalized else self._n
+        if n == 0 or not np.isfinite(n):
             return {}
         squares = {i: self._scale(self.weights[i], i) ** 2 for i in ds}
         return {i: self._group[i]["rho"] * squares[i] * d / (n + NORM_EPS) for i, d in ds.items()}

@@ -53,11 +53,14 @@ BASES = {
 }  # fmt: skip
 # here, too, a fair eps: the accumulators start at its square
 LIGHT = {"lr": 0.02, "eps": 0.03, "weight_decay": 0.1}
+#: Updates of methods that have their own, and the bases of those that need a certain one.
 OWN_UPDATES = {
     "light_adagrad_norm": Base(None, "light_adagrad_norm", LIGHT | {"lr": 0.5}),
     "light_adagrad": Base(None, "light_adagrad", LIGHT),
     "uncorrected_adam": Base(None, "uncorrected_adam", LIGHT | {"betas": (0.8, 0.99)}),
     "uncorrected_amsgrad": Base(None, "uncorrected_amsgrad", LIGHT),
+    "needed-adamw": Base(torch.optim.AdamW, "adamw", ADAM | {"weight_decay": 0.1}),
+    "needed-amsgrad": BASES["adam-amsgrad"],
 }
 
 
@@ -88,6 +91,7 @@ def halfway(lam: Any, sharpness: Any, previous: Any) -> Any:
 ADAPTIVE = {"adaptive": True}
 TWO = ("sgd-momentum", "adamw")
 THREE = (*TWO, "adagrad_norm")
+HAND = {"by_hand": True}
 #: Everything that composes with a method, at once.
 ALL = {"renormalize": True, "max_grad_norm": 0.5, "skip_nonfinite": True}
 RATIO = {"c": 1.2, "lam_min": 0.3, "lam_max": 1.5, "smoothing": 0.4}
@@ -167,13 +171,26 @@ METHODS = {
         fastsam.LightSAM, {"rho": 0.01} | ALL, {"rho": 0.01}, {"ascent": "adam"} | ALL,
         ("uncorrected_adam",),
     ),
+    # what it makes of a model's outputs is in test_functional.py; its plain form is SAM without
+    "functional-adam": Method(
+        fastsam.FunctionalSAM, {"preconditioned": True, "warmup": 1} | HAND, {},
+        {"ascent": "second_moment", "warmup": 1}, ("needed-adamw",),
+    ),
+    "functional-adam-all": Method(
+        fastsam.FunctionalSAM,
+        {"rho": 0.5, "eta": 0.1, "preconditioned": True, "warmup": 0} | ADAPTIVE | ALL | HAND,
+        {"rho": 0.5, "eta": 0.1} | ADAPTIVE, {"ascent": "second_moment"} | ALL,
+        ("needed-amsgrad",),
+    ),
     "adasam": Method(fastsam.AdaSAM, {"rho": 0.05}, {}, {}, ("uncorrected_amsgrad",)),
 }  # fmt: skip
 #: Methods that differ from another by an equation alone, and share with it whatever else a step
 #: has. Their equations are tested as all are; other tests are given them one by one only where
 #: every case runs (``conftest.py``).
 RELATIVES = ("gsam", "gsam-first-all", "wsam-all", "wsam-coupled", "gnp", "gnp-unit", "lesam",
-             "friendly-all")  # fmt: skip
+             "friendly-all", "functional-adam-all")  # fmt: skip
+#: Those whose second gradient is that of the loss, so that LETS learns their radius.
+LEARNING = [name for name, method in METHODS.items() if method.cls is not fastsam.FunctionalSAM]
 #: Every method with every base that it is tested with.
 COMBINATIONS = [(name, base) for name, method in METHODS.items() for base in method.bases]
 
@@ -236,7 +253,7 @@ def create(
 
 
 def base_of(method: str, base: str = "sgd-momentum") -> Base:
-    """The base of this name, or the update that the method has of its own."""
+    """The base of this name, or the one that the method has of its own, or needs."""
     own = METHODS[method].bases[0]
     return OWN_UPDATES[own] if own in OWN_UPDATES else BASES[base]
 

@@ -15,7 +15,7 @@ from fastsam.kernels.layout import Scalar
 from fastsam.step.batch import Batch
 from fastsam.step.spec import Ascent, Group, StepSpec, sign_of
 
-from ..equations import columns_of, perturbation, radius, signed
+from ..equations import columns_of, perturbation, radius, seen_by, signed
 from .blocks import LARGE, blocks
 from .fused import Part, extremes, find, fused_adagrad, fused_adam
 from .norms import element_scales
@@ -117,6 +117,7 @@ class ByEquations(AlongGradient):
                 state = self._advance(batch, k, spec, h)
                 if spec.ascent.from_old:
                     state = (batch.ascent[k] if batch.ascent is not None else None) or {}
+                state = seen_by(spec.ascent, state, batch, k)
                 found[k] = spec.ascent.direction(signed(batch.grads[k], part.group), state, h)
         return [found[k] for k in range(len(batch.grads))]
 
@@ -140,12 +141,18 @@ class ByEquations(AlongGradient):
         streams += [part.of(directions)] * along
         for tables in (batch.ascent, batch.next):
             streams += [part.column(tables or (), name) for name in names]
+        name, reads = spec.ascent.base_state, False
+        if name and not along:
+            assert batch.read is not None
+            reads = not part.fresh
+            streams += [part.of(batch.read)] * reads
         scale = radius(spec, group, scalars)
         h = columns_of(spec, group)
         for _, lists in blocks(*streams):
             for w, grad, x, *rest in zip(*lists, strict=True):
                 g = signed(grad, group)
                 d = rest.pop(0) if along else None
+                read = rest.pop() if reads else w.new_full((), math.nan)
                 old = dict(zip(names, rest[: len(names)], strict=True))
                 new = dict(zip(names, rest[len(names) :], strict=True))
                 if names and not along:
@@ -153,7 +160,8 @@ class ByEquations(AlongGradient):
                     for name, value in spec.ascent.advance(g, old, h).items():
                         new[name].copy_(value)
                 if d is None:
-                    d = spec.ascent.direction(g, old if spec.ascent.from_old else new, h)
+                    state = old if spec.ascent.from_old else new
+                    d = spec.ascent.direction(g, {**state, name: read} if name else state, h)
                 e = perturbation(w, d, group, scale)
                 if names and spec.ascent.usable is not None:
                     good = spec.ascent.usable(new, scalars[Scalar.ASCENT_NORM])

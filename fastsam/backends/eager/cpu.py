@@ -79,6 +79,10 @@ def _divide(batch: Batch, spec: StepSpec, descends: bool) -> tuple[dict[Any, lis
         else:
             for tables in (batch.ascent, batch.next):
                 streams += [] if tables is None else (tables[k] or {}).values()
+            if batch.read is not None:
+                read = batch.read[k]
+                streams += [] if read is None else [read]
+                fresh = read is None
         if served(streams):
             members[i, param.dtype, fresh, mixed].append(k)
         else:

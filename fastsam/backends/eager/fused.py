@@ -41,7 +41,7 @@ class Part:
 
     group: Group
     members: list[int]
-    fresh: bool = False  # whether their momentum buffers are new
+    fresh: bool = False  # whether they lack a momentum buffer, or what the ascent reads
     mixed: bool = False  # whether they have first gradients that count
     base: Base | None = None
 

@@ -40,7 +40,7 @@ from .plan import (
     states_of,
     update_constants,
 )
-from .rows import ascent_rows, grad_rows, key_rows, norm_rows, state_rows
+from .rows import ascent_rows, grad_rows, key_rows, norm_rows, read_rows, state_rows
 
 FIRST, LAST = int(Task.FIRST), int(Task.LAST)
 
@@ -94,6 +94,8 @@ class TritonBackend(Launcher, DeviceBackend):
             rows = {} if spec.seed is None else key_rows(bucket, batch, spec)
             if batch.ascent is not None:
                 rows |= ascent_rows(bucket, batch, spec)
+            if batch.read is not None:
+                rows |= read_rows(bucket, batch)
             if batch.squares is not None and not bucket.described:
                 rows |= norm_rows(bucket, batch)
             bucket.locate(batch, backup if kept is None else None, rows)
@@ -110,9 +112,9 @@ class TritonBackend(Launcher, DeviceBackend):
                 plan.launches = [self._prepare(
                     perturb_kernel, bucket, spec, scalars,
                     perturb_launch(self.launches, rule["STATES"], bucket.has_master,
-                                   **_only(bucket.types, "P", "G")),
+                                   **_only(bucket.types, "P", "G"), read=bucket.read),
                     backwards=backwards, HAS_MASTER=bucket.has_master,
-                    STOCHASTIC=_is_stochastic(bucket, spec), **rule,
+                    STOCHASTIC=_is_stochastic(bucket, spec), READ=bucket.read, **rule,
                     **_only(bucket.types, "P", "G", "ACC"),
                 ) for bucket in plan.buckets]  # fmt: skip
             plan.depends = depends
@@ -233,6 +235,7 @@ class TritonBackend(Launcher, DeviceBackend):
         self, found: Sums, buckets: list[Bucket], batch: Batch, spec: StepSpec, scalars: Tensor
     ) -> Reduction:
         constants, tasks = found.constants, found.tasks
+        reads = constants["ASCENDS"] and constants["DIRECTION"] is not None
         has_scale = constants["ADAPTIVE"] or (constants["SCALED"] and constants["ASCENDS"])
         members: dict[Sharding, list[Bucket]] = defaultdict(list)
         for bucket in buckets:
@@ -258,7 +261,7 @@ class TritonBackend(Launcher, DeviceBackend):
                     ),
                     self._scratch("reduced", counters(programs), torch.int32, device),
                     tasks | (FIRST if i == 0 else 0) | (LAST if last else 0),
-                    HAS_MASTER=has_master,
+                    HAS_MASTER=has_master, READ=bucket.read if reads else None,
                     **constants, **_only(bucket.types, "P", "G", "ACC"),
                 ))  # fmt: skip
                 if constants["ASCENDS"] and batch.squares is not None:

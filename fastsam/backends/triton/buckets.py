@@ -63,6 +63,7 @@ class Bucket:
     has_master: bool = False  # whether the parameters have master weights
     sharding: Sharding = ()  # over which processes their sums are added up
     base: Base | None = None  # their fused update, in the descent
+    read: Any = None  # the kernels' dtype of the base's state that the ascent reads
     table: Table = field(init=False)
     kept: list[Tensor] = field(default_factory=list)  # copies whose addresses are in the table
     ranges: dict[int, Tensor] = field(default_factory=dict)  # programs by segment, by their chunk
@@ -233,6 +234,9 @@ def make_buckets(name: str, batch: Batch, spec: StepSpec) -> list[Bucket]:
             states = tuple(batch.states[k][state].dtype for state in names)
         has_master = batch.masters is not None and batch.masters[k] is not None
         sharding = () if batch.shardings is None else batch.shardings[k]
+        if batch.read is not None:  # as it will be, where there is none yet
+            held, kept = batch.read[k], wide_dtype(p) if has_master else p.dtype
+            states = (kept if held is None else held.dtype,)
         members[p.dtype, g.dtype, states, has_master, sharding, base].append(k)
     buckets = []
     for key, positions in members.items():
@@ -253,6 +257,7 @@ def make_buckets(name: str, batch: Batch, spec: StepSpec) -> list[Bucket]:
             ACC=tl.float64 if param_type == torch.float64 else tl.float32,
         )  # fmt: skip
         buckets.append(Bucket(
-            key, positions, params, grads, types, in_place, has_master, sharding, base
+            key, positions, params, grads, types, in_place, has_master, sharding, base,
+            None if batch.read is None else types["S"],
         ))  # fmt: skip
     return buckets

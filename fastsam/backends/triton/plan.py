@@ -227,9 +227,14 @@ def perturb_launch(
     has_master: bool,
     P: Any,
     G: Any,  # noqa: N803
+    read: Any = None,
 ) -> Launch:
-    """How a perturbation is launched. The ascent's state and master weights are never halves."""
-    return launches.perturb.on(_are_halves(P, G) and not states and not has_master)
+    """How a perturbation is launched. The ascent's state and master weights are never halves.
+
+    ``read`` is the dtype of the base's state that the ascent reads; None where it reads none.
+    """
+    streams = (P, G) if read is None else (P, G, read)
+    return launches.perturb.on(_are_halves(*streams) and not states and not has_master)
 
 
 def _are_halves(*dtypes: Any) -> bool:

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from fastsam.kernels.layout import Launch, Row
+from fastsam.step.base_state import BaseStates
 from fastsam.step.batch import Batch
 from fastsam.step.spec import StepSpec
 from fastsam.step.state import AscentStates
@@ -81,6 +82,18 @@ def ascent_rows(bucket: Bucket, batch: Batch, spec: StepSpec) -> dict[Row, list[
                     held[j] = bucket.keep(like_layout(held[j], w))
                 rows[row].append(held[j].data_ptr() if held else 0)
     return rows
+
+
+def read_rows(bucket: Bucket, batch: Batch) -> dict[Row, list[int]]:
+    """Addresses of the base's state that the ascent rule reads; 0 for parameters without."""
+    assert batch.read is not None and isinstance(batch.prepared, BaseStates)
+    if bucket.described and batch.prepared.in_order:
+        return {}
+    addresses = []
+    for k, w in zip(bucket.members, bucket.params, strict=True):
+        x = batch.read[k]
+        addresses.append(0 if x is None else bucket.keep(like_layout(x, w)).data_ptr())
+    return {Row.STATE0: addresses}
 
 
 def grad_rows(bucket: Bucket, grads: dict[Row, list[Tensor | None] | None]) -> dict[Row, list[int]]:

@@ -1,0 +1,104 @@
+"""What an ascent reads of the base's state: found once, and read where it lies while it holds."""
+
+from collections.abc import Collection, Sequence
+from operator import is_, itemgetter
+from typing import Any
+
+from torch import Tensor
+
+from .batch import Batch, identical
+from .precision import MASTER
+from .sharding import check_shards, is_sharded, local
+from .spec import StepSpec
+from .state import States, refuse_shape
+
+
+class BaseStates:
+    """One state tensor of the base's, of the parameters of one pass.
+
+    Attributes:
+        tensors: Each parameter's; None where there is none yet.
+        in_order: Whether they lie in memory as their parameters do.
+    """
+
+    def __init__(self, batch: Batch, name: str, held: list[Any]):
+        self.tensors = [
+            None if x is None else _local(name, x, owner, param)
+            for x, owner, param in zip(held, batch.owners, batch.params, strict=True)
+        ]
+        pairs = zip(self.tensors, batch.params, strict=True)
+        self.in_order = all(x is None or x.stride() == param.stride() for x, param in pairs)
+        self._name, self._held = name, held
+        # not shards, nor copies of what lies on another device: they may be others every time
+        self._lasts = not any(map(is_sharded, batch.owners)) and identical(self.tensors, held)
+        self._own: list[dict[str, Any]] = []  # the parameters' states, if each has it
+        self._all: list[Any] = []  # those of all of the optimizer's parameters
+        # of a tensor whose memory is replaced it is along with everyone's
+        self._watched = [x for x in held[:1] + held[-1:] if x is not None]
+        self._addresses = self._find_addresses()
+
+    def _find_addresses(self) -> list[int]:
+        return list(map(Tensor.data_ptr, self._watched)) if self._lasts else []
+
+    def remember(self, own: list[dict[str, Any]], everything: Collection[Any]) -> None:
+        """Note where it has been found."""
+        if self._lasts and all(x is not None for x in self._held):
+            self._own, self._all = own, list(everything)
+
+    def is_current(self, everything: Collection[Any]) -> bool:
+        """Whether the optimizer holds the same tensors still, where they were."""
+        if not (self._own and identical(self._all, everything)):
+            return False
+        try:
+            return self.has(list(map(itemgetter(self._name), self._own)))
+        except KeyError:
+            return False
+
+    def has(self, held: Sequence[Any]) -> bool:
+        """Whether these are the tensors, where they were."""
+        same = self._lasts and len(held) == len(self._held) and all(map(is_, held, self._held))
+        return same and self._find_addresses() == self._addresses
+
+
+def _local(name: str, x: Any, owner: Tensor, param: Tensor) -> Tensor:
+    """This process's part of a state tensor, checked."""
+    if not isinstance(x, Tensor):
+        raise RuntimeError(
+            f"state {name!r} of a parameter has to be a tensor, got {type(x).__name__}"
+        )
+    if x.shape != owner.shape:
+        raise refuse_shape(name, x, owner)
+    check_shards({name: x}, owner)
+    found: Tensor = local(x)
+    return found.to(param.device)  # the model may have moved after its optimizer
+
+
+def _check_kept(name: str, state: dict[str, Any]) -> None:
+    """A base that is not fused and has begun keeps what the ascent reads."""
+    kept = [key for key in state if key != MASTER and not str(key).startswith("ascent_")]
+    if kept:
+        raise RuntimeError(
+            f"base_optimizer must be one that keeps {name!r}, which the ascent reads; it keeps "
+            f"{', '.join(map(repr, kept))}"
+        )
+
+
+def find_base_state_read(batch: Batch, spec: StepSpec, states: States) -> None:
+    """Give the batch what the ascent reads of the base's state.
+
+    Raises:
+        RuntimeError: If a base that is not fused keeps other state, and not this; if a tensor has
+            not the parameter's shape, or is sharded otherwise.
+    """
+    assert batch.layout is not None
+    name, everything, found = spec.ascent.base_state, states.values(), batch.layout.read
+    if found is None or not found.is_current(everything):
+        own: list[dict[str, Any]] = [states.get(param, {}) for param in batch.owners]
+        held = [state.get(name) for state in own]
+        for state, x, i in zip(own, held, batch.groups, strict=True):
+            if x is None and spec.base_of(i) is None:
+                _check_kept(name, state)
+        if found is None or not found.has(held):
+            found = batch.layout.read = BaseStates(batch, name, held)
+        found.remember(own, everything)
+    batch.read, batch.prepared = found.tensors, found
