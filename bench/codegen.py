@@ -179,6 +179,7 @@ def _of_ascent(types: Sequence[str], spec: StepSpec) -> Iterator[Variant]:
         yield _reduction(types, hypergradient_sums(spec, "diag"), False)
     storage = next(iter(_storages(types)))
     for read in _reads(spec.ascent, types, storage):
+        yield _perturbation(types, perturb_constants(spec, moves=True), read, **storage)
         if spec.ascent.norm is not None and spec.ascent.accumulate is None:
             by_layer = replace(spec, norm="layer")
             yield _perturbation(types, perturb_constants(by_layer), read, **storage)
@@ -447,7 +448,8 @@ def summary(reports: Sequence[Report]) -> Iterator[str]:
 #: Rows of the table: a name, and the constants by which its variant is found, functions by the end
 #: of their module's name.
 PLAIN = {"BACKS_UP": True} | dict.fromkeys(
-    ("HAS_MASTER", "STOCHASTIC", "SEGMENTS", "SKIP", "SCALE", "MIX", "ADAPTIVE", "SCALED"), False
+    ("HAS_MASTER", "STOCHASTIC", "SEGMENTS", "SKIP", "SCALE", "MIX", "ADAPTIVE", "SCALED", "MOVES"),
+    False,
 )
 SELECTION: list[tuple[str, str, dict[str, Any]]] = [
     (name, f"{kernel}_kernel", PLAIN | dict(zip("PGS", types.split("/"), strict=False)) | constants)
@@ -466,6 +468,7 @@ SELECTION: list[tuple[str, str, dict[str, Any]]] = [
          {"TERMS": "of_both", "SCALED": True, "ADAPTIVE": True}),
         ("SAM", "perturb", "fp32/fp32", {"DIRECTION": "unified"}),
         ("SAM", "perturb", "bf16/bf16", {"DIRECTION": "unified"}),
+        ("SAM, scratch", "perturb", "fp32/fp32", {"DIRECTION": "unified", "MOVES": True}),
         ("SAM, master", "perturb", "bf16/bf16", {"DIRECTION": "unified", "HAS_MASTER": True}),
         ("ASAM", "perturb", "fp32/fp32", {"DIRECTION": "unified", "ADAPTIVE": True}),
         ("VaSSO", "perturb", "fp32/fp32", {"DIRECTION": "ema"}),

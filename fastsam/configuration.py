@@ -30,6 +30,7 @@ from .step.arguments import (
     OF_TABLES,
     Choice,
     Context,
+    FlagOr,
     GroupArguments,
     Integer,
     Number,
@@ -116,6 +117,7 @@ class Configured(SharedState):
     descent_context: Context | None = setting(context)
     repeat_random: bool = setting(FLAG)
     set_to_none: bool = setting(FLAG)
+    scratch: bool | str = setting(FlagOr(("auto",)))
     backend: str = setting(Choice(backends.NAMES), then=_check_served)
 
     def __init__(
@@ -141,6 +143,7 @@ class Configured(SharedState):
         ascent_context: Context | None = None,
         descent_context: Context | None = None,
         set_to_none: bool = True,
+        scratch: bool | str = "auto",
         backend: str = "auto",
         own: Mapping[str, Any] | None = None,
         **base_kwargs: Any,
@@ -162,7 +165,7 @@ class Configured(SharedState):
         self.repeat_random = repeat_random
         self.ascent_steps = ascent_steps
         self.ascent_context, self.descent_context = ascent_context, descent_context
-        self.set_to_none = set_to_none
+        self.set_to_none, self.scratch = set_to_none, scratch
         check_stop(self.start, self.stop)
         check_rules(self.ascent, self.descent)
         has_own = not takes_base(type(self))

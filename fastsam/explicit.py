@@ -418,6 +418,7 @@ class ExplicitPasses(Configured):
             seed=self.seed if self.rounding == "stochastic" else None,
             norm=self.norm,
             keeps_weights=recording is not None and recording.hessian == "diag",
+            scratch=self._passes.scratch and self.scratch,
             bases=None if self._several is None else self._several.bases,
         )
 

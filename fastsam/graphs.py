@@ -171,6 +171,7 @@ class GraphedStep:
         recorder: Recorder,
     ) -> None:
         self._optimizer = optimizer
+        optimizer._passes.scratch = False  # a graph holds the parameters' addresses
         self._closure = closure
         self._left = warmup  # steps before the capture
         self._recorder = recorder

@@ -53,6 +53,7 @@ class Passes:
         scalars, dtypes: The same.
         backends: Those that have been needed so far.
         recording: What takes in the step that is complete, where somebody asked for it.
+        scratch: Whether parameters may point elsewhere between the passes, if the setting says so.
     """
 
     def __init__(self, name: str, scalars: DeviceScalars, dtypes: Dtypes) -> None:
@@ -62,6 +63,7 @@ class Passes:
         self.scalars = scalars
         self.backends = backends.Backends()
         self.recording: Recording | None = None
+        self.scratch = True
         self._was_captured = False  # in a CUDA graph
         self._squares: Tensor | None = None  # by segment
 

@@ -101,6 +101,7 @@ class Row(IntEnum):
     MASTER = 16  # float32 weights behind 16-bit ones
     KEY = 17  # not an address: what the tensor's random bits depend on
     NORM = 18  # the squared norm of the tensor's segment, where the ascent's norm is not global
+    PERTURBED = 19  # where w + e goes: scratch memory, or the parameter; only where some is scratch
 
 
 #: Rows that say where element streams are: these decide whether a tensor is aligned. An address of

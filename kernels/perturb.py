@@ -1,5 +1,7 @@
 """The perturb pass: ``backup <- w``, ``w <- w + e``, in one sweep over all tensors.
 
+Or ``scratch <- w + e`` alone, where a parameter will point at that memory until it is restored.
+
 ``e = radius * T^2 * direction``, where ``T`` is ASAM's scale and the rest is the ascent rule's,
 from its file in ``ascent/``.
 """
@@ -19,11 +21,13 @@ from .stream import (
     NEXT1,
     NORM,
     PARAM,
+    PERTURBED,
     STATE0,
     all_loads_first,
     hyper_row,
     known_base,
     newest,
+    only_if,
     read_chunk,
     stream,
     where_present,
@@ -74,12 +78,17 @@ def _perturb(table, columns, tensor, start, offsets, mask, row, scalars, origin,
              DIRECTION: tl.constexpr, RADIUS: tl.constexpr, USABLE: tl.constexpr,
              ACCUMULATES: tl.constexpr, STATES: tl.constexpr, FROM_OLD: tl.constexpr,
              READ: tl.constexpr, ADAPTIVE: tl.constexpr, SEGMENTS: tl.constexpr,
-             BACKS_UP: tl.constexpr, HAS_MASTER: tl.constexpr, STOCHASTIC: tl.constexpr,
-             ALIGNED: tl.constexpr):  # fmt: skip
+             BACKS_UP: tl.constexpr, MOVES: tl.constexpr, HAS_MASTER: tl.constexpr,
+             STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr):  # fmt: skip
     # all addresses, then all loads, then what is computed of them, then all stores: a load after a
     # store would wait for that, and one after a use for everything before it
     param = stream(table, PARAM, columns, tensor, start, P, ALIGNED) + offsets
     grad = stream(table, GRAD, columns, tensor, start, G, ALIGNED) + offsets
+    perturbed, copied = param, mask
+    if MOVES:
+        perturbed = stream(table, PERTURBED, columns, tensor, start, P, ALIGNED) + offsets
+        place = tl.load(table + PERTURBED * columns + tensor)
+        copied = only_if(place == tl.load(table + PARAM * columns + tensor), mask)
     if HAS_MASTER:  # it is the backup; written to only where it has to follow the parameter
         master = stream(table, MASTER, columns, tensor, start, ACC, ALIGNED) + offsets
     elif BACKS_UP:
@@ -125,12 +134,12 @@ def _perturb(table, columns, tensor, start, offsets, mask, row, scalars, origin,
     if HAS_MASTER:
         tl.store(master, w, mask=mask & (w != held))
     elif BACKS_UP:
-        tl.store(backup, stored, mask=mask)
+        tl.store(backup, stored, mask=copied)
     if STATES > 0:
         tl.store(next0, tl.where(usable, new[0], state[0]), mask=mask)
     if STATES > 1:
         tl.store(next1, tl.where(usable, new[1], state[1]), mask=mask)
-    tl.store(param, round_weight(w + e, start + offsets, key, P, STOCHASTIC), mask=mask)
+    tl.store(perturbed, round_weight(w + e, start + offsets, key, P, STOCHASTIC), mask=mask)
 
 
 @triton.jit(do_not_specialize=["columns", "origin"])
@@ -140,7 +149,8 @@ def perturb_kernel(table, chunks, columns, hyper, scalars, origin, P: tl.constex
                    ACCUMULATES: tl.constexpr, STATES: tl.constexpr,
                    FROM_OLD: tl.constexpr, READ: tl.constexpr,
                    ADAPTIVE: tl.constexpr, SEGMENTS: tl.constexpr,
-                   BACKS_UP: tl.constexpr, HAS_MASTER: tl.constexpr, STOCHASTIC: tl.constexpr,
+                   BACKS_UP: tl.constexpr, MOVES: tl.constexpr,
+                   HAS_MASTER: tl.constexpr, STOCHASTIC: tl.constexpr,
                    CHUNK: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
     """``e = radius * T^2 * direction``, one chunk per program.
 
@@ -159,6 +169,8 @@ def perturb_kernel(table, chunks, columns, hyper, scalars, origin, P: tl.constex
         ADAPTIVE: Whether some group has ASAM's element-wise scale.
         SEGMENTS: Whether the norm is that of the tensor's segment.
         BACKS_UP: Whether the weights are copied; an earlier ascent of the step may have done it.
+        MOVES: Whether some parameters will point at other memory, to which their perturbed weights
+            go; these are not copied.
         HAS_MASTER: Whether the parameters have master weights, in ``ACC``.
         STOCHASTIC: Whether bfloat16 parameters are rounded stochastically.
     """
@@ -169,9 +181,9 @@ def perturb_kernel(table, chunks, columns, hyper, scalars, origin, P: tl.constex
         offsets = tl.arange(0, CHUNK)
         _perturb(table, columns, tensor, start, offsets, offsets < vector, row, scalars, origin,
                  P, G, ACC, ADVANCE, DIRECTION, RADIUS, USABLE, ACCUMULATES, STATES, FROM_OLD, READ,
-                 ADAPTIVE, SEGMENTS, BACKS_UP, HAS_MASTER, STOCHASTIC, True)  # fmt: skip
+                 ADAPTIVE, SEGMENTS, BACKS_UP, MOVES, HAS_MASTER, STOCHASTIC, True)  # fmt: skip
     for first in range(vector, size, LANES):
         offsets = first + tl.arange(0, LANES)
         _perturb(table, columns, tensor, start, offsets, offsets < size, row, scalars, origin,
                  P, G, ACC, ADVANCE, DIRECTION, RADIUS, USABLE, ACCUMULATES, STATES, FROM_OLD, READ,
-                 ADAPTIVE, SEGMENTS, BACKS_UP, HAS_MASTER, STOCHASTIC, False)  # fmt: skip
+                 ADAPTIVE, SEGMENTS, BACKS_UP, MOVES, HAS_MASTER, STOCHASTIC, False)  # fmt: skip

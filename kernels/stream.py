@@ -32,6 +32,7 @@ VALIDATION = tl.constexpr(int(Row.VALIDATION))
 TRAINING = tl.constexpr(int(Row.TRAINING))
 MASTER = tl.constexpr(int(Row.MASTER))
 KEY = tl.constexpr(int(Row.KEY))
+PERTURBED = tl.constexpr(int(Row.PERTURBED))
 COLUMNS = tl.constexpr(WIDTH)
 
 #: The interpreter's own conversion of float32 to bfloat16 truncates and loses subnormals; every GPU

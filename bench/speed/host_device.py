@@ -51,6 +51,7 @@ CASES = {
     "SAM + SGD": Case(fastsam.SAM, SGD),
     "SAM + AdamW": Case(fastsam.SAM, ADAMW),
     "SAM + AdamW, gradients kept": Case(fastsam.SAM, ADAMW, gradients=KEPT),
+    "SAM + AdamW, scratch memory": Case(fastsam.SAM, ADAMW | {"scratch": True}),
     "SAM + AdamW, skipping": Case(fastsam.SAM, ADAMW | {"skip_nonfinite": True}),
     "SAM + AdamW, clipping": Case(fastsam.SAM, ADAMW | {"max_grad_norm": 1.0}),
     "SAM + AdamW, norms by layer": Case(fastsam.SAM, ADAMW | {"norm": "layer"}),

@@ -100,6 +100,20 @@ class SAM(SharpnessAwareOptimizer):
             they keep their memory, for flat buffers of which every ``.grad`` is a part; a
             parameter that the loss does not depend on then has a gradient of zeros, with which it
             is updated.
+        scratch: Whether a parameter may point at scratch memory between the passes, which holds
+            ``w + e``, while ``w`` stays where it was and is not copied. With triton that is a store
+            less: 36 bytes per element with SGD and momentum, 44 with AdamW. True: every parameter
+            that owns its memory, alone (one of which no view is held, and that is neither a view
+            nor a shard), if its base is fused and it has no master weights. All others are copied
+            and perturbed in place, and False lets all be. With True a CUDA graph of a part of the
+            step, as by ``torch.cuda.make_graphed_callables``, would go on with the address that it
+            has recorded; where one is known to have been captured, parameters stay in place, as
+            they do in ``fastsam.graphed``. A capture by hand refuses True. A view taken between
+            the passes goes on following its parameter; what has noted the address alone, as other
+            libraries may, reads ``w`` there. The scratch memory, as large as the parameters, is
+            kept from step to step. On the host each parameter takes some microseconds more per
+            step. ``"auto"``: on a CPU, with torch, parameters of 16,384 elements and more; with
+            triton none, since the gain has been timed on no GPU yet. Default ``"auto"``.
         backend: ``"triton"``, ``"torch"``, ``"reference"`` or ``"auto"`` (the default: triton on
             a GPU it serves, else torch).
         **base_kwargs: Arguments of the base optimizer: ``lr=0.1, momentum=0.9`` ...
@@ -140,6 +154,7 @@ class SAM(SharpnessAwareOptimizer):
         ascent_context: Context | None = None,
         descent_context: Context | None = None,
         set_to_none: bool = True,
+        scratch: bool | str = "auto",
         backend: str = "auto",
         **base_kwargs: Any,
     ):
@@ -149,7 +164,7 @@ class SAM(SharpnessAwareOptimizer):
             perturb_every=perturb_every, start=start, stop=stop, master_weights=master_weights,
             rounding=rounding, seed=seed, repeat_random=repeat_random, ascent_steps=ascent_steps,
             ascent_context=ascent_context, descent_context=descent_context,
-            set_to_none=set_to_none, backend=backend,
+            set_to_none=set_to_none, scratch=scratch, backend=backend,
             **base_kwargs,
         )  # fmt: skip
 

@@ -225,6 +225,20 @@ class Choice:
         raise refuse(name, f"one of {', '.join(map(repr, self.names))}", value)
 
 
+@dataclass(frozen=True)
+class FlagOr:
+    """True or False, as of a :class:`Flag`, or one of some names."""
+
+    names: Sequence[str]
+
+    def __call__(self, name: str, value: Any, look: bool = True) -> bool | str:
+        if isinstance(value, str) and value in self.names:
+            return value
+        if value is True or value is False or is_bool(value):
+            return bool(value)
+        raise refuse(name, f"True, False or {', '.join(map(repr, self.names))}", value)
+
+
 #: At least 0 and finite, as most hyper-parameters are.
 POSITIVE = Number()
 FINITE = Number(low=-math.inf, with_low=False)

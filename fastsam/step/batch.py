@@ -38,6 +38,7 @@ class Layout:
         token: Stands for this layout where the layout itself must not be kept alive.
         operators: What the torch backend has worked out from this, by kind.
         plans: The triton backend's launches, by pass.
+        targets: Where the triton backend's last ascent wrote to, if parameters have moved.
         parts: Layouts of each device's tensors.
         prepared: The base's state, found complete (``state.py``).
         held: The ascent's state, found complete (``state.py``).
@@ -67,6 +68,7 @@ class Layout:
     token: object = field(default_factory=object)
     operators: dict[Any, Any] = field(default_factory=dict)
     plans: dict[Any, Any] = field(default_factory=dict)
+    targets: list[Tensor] = field(default_factory=list)
     parts: "dict[torch.device, Layout]" = field(default_factory=dict)
     prepared: Any = None
     held: Any = None

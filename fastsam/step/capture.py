@@ -56,6 +56,9 @@ def check_capture(
     if batch.layout is not None and batch.layout.spreads:
         raise refuse(name, "its parameters lie on several devices")
     check_decisions(name, spec)
+    if spec.scratch is True and spec.perturbs:
+        raise refuse(name, "scratch=True has parameters elsewhere between the passes. Set scratch "
+                           "to False before the steps outside, or use fastsam.graphed")  # fmt: skip
     if not has_stepped:
         raise refuse(name, "it has taken no step outside, which creates its state")
     names = []

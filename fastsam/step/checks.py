@@ -102,7 +102,7 @@ def check_common(kwargs: Mapping[str, Any], cls: type) -> None:
     """What methods with an update of their own take besides their named arguments."""
     allowed = ("renormalize", "max_grad_norm", "skip_nonfinite", "norm", "perturb_every", "start",
                "stop", "master_weights", "rounding", "seed", "repeat_random", "ascent_steps",
-               "ascent_context", "descent_context", "set_to_none")  # fmt: skip
+               "ascent_context", "descent_context", "set_to_none", "scratch")  # fmt: skip
     check_group_keys(kwargs)
     if unknown := [key for key in kwargs if key not in allowed]:
         raise TypeError(

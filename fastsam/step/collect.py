@@ -182,7 +182,7 @@ class Collector:
 
     def __init__(self, check: Callable[[list[Tensor]], None] = ignore) -> None:
         self._check = check
-        names = ("first", "further", "second", "other")
+        names = ("first", "further", "second", "only", "other")
         self._sweeps = {name: Sweep(check) for name in names}
         self._made = 0  # layouts of the first pass that the second pass's sweep knows of
 
@@ -198,14 +198,18 @@ class Collector:
     def further(self, groups: Sequence[Group], name: str) -> Batch:
         """The same of a first pass that comes after another in its step.
 
-        On a CPU parameters may be elsewhere by then, so this is not the first one's sweep.
+        Parameters may be elsewhere by then, so this is not the first one's sweep.
         """
         return self._sweeps["further"].collect(groups, name, self._sweeps["first"], perturbs=True)
 
     def second(self, groups: Sequence[Group], name: str, after_first: bool) -> Batch:
-        """All that have a second gradient, or with ``after_first=False`` a step's only one."""
-        before = self._sweeps["first"] if after_first else None
-        return self._sweeps["second"].collect(groups, name, before)
+        """All that have a second gradient, or with ``after_first=False`` a step's only one.
+
+        These have a sweep of their own, as parameters may be elsewhere between two passes.
+        """
+        if not after_first:
+            return self._sweeps["only"].collect(groups, name)
+        return self._sweeps["second"].collect(groups, name, self._sweeps["first"])
 
     def other(self, groups: Sequence[Group], name: str) -> Batch:
         """All that have a gradient, at another time."""

@@ -30,6 +30,49 @@ def is_alone(x: Tensor) -> bool:
     return references(x) == ALONE
 
 
+def alike(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors have one layout; a dimension of one element has any stride."""
+    if x.dtype != y.dtype or x.shape != y.shape:
+        return False
+    first, second = x.stride(), y.stride()
+    return first == second or all(
+        a == b for a, b, size in zip(first, second, x.shape, strict=True) if size != 1
+    )
+
+
+def owns_memory(param: Tensor) -> bool:
+    """Whether the parameter fills memory that is torch's own and that no other tensor sees.
+
+    Subclasses such as DTensor look after their memory themselves; memory that cannot be resized
+    belongs to numpy, say, or to another process.
+    """
+    storage = param.untyped_storage()
+    return (
+        type(param) in (torch.nn.Parameter, Tensor)
+        and storage.nbytes() == param.numel() * param.element_size()
+        and storage.resizable()
+        and not _is_shared(storage)
+        and is_dense(param)
+        and is_alone(param)
+    )
+
+
+def still_owns_memory(param: Tensor) -> bool:
+    """Whether a parameter that owned its memory does so, at the same address in the same shape."""
+    storage = param.untyped_storage()
+    return (
+        is_alone(param)
+        and storage.resizable()
+        and not _is_shared(storage)
+        and param.is_contiguous()  # if it lies in another order, all is asked again
+    )
+
+
+def _is_shared(storage: torch.UntypedStorage) -> bool:
+    """Whether processes share it; all memory of a GPU can be, so that nothing follows there."""
+    return storage.device.type == "cpu" and storage.is_shared()
+
+
 def uses(storages: Sequence[torch.UntypedStorage]) -> list[int]:
     """Of each storage what ``references`` gives of a tensor: ``ALONE`` where it has but one."""
     if _use_count is None:

@@ -366,6 +366,8 @@ class StepSpec:
         is_static: Whether the host decides nothing anew in every step.
         seed: Of stochastic rounding; None rounds to nearest.
         keeps_weights: Whether the copy of the weights is needed after the update (LETS).
+        scratch: Whether parameters may point at scratch memory between the passes; "auto" is where
+            that is known to be faster.
         norm: Over what the ascent's norm is: everything, each group or each parameter.
         adaptive: Whether some group has ASAM's element-wise scale.
         rescales: Whether ``u`` may differ from the second gradient.
@@ -388,6 +390,7 @@ class StepSpec:
     is_static: bool = True
     seed: int | None = None
     keeps_weights: bool = False
+    scratch: bool | str = "auto"
     norm: str = "global"
     bases: Sequence[Base | None] | None = None
     adaptive: bool = field(init=False)

@@ -220,6 +220,45 @@ def test_bf16_moves_half(name):
     check_traffic(f"{name}, bf16", log, case, case.floor / 2, 256 * 128 + 1024)
 
 
+MOVES = {"scratch": True}
+#: w + e goes to scratch memory, and w to nowhere: one store less.
+MOVED = {
+    "SAM + SGD": Case(fastsam.SAM, SGD, MOVES, floor=36),
+    "SAM + AdamW": Case(fastsam.SAM, ADAMW, MOVES, floor=44),
+    "SSAM + SGD": Case(fastsam.SSAM, SGD, MOVES, TWO_NORMS, 40),
+    "ASAM + SGD": Case(fastsam.ASAM, SGD, MOVES, floor=40),
+    "LightSAM III": Case(fastsam.LightSAM, None, LIGHT | MOVES, NO_NORM, 56),
+    "VaSSO + SGD": Case(fastsam.VaSSO, SGD, MOVES, floor=48),
+    "SAMAR + SGD": Case(fastsam.SAMAR, SGD, MOVES, TWO_NORMS, 48),
+    "SAM + SGD, three ascents": Case(
+        fastsam.SAM, SGD, MOVES | {"ascent_steps": 3}, STEP[:2] * 3 + STEP[2:], 36 + 2 * 16
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_traffic_with_scratch_memory(name):
+    case = MOVED[name]
+    log = count_step(case, [{"params": parameters([(256, 128), (1024,)])}])
+    further = 40 * (case.kwargs.get("ascent_steps", 1) - 1)
+    check_traffic(f"{name}, scratch", log, case, case.floor, 256 * 128 + 1024, counters=further)
+
+
+def test_traffic_where_a_parameter_cannot_move():
+    """It is copied, in the same launches."""
+    case, params = MOVED["SAM + SGD"], parameters([(256, 128), (256, 128)])
+    view = params[0].detach()
+    log = count_step(case, [{"params": params}])
+    check_traffic("SAM + SGD, one of two in scratch", log, case, 38, 2 * view.numel())
+
+
+@pytest.mark.filterwarnings("ignore:some parameters are float16 or bfloat16")
+def test_bf16_with_scratch_memory():
+    case = MOVED["SAM + AdamW"]
+    log = count_step(case, [{"params": parameters([(256, 128), (1024,)], torch.bfloat16)}])
+    check_traffic("SAM + AdamW, bf16, scratch", log, case, 22, 256 * 128 + 1024)
+
+
 MASTERS = {"master_weights": True}
 #: g | master, w, g, w | master, g, master, w, and state in float32
 SIXTEEN_BITS = {

@@ -104,6 +104,34 @@ def test_functional_sam_is_one_process():
         assert found < 2e-14
 
 
+def in_scratch_memory(rank, size):
+    """Steps with and without; how many parameters were elsewhere between the passes."""
+    fleet = Fleet(2, small_network)
+    model, moved = wrapped(fleet), []
+    both = [
+        create("sam", one.parameters(), "triton", scratch=scratch)
+        for one, scratch in zip(fleet.networks, (True, False), strict=True)
+    ]
+    for _ in range(2):
+        homes = [p.data_ptr() for p in fleet.parameters()]
+        model(*data(rank, size)).backward()
+        for optimizer in both:
+            optimizer.first_step(zero_grad=True)
+        moved.append([p.data_ptr() for p in fleet.parameters()] != homes)
+        model(*data(rank, size)).backward()
+        for optimizer in both:
+            optimizer.second_step(zero_grad=True)
+        assert [p.data_ptr() for p in fleet.parameters()] == homes
+    networks = [list(one.parameters()) for one in fleet.networks]
+    return moved, difference(*networks), are_equal_everywhere(networks[0])
+
+
+@INTERPRETED
+def test_scratch_memory():
+    for found in processes.run(2, in_scratch_memory):
+        assert found == ([True, True], 0.0, True)
+
+
 def many_steps(rank, size, methods, own, steps):
     fleet = Fleet(len(methods), small_network)
     model = wrapped(fleet)

@@ -86,6 +86,25 @@ def test_equal_to_one_process(kind, size, backend, combinations, steps):
     )  # one weight over several ranks: on the last there is none
 
 
+def in_scratch_memory(rank, size):
+    """How far steps with ``scratch=True`` are from others, and whether anything has moved."""
+    fleet = Fleet(2)
+    sharded(fleet, "mixed")
+    both = [
+        made("sam", "sgd", one.parameters(), "triton", scratch=scratch)
+        for one, scratch in zip(fleet.networks, (True, False), strict=True)
+    ]
+    train(fleet, both, data(rank, size), 1)
+    memory = both[0]._passes.backends._made["triton"]._moving.memory
+    return difference(*(whole(one.parameters()) for one in fleet.networks)), len(memory)
+
+
+@INTERPRETED
+def test_shards_stay_where_they_are():
+    for found in processes.run(2, in_scratch_memory):
+        assert found == (0.0, 0)
+
+
 def several_bases(rank, size, backend, steps):
     """The difference from one process, of bases that are fused and not, and of both norms."""
     model, alone = network(), network()

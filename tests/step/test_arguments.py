@@ -51,7 +51,7 @@ RANGES = {
     "max_grad_norm": [x for x in NO_NUMBER if x is not math.inf] + [0, 0.0, *NO_TENSOR],
     **dict.fromkeys(("adaptive", "renormalize", "skip_nonfinite", "master_weights", "maximize",
                      "repeat_random", "set_to_none", "decouple", "unit",
-                     "nesterov", "amsgrad", "differentiable"), NO_BOOL),
+                     "nesterov", "amsgrad", "differentiable", "scratch"), NO_BOOL),
     "perturb_every": [*NO_INTEGER, 0, None],
     "ascent_steps": [*NO_INTEGER, 0, None],
     "interval": [*NO_INTEGER, 0, None],
@@ -321,7 +321,7 @@ def test_group_keys_that_change_are_looked_at_in_the_step(key):
 
 # --- settings ---
 
-SETTINGS = ["repeat_random", "set_to_none", "ascent_steps", "seed", "max_grad_norm",
+SETTINGS = ["repeat_random", "set_to_none", "scratch", "ascent_steps", "seed", "max_grad_norm",
             "skip_nonfinite", "renormalize", "perturb_every", "start", "stop", "ascent_context",
             "descent_context", "backend", "rounding", "master_weights"]  # fmt: skip
 

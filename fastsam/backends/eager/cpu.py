@@ -26,7 +26,7 @@ from .ascents import along_gradient, path_of
 from .blocks import dots
 from .fused import Part, Update, update_of
 from .norms import leaves_float32, norm, served, span_norms, total
-from .scratch import Memory, ScratchBackup, known_of
+from .scratch import WORTHWHILE, Memory, ScratchBackup, known_of
 
 
 def split(
@@ -131,10 +131,11 @@ def ascend(
     try:
         # all copies come first: two parameters may be views of the same memory
         if kept is None:
-            in_place = spec.has_unfused or spec.keeps_weights
+            in_place = spec.has_unfused or spec.keeps_weights or not spec.scratch
             # owners of shards keep looking at their memory
             in_place = in_place or (batch.shardings is not None and any(batch.shardings))
-            targets = [backup.take(part.of(batch.params), in_place) for part in parts]
+            least = 1 if spec.scratch is True else WORTHWHILE
+            targets = [backup.take(part.of(batch.params), in_place, least) for part in parts]
             with_master = [k for k in others if weights.params[k] is not batch.params[k]]
             backup.borrow({batch.params[k]: weights.params[k] for k in with_master})
             backup.take([batch.params[k] for k in others if k not in with_master], in_place=True)

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from fastsam.arithmetic import wide
 from fastsam.step.batch import Batch
-from fastsam.step.memory import is_dense
+from fastsam.step.memory import alike, is_dense
 from fastsam.step.sharding import Sharding, add_up
 from fastsam.step.spec import Group, StepSpec
 
 from ..base import Pass
 from ..equations import element_scale
 from .blocks import blocks, flat
-from .scratch import Memory, Room, alike
+from .scratch import Memory, Room
 
 #: Elements per norm in a tensor of at least twice as many. They add up in its own precision: a
 #: sum of some 250,000 random squares in float32 loses a millionth.

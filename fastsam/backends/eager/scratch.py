@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from fastsam.step.batch import Batch, identical
-from fastsam.step.memory import ALONE, is_alone, is_dense, references
+from fastsam.step.memory import (
+    ALONE,
+    alike,
+    is_alone,
+    owns_memory,
+    references,
+    still_owns_memory,
+)
 from fastsam.step.sharding import local
 from fastsam.step.spec import Group
 
@@ -24,44 +31,6 @@ from .blocks import BLOCK
 
 #: Elements below which pointing a parameter elsewhere takes longer than copying it.
 WORTHWHILE = 1 << 14
-
-
-def alike(x: Tensor, y: Tensor) -> bool:
-    """Whether two tensors have one layout; a dimension of one element has any stride."""
-    if x.dtype != y.dtype or x.shape != y.shape:
-        return False
-    first, second = x.stride(), y.stride()
-    return first == second or all(
-        a == b for a, b, size in zip(first, second, x.shape, strict=True) if size != 1
-    )
-
-
-def owns_memory(param: Tensor) -> bool:
-    """Whether the parameter fills memory that is torch's own and that no other tensor sees.
-
-    Subclasses such as DTensor look after their memory themselves; memory that cannot be resized
-    belongs to numpy, say.
-    """
-    storage = param.untyped_storage()
-    return (
-        type(param) in (torch.nn.Parameter, Tensor)
-        and storage.nbytes() == param.numel() * param.element_size()
-        and storage.resizable()
-        and not storage.is_shared()
-        and is_dense(param)
-        and is_alone(param)
-    )
-
-
-def still_owns_memory(param: Tensor) -> bool:
-    """Whether a parameter that owned its memory does so, at the same address in the same shape."""
-    storage = param.untyped_storage()
-    return (
-        is_alone(param)
-        and storage.resizable()
-        and not storage.is_shared()
-        and param.is_contiguous()  # if it lies in another order, all is asked again
-    )
 
 
 def known_of(batch: Batch) -> dict[Any, Any]:
@@ -182,12 +151,13 @@ class ScratchBackup(ListBackup):
             self.copied.append((new, [param.detach().clone() for param in new]))
             self._copies = {}
 
-    def take(self, params: list[Tensor], in_place: bool) -> list[Tensor]:
+    def take(self, params: list[Tensor], in_place: bool, least: int = WORTHWHILE) -> list[Tensor]:
         """Keep the weights of one part; where to write the perturbed ones.
 
         Args:
             params: The parameters.
             in_place: Copy them all, because the weights will be needed after the update.
+            least: Elements from which on a parameter is moved.
 
         Returns:
             Scratch memory, to which :meth:`move` will point a parameter; or the parameter itself.
@@ -199,7 +169,7 @@ class ScratchBackup(ListBackup):
             before = params  # as if all had been copied: nothing is taken for granted
         targets, copied = [], []
         for param, target in zip(params, before, strict=True):
-            if in_place or param.numel() < WORTHWHILE:
+            if in_place or param.numel() < least:
                 target = param
             elif target is param or not (still_owns_memory(param) and is_alone(target)):
                 target = self._scratch_of(param) if owns_memory(param) else param

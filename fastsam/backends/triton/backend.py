@@ -9,7 +9,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from fastsam.kernels.layout import Row, Task, counters, partials
+from fastsam.kernels.layout import Launches, Row, Task, counters, partials
 from fastsam.kernels.perturb import perturb_kernel
 from fastsam.kernels.reduce import finish_kernel, reduce_kernel, segments_kernel
 from fastsam.kernels.table import Table, Upload, is_capturing
@@ -24,7 +24,7 @@ from ..sums import adapt, undone_if_it_fails
 from .buckets import Bucket, make_buckets, release, write_back
 from .direct import Direct
 from .flat import FlatBackup
-from .launcher import Launched, Launcher
+from .launcher import LAUNCHES, Launched, Launcher
 from .plan import (
     NOTHING,
     Plan,
@@ -41,6 +41,7 @@ from .plan import (
     update_constants,
 )
 from .rows import ascent_rows, grad_rows, key_rows, norm_rows, read_rows, state_rows
+from .scratch import Scratch, may_move
 
 FIRST, LAST = int(Task.FIRST), int(Task.LAST)
 
@@ -49,6 +50,10 @@ class TritonBackend(Launcher, DeviceBackend):
     """See the module's docstring."""
 
     takes_scaled = True
+
+    def __init__(self, launches: Launches = LAUNCHES) -> None:
+        super().__init__(launches)
+        self._moving = Scratch()
 
     # --- the interface ---
 
@@ -84,10 +89,12 @@ class TritonBackend(Launcher, DeviceBackend):
     def _ascend(
         self, batch: Batch, spec: StepSpec, scalars: Tensor, kept: FlatBackup | None
     ) -> Pass[FlatBackup]:
-        backup = FlatBackup(batch.layout) if kept is None else kept
         plan = self._plan("ascent" if kept is None else "further", batch, spec)
-        if kept is not None:
+        if kept is None:
+            self._aim(plan, batch, spec)
+        else:
             kept.keep(batch)
+        backup = FlatBackup(batch.layout) if kept is None else kept
         for bucket in plan.buckets if kept is None else ():
             bucket.reserve(batch, backup)
         for bucket in plan.buckets:
@@ -98,6 +105,8 @@ class TritonBackend(Launcher, DeviceBackend):
                 rows |= read_rows(bucket, batch)
             if batch.squares is not None and not bucket.described:
                 rows |= norm_rows(bucket, batch)
+            if bucket.moves:
+                rows |= bucket.perturbed_row
             bucket.locate(batch, backup if kept is None else None, rows)
         depends = self._dependencies(plan, batch, spec, scalars)
         if not identical(depends, plan.depends):
@@ -107,7 +116,9 @@ class TritonBackend(Launcher, DeviceBackend):
                     plan.reduction = self._reduce(
                         ascent_sums(spec), plan.buckets, batch, spec, scalars
                     )
-                rule = perturb_constants(spec, kept is None)
+                rules = [
+                    perturb_constants(spec, kept is None, bucket.moves) for bucket in plan.buckets
+                ]
                 backwards = self.launches.backwards and plan.reduction is not None
                 plan.launches = [self._prepare(
                     perturb_kernel, bucket, spec, scalars,
@@ -116,7 +127,7 @@ class TritonBackend(Launcher, DeviceBackend):
                     backwards=backwards, HAS_MASTER=bucket.has_master,
                     STOCHASTIC=_is_stochastic(bucket, spec), READ=bucket.read, **rule,
                     **_only(bucket.types, "P", "G", "ACC"),
-                ) for bucket in plan.buckets]  # fmt: skip
+                ) for bucket, rule in zip(plan.buckets, rules, strict=True)]  # fmt: skip
             plan.depends = depends
         if plan.reduction is not None:
             yield from plan.reduction.run()
@@ -125,7 +136,7 @@ class TritonBackend(Launcher, DeviceBackend):
                 for perturb in plan.launches:
                     perturb()
                     if kept is None:
-                        perturb.bucket.note_perturbed(batch, backup)
+                        perturb.bucket.note_perturbed(batch, backup, self._moving)
                     write_back(perturb.bucket, batch)
         except BaseException:
             backup.restore()
@@ -136,6 +147,8 @@ class TritonBackend(Launcher, DeviceBackend):
     def _descend(
         self, batch: Batch, backup: FlatBackup | None, spec: StepSpec, scalars: Tensor
     ) -> Pass[None]:
+        if backup is not None and not backup.bring_home() and batch.layout is not None:
+            batch.layout.plans.clear()  # which are of parameters that are elsewhere now
         left = [] if backup is None else backup.left_by(batch)
         plan = self._plan("descent", batch, spec)
         # the update kernel looks at the ascent's state only where it may have to put it back
@@ -186,6 +199,8 @@ class TritonBackend(Launcher, DeviceBackend):
                 leave_final_gradient(batch, spec, scalars)
                 if some is not batch:
                     yield Stop.UNFUSED
+        if plan.launches and backup is not None:
+            backup.begin_update()
         with on(scalars.device):
             for update in plan.launches:
                 update()
@@ -339,6 +354,26 @@ class TritonBackend(Launcher, DeviceBackend):
             plans[key] = plan
         return plan
 
+    def _aim(self, plan: Plan, batch: Batch, spec: StepSpec) -> None:
+        """Decide where the perturbed weights go."""
+        allowed = may_move(batch, spec)
+        for bucket in plan.buckets:
+            targets: list[Tensor] = []
+            if allowed and bucket.in_place and not bucket.has_master:
+                if not bucket.targets:
+                    self._moving.keep_to(spec.groups)
+                targets = self._moving.targets(bucket.params, bucket.targets)
+            if targets is not bucket.targets and (targets or bucket.targets):
+                bucket.aim(targets)
+        if not allowed:
+            self._moving.keep_to(())
+        layout = batch.layout
+        targets = [x for bucket in plan.buckets if bucket.moves for x in bucket.targets]
+        # the step before may have had another plan: of the other turn of the ascent's state
+        if layout is not None and not identical(targets, layout.targets):
+            layout.targets = targets
+            layout.token = object()  # what follows from it has to be looked at again
+
     def _dependencies(self, plan: Plan, batch: Batch, spec: StepSpec, scalars: Tensor) -> list[Any]:
         """What launches are made of, but for what stays where it is and is written to.
 
@@ -347,7 +382,7 @@ class TritonBackend(Launcher, DeviceBackend):
         """
         depends = [*spec.key, self.launches, batch.part, scalars, batch.squares]
         for bucket in plan.buckets:
-            depends += bucket.table.revision, self._hyper_table(bucket, spec)
+            depends += bucket.table.revision, self._hyper_table(bucket, spec), bucket.moves
         return depends
 
 

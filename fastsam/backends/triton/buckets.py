@@ -13,12 +13,13 @@ from torch import Tensor
 from fastsam.arithmetic import wide_dtype
 from fastsam.kernels.layout import Row
 from fastsam.kernels.table import Table
-from fastsam.step.batch import Batch
+from fastsam.step.batch import Batch, identical
 from fastsam.step.memory import is_dense
 from fastsam.step.sharding import Sharding
 from fastsam.step.spec import Base, StepSpec
 
 from .flat import Copied, FlatBackup, form_of, offsets
+from .scratch import Scratch
 
 TYPES: dict[torch.dtype, Any] = {
     torch.float64: tl.float64,
@@ -68,6 +69,9 @@ class Bucket:
     kept: list[Tensor] = field(default_factory=list)  # copies whose addresses are in the table
     ranges: dict[int, Tensor] = field(default_factory=dict)  # programs by segment, by their chunk
     described: bool = False  # whether the table holds what does not move
+    #: Where the perturbed weights go, of parameters that may point elsewhere; empty: to these.
+    targets: list[Tensor] = field(default_factory=list)
+    moves: bool = False  # whether some will
 
     def __post_init__(self) -> None:
         self.grad_dtype = self.grads[0].dtype
@@ -85,6 +89,7 @@ class Bucket:
         self._strides: list[tuple[int, ...]] | None = None
         self._is_contiguous: bool | None = None  # all parameters
         self.seed: int | None = None  # of the keys in the table
+        self.perturbed_row: dict[Row, Any] = {}  # of the table: the addresses of ``targets``
         self._rows: dict[Row, Any] = {}  # in the table, of those that only some passes have
 
     @property
@@ -114,19 +119,32 @@ class Bucket:
     def reserve(self, batch: Batch, backup: FlatBackup) -> None:
         """Allocate for the copies of this bucket's weights."""
         if self._copied is None:
-            originals = [batch.params[k] for k in self.members]
+            originals = of(batch.params, self.members)
+            if self.moves:
+                pairs = zip(originals, self.targets, strict=True)
+                originals = [param for param, target in pairs if target is param]
             starts, self._size = offsets(originals)
             self._copied = Copied(originals, starts, list(map(form_of, originals)))
-        if not self.has_master:
+        if not self.has_master and self._copied.params:
             backup.reserve(self._copied, self._size)
 
-    def note_perturbed(self, batch: Batch, backup: FlatBackup) -> None:
+    def aim(self, targets: list[Tensor]) -> None:
+        """Take over where the perturbed weights go from now on."""
+        self.targets = targets
+        self.moves = bool(targets) and not identical(targets, self.params)
+        self._copied = None
+        self.perturbed_row = {Row.PERTURBED: list(map(Tensor.data_ptr, targets))}
+
+    def note_perturbed(self, batch: Batch, backup: FlatBackup, scratch: Scratch) -> None:
         """There is something to restore from now on: masters follow their parameters, copies are
-        made, by the launch that perturbs."""
+        made, and scratch memory is written, by the launch that perturbs."""
         if self.has_master:
             backup.follow(of(batch.params, self.members), of(batch.masters, self.members))
-        else:
+            return
+        if self._copied is not None and self._copied.params:
             backup.written += 1
+        if self.moves:
+            backup.move(self.params, self.targets, scratch)
 
     def locate(self, batch: Batch, backup: FlatBackup | None, rows: dict[Row, Any]) -> None:
         """Bring the table up to date; ``rows`` are those that only this kind of pass has."""

@@ -1,4 +1,4 @@
-"""Copies of the weights for the triton backend, and which parameters need none."""
+"""The unperturbed weights of the triton backend: copies, and parameters that need none."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -6,7 +6,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastsam.kernels.table import is_capturing
 from fastsam.step.batch import Batch, Layout
+from fastsam.step.memory import ALONE, references, uses
+
+from .scratch import Scratch, has_graphs, have_shapes_of
 
 #: Elements to which every tensor's place in a flat backup is rounded up: keeps it aligned.
 ALIGNMENT = 64
@@ -40,6 +44,7 @@ class FlatBackup:
         token: Of the first pass's layout; None where there is none.
         flats: The copies.
         written: How many of them hold their weights.
+        moved: The parameters that point at scratch memory; that; and their own.
     """
 
     def __init__(self, layout: Layout | None) -> None:
@@ -47,6 +52,9 @@ class FlatBackup:
         self.flats: list[Tensor] = []
         self._copied: list[Copied] = []
         self.written = 0
+        self.moved: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._scratch: Scratch | None = None
+        self._spent = False
         self._places: dict[Tensor, tuple[int, int]] | None = None
         self._forms: dict[Tensor, Form] = {}
         self._masters: dict[Tensor, Tensor] = {}
@@ -63,7 +71,8 @@ class FlatBackup:
         layout = batch.layout
         if self.token is not None and layout is not None and layout.after is self.token:
             return
-        new = [param for param in batch.params if param not in self.places]
+        known = self.places.keys() | {param for param, *_ in self.moved}
+        new = [param for param in batch.params if param not in known]
         for param in new:
             form = form_of(param)
             flat = torch.empty(param.numel(), dtype=param.dtype, device=param.device)
@@ -129,19 +138,76 @@ class FlatBackup:
             layout.after = self.token
         return left
 
+    def move(self, params: list[Tensor], targets: list[Tensor], scratch: Scratch) -> None:
+        """Point parameters at scratch memory, to which their perturbed weights have been written.
+
+        Args:
+            params: The parameters.
+            targets: The memory of each, or itself where it stays.
+            scratch: What is kept of that.
+        """
+        self._scratch = scratch
+        for param, target in zip(params, targets, strict=True):
+            if target is not param:
+                self.moved.append((param, target, param.data))
+                param.data = target
+
+    def bring_home(self) -> bool:
+        """Point parameters at their own memory again, with the weights; whether all are there.
+
+        A parameter that somebody has pointed elsewhere stays there and gets the weights. So does
+        one at scratch memory that somebody has taken a view of since, or a graph may have recorded:
+        these have to go on following it.
+        """
+        if not self.moved:
+            return True
+        moved, self.moved = self.moved, []
+        assert self._scratch is not None
+        memory, device = self._scratch.memory, moved[0][0].device
+        capturing = is_capturing(device)
+        stays = has_graphs(device) and not capturing
+        if not stays and _are_there(moved):
+            for param, _, home in moved:
+                param.data = home
+            return True
+        all_there = True
+        for param, target, home in moved:
+            if param.data_ptr() == target.data_ptr() and param.shape == home.shape:
+                if capturing or (references(target) == ALONE + 1 and not stays):
+                    param.data = home
+                    continue
+                target.copy_(home)
+                memory[param] = home
+            else:
+                param.copy_(home if param.shape == home.shape else home.reshape(param.shape))
+                memory.pop(param, None)
+            all_there = False
+        return all_there
+
+    def begin_update(self) -> None:
+        """The update begins: parameters that had moved cannot be restored any more.
+
+        So none is, if a launch fails: all weights are left as far as it got.
+        """
+        self._spent = self._scratch is not None
+
     def among(self, params: Iterable[Tensor]) -> list[Tensor]:
         """Those of some parameters that have been perturbed."""
         return [param for param in params if param in self.masters or param in self.places]
 
     def restore(self, params: Iterable[Tensor] | None = None) -> None:
-        """Copy weights back: those of ``params``, or all that have been copied."""
+        """Put weights back: those of ``params``, or all."""
+        if self._spent:
+            return
+        if params is None:
+            self.bring_home()
         for param, w in self.pairs(params):
             # shapes differ where somebody has reshaped the parameter
             param.copy_(w if param.shape == w.shape else w.reshape(param.shape))
 
     def pairs(self, params: Iterable[Tensor] | None = None) -> list[tuple[Tensor, Tensor]]:
-        """See ``Backup.pairs``; of ``params``, or of all that have been copied."""
-        found = []
+        """See ``Backup.pairs``; of ``params``, or of all."""
+        found = [(param, home) for param, _, home in self.moved] if params is None else []
         for param in [*self.places, *self.masters] if params is None else params:
             if param in self.masters:
                 found.append((param, self.masters[param]))
@@ -161,3 +227,13 @@ def offsets(params: list[Tensor]) -> tuple[list[int], int]:
         starts.append(end)
         end += -(-param.numel() // ALIGNMENT) * ALIGNMENT
     return starts, end
+
+
+def _are_there(moved: list[tuple[Tensor, Tensor, Tensor]]) -> bool:
+    """Whether parameters are where they were moved to, and nobody else sees that memory."""
+    params, targets, _ = zip(*moved, strict=True)
+    return (
+        list(map(Tensor.data_ptr, params)) == list(map(Tensor.data_ptr, targets))
+        and have_shapes_of(params, targets)
+        and set(uses(list(map(Tensor.untyped_storage, targets)))) == {ALONE + 1}
+    )

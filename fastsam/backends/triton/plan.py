@@ -85,10 +85,11 @@ def states_of(spec: StepSpec) -> int:
     return len(spec.ascent.state_names(spec.groups[0]))
 
 
-def perturb_constants(spec: StepSpec, backs_up: bool = True) -> dict[str, Any]:
+def perturb_constants(spec: StepSpec, backs_up: bool = True, moves: bool = False) -> dict[str, Any]:
     """What the perturbation is specialised for, but for dtypes.
 
-    ``backs_up`` says whether it copies the weights: the first of several ascents does.
+    ``backs_up`` says whether it copies the weights: the first of several ascents does. ``moves``
+    says whether some are not copied, as their parameters will point elsewhere.
     """
     rule = functions_of(spec.ascent, ASCENT)
     return {
@@ -96,6 +97,7 @@ def perturb_constants(spec: StepSpec, backs_up: bool = True) -> dict[str, Any]:
         "USABLE": rule["usable"], "ACCUMULATES": rule["accumulate"], "STATES": states_of(spec),
         "FROM_OLD": spec.ascent.from_old,
         "ADAPTIVE": spec.adaptive, "SEGMENTS": spec.norm != "global", "BACKS_UP": backs_up,
+        "MOVES": moves,
     }  # fmt: skip
 
 
