@@ -53,16 +53,19 @@ PRODUCTS = {
 
 #: Files that take methods of whatever kin; the others leave out those whose machinery is another's
 #: (``registry.RELATIVES``), unless every case runs.
-EQUATIONS = ("test_methods", "test_maximize", "test_range", "test_refusals")
+EQUATIONS = ("test_methods", "test_maximize", "test_range", "test_arguments",
+             "test_api_reference", "test_examples")  # fmt: skip
 
 
 def is_relative(item: pytest.Item) -> bool:
     """Whether a test is one of another method's, but for an equation."""
-    from registry import RELATIVES
+    from registry import RELATIVE_CLASSES, RELATIVES
 
+    names = (*RELATIVES, *RELATIVE_CLASSES)
     given = getattr(item, "callspec", None)
     return given is not None and any(
-        isinstance(x, str) and x in RELATIVES for x in given.params.values()
+        (x if isinstance(x, str) else getattr(x, "name", None)) in names
+        for x in given.params.values()
     )
 
 

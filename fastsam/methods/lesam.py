@@ -59,8 +59,8 @@ class LESAM(SharpnessAwareOptimizer):
         **kwargs: The other arguments of :class:`SAM`, and the base optimizer's.
 
     Raises:
-        TypeError, ValueError, ImportError, RuntimeError: As :class:`SAM`; ValueError also for a
-            ``sigma`` or ``rho_max`` out of range.
+        TypeError, ValueError, ImportError, RuntimeError: As :class:`SAM`; TypeError also for a
+            ``rho``, ValueError for a ``sigma`` or ``rho_max`` out of range.
 
     Reference: Wang, Liu, Xie and Gao, "Fix the loss, not the radius: rethinking the adversarial
     perturbation of sharpness-aware minimization", ICML 2026, arXiv 2605.10183. The equation is that
@@ -78,5 +78,7 @@ class LESAM(SharpnessAwareOptimizer):
         rho_max: float | Tensor = 0.5,
         **kwargs: Any,
     ):
+        if "rho" in kwargs:
+            raise TypeError("LESAM takes no rho; rho_max is the largest radius, and a group's rho")
         rho_max = Number()("rho_max", rho_max)
         super().__init__(params, base_optimizer, rho=rho_max, own={"sigma": sigma}, **kwargs)

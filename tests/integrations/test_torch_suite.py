@@ -204,13 +204,20 @@ def test_param_groups_lr(info, backend):
         equal(irrelevant.detach(), start)
 
 
+def radius_of(info):
+    """The name of the argument."""
+    return "rho_max" if info.name == "LESAM" else "rho"
+
+
 @everyone
 def test_rosenbrock(info, backend):
     """torch's has sparse gradients; with dense ones, of both coordinates or of one in turn."""
     for kwargs in settings(info, backend):
         kwargs["lr"] = 1e-5
         if kwargs.get("rho", 1) != 0 and info.step_requires_closure:
-            kwargs["rho"] = 1e-4  # at the start the gradient is 475: for USAM that is a lot
+            kwargs[radius_of(info)] = (
+                1e-4  # at the start the gradient is 475: for USAM that is a lot
+            )
         for one in (False, True):
             param = Parameter(torch.tensor([1.5, 1.5], dtype=torch.float64, device=DEVICE))
             optimizer = info.optim_cls([param], **kwargs)
@@ -301,7 +308,7 @@ def test_schedulers(info):
     """They set what they set on a plain optimizer of torch's, and nothing warns."""
     kwargs = {"lr": 0.01}
     if info.step_requires_closure:
-        kwargs["rho"] = 0.05
+        kwargs[radius_of(info)] = 0.05
         own = info.name in ("LightSAM", "AdaSAM")
         kwargs |= {} if own else {"base_optimizer": torch.optim.SGD, "momentum": 0.9}
     watched = ("lr", "momentum", "betas")

@@ -85,6 +85,8 @@ def test_lesam_goes_as_far_as_the_loss_rises(backend):
 
 def test_out_of_range():
     param = [torch.nn.Parameter(torch.ones(2, device=DEVICE))]
+    with pytest.raises(TypeError, match="LESAM takes no rho; rho_max is"):
+        fastsam.LESAM(param, **SGD, rho=0.1)
     with pytest.raises(ValueError, match="rho_max must be at least 0 and finite, got inf"):
         fastsam.LESAM(param, **SGD, rho_max=float("inf"))
     with pytest.raises(ValueError, match="sigma must be at least 0 and finite, got -1.0"):

@@ -189,6 +189,8 @@ METHODS = {
 #: every case runs (``conftest.py``).
 RELATIVES = ("gsam", "gsam-first-all", "wsam-all", "wsam-coupled", "gnp", "gnp-unit", "lesam",
              "friendly-all", "functional-adam-all")  # fmt: skip
+#: The classes of these that have no other row.
+RELATIVE_CLASSES = ("GSAM", "GNP", "LESAM")
 #: Those whose second gradient is that of the loss, so that LETS learns their radius.
 LEARNING = [name for name, method in METHODS.items() if method.cls is not fastsam.FunctionalSAM]
 #: Every method with every base that it is tested with.
