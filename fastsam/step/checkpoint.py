@@ -19,6 +19,7 @@ from .loading import (
     check_state_dict,
     fitting,
     is_exact,
+    is_fastsams,
     number_of,
 )
 from .scalars import PREFIX
@@ -206,7 +207,7 @@ class Loading:
                     held = optimizer.state[param].get(key)
                     if isinstance(value, Tensor) and held is not None and held.dtype != value.dtype:
                         if key not in ("step", of_gradient):
-                            value = fitting(value, param, exact)
+                            value = fitting(value, param, exact and not is_fastsams(key))
                         optimizer.state[param][key] = value.to(held.device, copy=True)
         read_kept(given["param_groups"], self._kept)
         self._done()

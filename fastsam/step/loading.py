@@ -294,7 +294,7 @@ def _check_unmarked(
         if lacks:
             raise _other(f"another method, without {lacks[0]!r}", mine)
     switches = ["adaptive"]
-    if receiver.bases and _is_own(receiver.bases[0]):  # as of AdaSAM, whose update it is
+    if receiver.bases and _is_fastsams(receiver.bases[0]):  # as of AdaSAM, whose update it is
         switches.append("amsgrad")
     for key in switches:
         if key in saved and key in present and saved[key] != present[key]:
@@ -308,7 +308,7 @@ def _guess(saved: Group, present: Group, base: Optimizer) -> str:
     has = [key for key in saved if key in known and key not in present]
     lacks = [key for key in present if key in known and key not in (*saved, *_ADDED)]
     strange = {*has} - {*_ADDED} if is_torchs(base) else {*has} - {"weight_decay"}
-    own_or_torchs = is_torchs(base) or _is_own(base)  # whose keys are known
+    own_or_torchs = is_torchs(base) or _is_fastsams(base)  # whose keys are known
     if strange and (own_or_torchs or lacks and not strange <= {*FLAGS}):
         fits = {name: keys & saved.keys() for name, keys in hyper.items() if set(has) <= keys}
         likely = max(fits, key=lambda name: len(fits[name]), default="another optimizer")
@@ -344,7 +344,7 @@ def _torch_hyperparameters() -> dict[str, frozenset[str]]:
     }
 
 
-def _is_own(base: Optimizer) -> bool:
+def _is_fastsams(base: Optimizer) -> bool:
     return type(base).__module__.partition(".")[0] == __name__.partition(".")[0]
 
 
@@ -362,7 +362,7 @@ def _check_hyperparameters(saved: Group, merged: Group, i: int, receiver: Receiv
                 raise ValueError(f"{key} in a state dict must be a number, got {shown(value)}")
             looked[key] = number
     base = receiver.bases[i]
-    for key, default in base.defaults.items() if is_torchs(base) or _is_own(base) else ():
+    for key, default in base.defaults.items() if is_torchs(base) or _is_fastsams(base) else ():
         value, wrong = looked.get(key, default), ""
         if key in ("foreach", "fused"):
             if not isinstance(value, bool) and value is not None:
@@ -579,6 +579,11 @@ def fitting(x: Tensor, param: Tensor, exact: bool = False) -> Tensor:
     if (x.dtype == torch.float64) == (param.dtype == torch.float64):
         return x
     return x.to(wide_dtype(param))
+
+
+def is_fastsams(name: Any) -> bool:
+    """Whether a state tensor is fastsam's own, in a dtype that no base optimizer has a say in."""
+    return str(name).startswith(("ascent_", MASTER))
 
 
 def is_exact(base: Optimizer, rule: Base | None) -> bool:

@@ -16,7 +16,7 @@ from fastsam.arithmetic import wide_dtype
 from .batch import Batch, identical
 from .capture import is_captured
 from .checkpoint import BASE_KEY
-from .loading import fitting, is_exact
+from .loading import fitting, is_exact, is_fastsams
 from .memory import Owned
 from .sharding import check_shards, is_sharded, local_state
 from .spec import Ascent, Base, Group, StepSpec
@@ -143,7 +143,7 @@ def follow_casts(batch: Batch, spec: StepSpec, states: States, base: Optimizer) 
 def _follow_cast(state: dict[str, Any], param: Tensor, group: Group, base: Optimizer) -> None:
     exact = is_exact(getattr(base, "members", {}).get(group.get(BASE_KEY), base), None)
     for name, x in state.items():
-        if isinstance(x, Tensor) and not str(name).startswith(("step", "ascent_")):
+        if isinstance(x, Tensor) and name != "step" and not is_fastsams(name):
             state[name] = fitting(x, param, exact)
 
 

@@ -37,7 +37,7 @@ from torch.testing._internal.common_optimizers import (
 import fastsam
 
 from registry import DEVICE
-from torch_optimizers import fastsam_db
+from torch_optimizers import NEEDED, fastsam_db
 from torch_suite import (
     QUICK,
     Problem,
@@ -311,6 +311,7 @@ def test_schedulers(info):
         kwargs[radius_of(info)] = 0.05
         own = info.name in ("LightSAM", "AdaSAM")
         kwargs |= {} if own else {"base_optimizer": torch.optim.SGD, "momentum": 0.9}
+        kwargs |= NEEDED.get(info.name, {})
     watched = ("lr", "momentum", "betas")
     for constructor in SCHEDULERS.values():
         problem = Problem()

@@ -14,6 +14,7 @@ from torch.optim.optimizer import (
 )
 
 from registry import DEVICE
+from torch_optimizers import NEEDED
 from torch_suite import Problem, each_class, equal, everyone, run, settings, sharp, step
 
 
@@ -225,6 +226,7 @@ def test_state_of_a_hook_is_the_one_that_counts(info):
         pytest.skip("it has no momentum buffer")
     problem = Problem()
     kwargs = {"base_optimizer": torch.optim.SGD, "lr": 0.01, "momentum": 0.9}
+    kwargs |= NEEDED.get(info.name, {})
     optimizer = info.optim_cls(problem.params, **kwargs)
     run(optimizer, problem, 1)
     saved = optimizer.state_dict()

@@ -57,6 +57,26 @@ def test_every_base_of_torchs_resumes_with_its_defaults(name, marked):
         assert same(resumed.state_dict(), optimizer.state_dict())
 
 
+@pytest.mark.filterwarnings("ignore:some parameters are float16 or bfloat16")
+@pytest.mark.parametrize("cls", [fastsam.VaSSO, fastsam.FriendlySAM])
+def test_state_of_the_ascent_keeps_its_dtype_on_a_base_that_is_not_fused(cls):
+    """The base's own is in the parameter's bfloat16, an average of gradients in float32."""
+
+    def made():
+        params = [torch.nn.Parameter(p.detach().bfloat16()) for p in parameters()]
+        return cls(params, torch.optim.RMSprop, lr=0.01, backend="torch")
+
+    optimizer = run(made())
+    resumed = made()
+    resumed.load_state_dict(through_disk(optimizer.state_dict()))
+    for p, q in zip(params_of(optimizer), params_of(resumed), strict=True):
+        state, loaded = optimizer.state[p], resumed.state[q]
+        (average,) = [name for name in state if name.startswith("ascent_")]
+        assert loaded[average].dtype == torch.float32
+        assert torch.equal(loaded[average], state[average])
+        assert loaded["square_avg"].dtype == torch.bfloat16
+
+
 UNFUSED = [name for name in CLASSES if name not in ("SGD", "Adam", "AdamW", "Adagrad")]
 
 

@@ -201,6 +201,8 @@ def light(cls: type, cases: dict, own_errors: Iterable[Any]) -> OptimizerInfo:
     return info(cls, cases, own_errors, LIGHT, r"lr must be one number, got shape \(2,\)")
 
 
+#: What a class needs in loops that do no more than any optimizer's.
+NEEDED: dict[str, dict[str, Any]] = {"FunctionalSAM": {"by_hand": True}}
 LAM = ({"lam": 1.5}, ValueError, r"lam must be a number in \[0, 1\]")
 fastsam_db = [
     info(
@@ -256,6 +258,15 @@ fastsam_db = [
           ({"rho_max": -1.0}, ValueError, "rho_max must be at least 0 and finite, got -1.0")]),
     info(fastsam.FriendlySAM, PLAIN | {"of half": MOMENTUM | {"sigma": 0.5, "lmbda": 0.6}},
          [*SAM_ERRORS, ({"lmbda": 1.5}, ValueError, r"lmbda must be in \[0, 1\], got 1.5")]),
+    info(
+        fastsam.FunctionalSAM,
+        {name: kwargs | {"by_hand": True} for name, kwargs in PLAIN.items()}
+        | {"preconditioned": {"base_optimizer": AdamW, "by_hand": True, "preconditioned": True,
+                              "warmup": 1}},
+        [*SAM_ERRORS, ({"warmup": -1}, ValueError, "warmup must be"),
+         ({"preconditioned": True}, TypeError, "exp_avg_sq")],
+        {"base_optimizer": SGD} | NEEDED["FunctionalSAM"],
+    ),
     light(
         fastsam.LightSAM,
         {
