@@ -10,7 +10,7 @@ from typing import NamedTuple
 #: Elements per program. Perturb and update keep up to eight streams in registers, so they take
 #: small chunks. A reduction of one stream amortises its final atomic over a large chunk; the more
 #: streams it has, the smaller its chunks, or they take registers that keep other programs out.
-#: Where every stream has 16 bits, reduce and perturb take twice as many elements: as many bytes.
+#: Perturb, and a reduction of two streams, take twice as many where all have 16 bits: as many bytes.
 CHUNK = 1024
 REDUCE_CHUNK = 8192
 SCALED_CHUNK = 4096
@@ -48,7 +48,7 @@ class Launches:
 
     perturb: Launch = Launch(CHUNK, LANES, 2 * CHUNK)
     update: Launch = Launch(CHUNK, LANES)
-    reduce: Launch = Launch(REDUCE_CHUNK, REDUCE_LANES, 2 * REDUCE_CHUNK)  # gradients alone
+    reduce: Launch = Launch(REDUCE_CHUNK, REDUCE_LANES)  # gradients alone
     reduce_scaled: Launch = Launch(SCALED_CHUNK, REDUCE_LANES, 2 * SCALED_CHUNK)  # and weights
     reduce_streams: Launch = Launch(STREAMS_CHUNK, REDUCE_LANES)  # more
     #: Whether what follows a reduction walks the other way: what that read last, the L2 still has.

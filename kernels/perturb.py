@@ -112,7 +112,7 @@ def _perturb(table, columns, tensor, start, offsets, mask, row, scalars, origin,
         state0 = stream(table, STATE0, columns, tensor, start, READ, ALIGNED) + offsets
         there = where_present(table, STATE0, columns, tensor, mask)
         read = tl.load(state0, mask=there, other=0.0)
-    if ALIGNED and (STATES > 0 or HAS_MASTER or READ is not None):
+    if ALIGNED:
         all_loads_first()
     norm = norm_of(table, columns, tensor, scalars, ACC, SEGMENTS)
     scale = length(row, scalars, norm, RADIUS, ACCUMULATES, ACC)

@@ -50,9 +50,9 @@ WINDOW = tl.constexpr(PARTIALS)
 #: finite. The squares' own factors, undone in float64, are 2^200 and 2^-140.
 RAISE = tl.constexpr(2.0**100)
 LOWER = tl.constexpr(2.0**-70)
-#: A sum of squares below this may have lost more than its rounding: 16384 squares, the most that a
+#: A sum of squares below this may have lost more than its rounding: 8192 squares, the most that a
 #: chunk has, of less than the smallest normal float32 are a part in 2^25 of it.
-SMALL = tl.constexpr(2.0**-87)
+SMALL = tl.constexpr(2.0**-88)
 
 
 @triton.jit
