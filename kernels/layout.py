@@ -10,7 +10,7 @@ from typing import NamedTuple
 #: Elements per program. Perturb and update keep up to eight streams in registers, so they take
 #: small chunks. A reduction of one stream amortises its final atomic over a large chunk; the more
 #: streams it has, the smaller its chunks, or they take registers that keep other programs out.
-#: Perturb, and a reduction of two streams, take twice as many where all have 16 bits: as many bytes.
+#: Perturb, and a reduction of gradients and weights, take twice as many where all have 16 bits.
 CHUNK = 1024
 REDUCE_CHUNK = 8192
 SCALED_CHUNK = 4096

@@ -16,7 +16,7 @@ from fastsam.kernels.table import Table
 
 from registry import DEVICE
 
-#: One element per thread, so that few elements are many programs; a second bucket adds to the sums.
+#: One element per thread, so that few elements are many programs.
 SMALL = Launch(32, 32)
 FEW = replace(Launches(), reduce=SMALL, reduce_scaled=SMALL, reduce_streams=SMALL)
 SGD = {"lr": 0.1, "momentum": 0.9}
