@@ -22,7 +22,7 @@ if not torch.cuda.is_available():
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # As in test files: what a failing assertion compared is shown.
-pytest.register_assert_rewrite("comparison", "graphs", "losses")
+pytest.register_assert_rewrite("comparison", "graphs", "losses", "trajectories")
 
 torch.set_num_threads(1)  # the suite runs in parallel processes, on small tensors
 
@@ -53,7 +53,7 @@ PRODUCTS = {
 
 #: Files that take methods of whatever kin; the others leave out those whose machinery is another's
 #: (``registry.RELATIVES``), unless every case runs.
-EQUATIONS = ("test_methods", "test_maximize", "test_range", "test_arguments",
+EQUATIONS = ("test_compiled_steps", "test_methods", "test_maximize", "test_range", "test_arguments",
              "test_api_reference", "test_examples")  # fmt: skip
 
 
@@ -91,3 +91,17 @@ def _quick_interpreter():
 
     with quick():
         yield
+
+
+@pytest.fixture(scope="session")
+def machine(request, tmp_path_factory):
+    """A GPU that is not there, see ``emulator``; what it builds stays in pytest's cache."""
+    import compiled_launches
+
+    if reason := compiled_launches.missing():
+        pytest.skip(reason)
+    cache = getattr(request.config, "cache", None)
+    folder = cache.mkdir("emulator") if cache is not None else tmp_path_factory.mktemp("emulator")
+    found = compiled_launches.Machine(folder)
+    yield found
+    found.close()

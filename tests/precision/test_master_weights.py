@@ -4,27 +4,20 @@ Between two steps the weights are float32 and the parameters are these, rounded.
 float32 storage, and gradients taken at what the parameters hold.
 """
 
-import numpy as np
 import pytest
 import torch
 
 import fastsam
 
-import oracles
-from comparison import EPS, OPERATIONS, adopt, check_close
 from registry import (
     BASES,
     DEVICE,
-    DTYPES,
     METHODS,
     OWN_UPDATES,
     base_of,
     build,
-    build_oracle,
-    numpy,
-    parameters,
-    set_grads,
 )
+from trajectories import check_master_trajectory
 
 STEPS = 6
 SHAPES = [(301,), (6, 7), (), (1,), (0,)]
@@ -33,7 +26,6 @@ GROUPS = [
     {"params": [1, 4], "rho": 0.1, "lr": 0.03},
     {"params": [2], "adaptive": False, "lr": 0.01},
 ]
-FP32 = DTYPES["fp32"]
 #: A dtype per tensor; the kernels take those that are alike together.
 STORED = {
     "bf16": ["bf16"] * 5,
@@ -56,106 +48,14 @@ ON_TRITON = [
 ]  # fmt: skip
 
 
-def name_of(param):
-    return str(param.dtype).removeprefix("torch.")
-
-
-def low(param):
-    return param.dtype in (torch.float16, torch.bfloat16)
-
-
-def make(stored, initial):
-    """Parameters, each of its own dtypes."""
-    dtypes = [DTYPES[name] for name in stored]
-    return [parameters([a], d)[0] for a, d in zip(initial, dtypes, strict=True)], dtypes
-
-
-def give(params, dtypes, grads):
-    for p, d, g in zip(params, dtypes, grads, strict=True):
-        set_grads([p], [g], d)
-
-
-def masters(optimizer, params):
-    """The weights between two steps."""
-    return [optimizer.state.get(p, {}).get("master_weight", p.detach()) for p in params]
-
-
-def check_stored(what, param, exact, terms):
-    """Rounded once: within half a unit, and what the arithmetic in float32 can be off."""
-    dtype = name_of(param)
-    ours = numpy([param])[0]
-    unit = np.maximum(oracles.ulp(exact, dtype), oracles.ulp(ours, dtype))
-    allowed = unit / 2 + OPERATIONS * EPS["float32"] * terms
-    worst = (np.abs(ours - exact) - allowed).max(initial=-np.inf)
-    assert worst <= 0, f"{what} is {worst} beyond one rounding to {dtype}"
-
-
-def check_state(optimizer, params, oracle, before, firsts, seconds, decay):
-    for k, param in enumerate(params):
-        state = optimizer.state[param]
-        for name, exact in oracle.state[k].items():
-            if name == "step":
-                assert float(state[name]) == exact
-                continue
-            assert state[name].dtype == torch.float32, name
-            terms = np.abs(firsts[k])
-            if not name.startswith("ascent"):
-                gamma = oracle.metrics["renormalization"]
-                terms = terms + gamma * np.abs(seconds[k]) + decay * np.abs(before[k])
-            power = 2 if name.endswith(("exp_avg_sq", "sum")) else 1
-            old = before[k] if name not in (held := oracle.old[k]) else held[name]
-            ours = numpy([state[name]])[0]
-            check_close(f"{name} {k}", ours, exact, old, "float32", EPS["float32"], terms**power)
-
-
 @pytest.mark.parametrize(
     ("method", "base", "stored", "backend"),
     [(*case, backend) for case in CASES for backend in ("reference", "torch")]
     + [(*case, "triton") for case in (CASES if DEVICE == "cuda" else ON_TRITON)],
 )
 def test_trajectory(method, base, stored, backend):
-    problem = oracles.Problem(SHAPES, seed=3)
-    params, dtypes = make(STORED[stored], problem.initial())
-    spec = METHODS[method], base_of(method, base)
-    optimizer = build(*spec, params, GROUPS, backend, master_weights=True)
-    oracle = build_oracle(*spec, params, GROUPS, FP32)
-    for step in range(2 if backend == "triton" and DEVICE == "cpu" else STEPS):
-        adopt(oracle, params, optimizer, step)
-        before = numpy(masters(optimizer, params))
-        oracle.weights = list(before)
-        for state in oracle.state:
-            state.pop("master_weight", None)
-        oracle.old = [dict(state) for state in oracle.state]
-
-        give(params, dtypes, problem.grad(numpy(params)))
-        firsts = numpy([p.grad for p in params])
-        optimizer.first_step()
-        oracle.ascend(firsts)
-        for k, param in enumerate(params):
-            e = oracle.e.get(k, np.zeros_like(before[k]))
-            check_stored(
-                f"w+e {k}, step {step}", param, before[k] + e, np.abs(before[k]) + np.abs(e)
-            )
-        oracle.perturbed = numpy(params)  # where the second gradient is taken, and its T
-
-        give(params, dtypes, problem.grad(numpy(params)))
-        seconds = numpy([p.grad for p in params])
-        optimizer.second_step()
-        oracle.descend(seconds)
-        weights = masters(optimizer, params)
-        for k, (param, weight) in enumerate(zip(params, weights, strict=True)):
-            assert weight.dtype == torch.float32
-            exact = oracle.weights[k]
-            label = f"w {k}, step {step}"
-            check_close(label, numpy([weight])[0], exact, before[k], "float32", EPS["float32"])
-            assert torch.equal(param, weight.to(param.dtype))
-        decay = spec[1].kwargs.get("weight_decay", 0.0)
-        check_state(optimizer, params, oracle, before, firsts, seconds, decay)
-        if "grad_norm" in optimizer.metrics:  # of T g, where T is the master's
-            n = float(optimizer.metrics["grad_norm"])
-            assert n == pytest.approx(oracle.metrics["grad_norm"], rel=16 * EPS["float32"])
-    kept = [torch.equal(p.float(), w) for p, w in zip(params, weights, strict=True) if low(p)]
-    assert not kept[0]  # the masters know more than the parameters
+    steps = 2 if backend == "triton" and DEVICE == "cpu" else STEPS
+    check_master_trajectory(method, base, STORED[stored], backend, SHAPES, GROUPS, steps)
 
 
 TORCH_BASES = ["sgd", "sgd-momentum", "sgd-nesterov", "sgd-dampening", "adam-amsgrad", "adamw",
