@@ -9,6 +9,7 @@ import torch
 import triton
 
 import fastsam
+from fastsam.kernels.layout import partials
 
 import launches
 from reads import Reads, never_waiting
@@ -449,4 +450,8 @@ def test_one_more_reduction(method, hessian):
     traffic = (learned.launches[-1].loaded + learned.launches[-1].stored) / 8_000
     print(f"\n{method}, {hessian}: {traffic:.2f} B per element")
     assert BYTES[method, hessian] <= traffic <= BYTES[method, hessian] + 0.5
-    assert learned.copied - plain.copied < 4_000  # scalars: not an eighth of one of the tensors
+    # a first reduction fills its scratch memory with zeros, once
+    programs = learned.launches[-1].grid[0]
+    scratch = 0 if "reduce_kernel" in plain.kernels else 8 * partials(programs, 1)
+    # the rest are scalars: not an eighth of one of the tensors
+    assert learned.copied - plain.copied - scratch < 4_000
