@@ -139,8 +139,9 @@ class Fuzz(RuleBasedStateMachine):
     @property
     def serves_micro_batches(self) -> bool:
         optimizer = self.model.optimizer
-        plain = optimizer.ascent.name == "unified" and optimizer.descent is None
-        return plain and not optimizer.renormalize
+        rule = optimizer.ascent
+        keeps = rule.advance is not None or rule.accumulate is not None
+        return not keeps and optimizer.descent is None and not optimizer.renormalize
 
     # --- steps ---
 
