@@ -170,8 +170,9 @@ def _spec(ascent: Ascent, adaptive: bool, **more: Any) -> StepSpec:
 
 
 def _of_ascent(types: Sequence[str], spec: StepSpec) -> Iterator[Variant]:
-    # what reads the base's state does not serve what makes the perturbation once more
-    again = not spec.ascent.base_state
+    # what follows from the base's state, or from the accumulator, does not serve what makes the
+    # perturbation once more
+    again = not spec.ascent.sees_past
     for storage in _storages(types):
         for read in _reads(spec.ascent, types, storage):
             yield _perturbation(types, perturb_constants(spec), read, **storage)
@@ -180,7 +181,7 @@ def _of_ascent(types: Sequence[str], spec: StepSpec) -> Iterator[Variant]:
     storage = next(iter(_storages(types)))
     for read in _reads(spec.ascent, types, storage):
         yield _perturbation(types, perturb_constants(spec, moves=True), read, **storage)
-        if spec.ascent.norm is not None and spec.ascent.accumulate is None:
+        if spec.ascent.divides:
             by_layer = replace(spec, norm="layer")
             yield _perturbation(types, perturb_constants(by_layer), read, **storage)
             if again:
@@ -201,6 +202,8 @@ def _reads(
     """Dtypes of the base's state that the rule reads, with these of parameter and gradient."""
     if not ascent.base_state:
         return [None]
+    if ascent.computes is not None:
+        return ["fp64" if types[0] == "fp64" else "fp32"]
     if storage["HAS_MASTER"]:
         return ["fp32"]
     return [state for *others, state in TYPES if tuple(others) == tuple(types)]

@@ -16,6 +16,7 @@ from .methods.gsam import GSAM
 from .methods.lesam import LESAM
 from .methods.lets import LETS
 from .methods.lightsam import LightSAM
+from .methods.preconditioned import PreconditionedSAM
 from .methods.ratio import SharpnessRatio
 from .methods.sam import ASAM, SAM, SSAM, USAM, UnifiedSAM
 from .methods.samar import SAMAR
@@ -27,7 +28,7 @@ from .replicas import per_replica
 __version__ = "0.1.0"
 __all__ = ["ASAM", "GNP", "GSAM", "LESAM", "LETS", "SAM", "SAMAR", "SSAM", "USAM", "WSAM",
            "AdaGradNorm", "AdaSAM", "FriendlySAM", "FunctionalSAM", "Landscape", "LightSAM",
-           "SharpnessRatio", "UnifiedSAM", "VaSSO", "compare_ranks", "frozen_batch_norm",
-           "frozen_updates", "functional_closures", "graphed", "loss_landscape",
-           "normalization_groups", "per_replica", "rules", "select_samples", "sharpness",
-           "theory"]  # fmt: skip
+           "PreconditionedSAM", "SharpnessRatio", "UnifiedSAM", "VaSSO", "compare_ranks",
+           "frozen_batch_norm", "frozen_updates", "functional_closures", "graphed",
+           "loss_landscape", "normalization_groups", "per_replica", "rules", "select_samples",
+           "sharpness", "theory"]  # fmt: skip

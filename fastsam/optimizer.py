@@ -203,10 +203,10 @@ class SharpnessAwareOptimizer(ExplicitPasses):
             return
         if self.ascent_steps != 1:
             raise RuntimeError(f"LETS needs ascent_steps=1, got {self.ascent_steps}")
-        if hessian == "diag" and self.ascent.base_state:
+        if hessian == "diag" and self.ascent.sees_past:
             raise RuntimeError(
                 f"LETS needs hessian='difference' with {type(self).__name__}, whose perturbation "
-                "follows from state of the base's that the update changes, got 'diag'"
+                "follows from state that the update changes, got 'diag'"
             )
         passes, spec = self._passes, self._spec(InFlight(True))
         passes.recording = Recording(

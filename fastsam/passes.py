@@ -15,7 +15,7 @@ from . import backends
 from .bases.several import Several
 from .replicas import agree
 from .step.arguments import named
-from .step.base_state import find_base_state_read
+from .step.base_state import compute_what_is_read, find_base_state_read
 from .step.batch import Batch
 from .step.caches import forget_weights
 from .step.capture import check_capture, is_captured
@@ -95,10 +95,15 @@ class Passes:
         ascent = None
         if spec.ascent.advance is not None:
             ascent = find_ascent_state(spec.ascent, batch, spec.groups, states)
-        if spec.ascent.base_state:
+        if spec.ascent.base_state and spec.ascent.computes is None:
             find_base_state_read(batch, spec, states)
         if flight.scale is not None or self.scalars.carries_scale:
             batch = self._scale(batch, Scalar.FIRST_INVERSE_SCALE, spec, flight, backend)
+        if spec.ascent.computes is not None and batch.params:
+            # the backend has unscaled the gradients, or takes them as they are
+            scaled = flight.scale is not None and self.backends.serving(backend, batch).takes_scaled
+            inverse = scalars[Scalar.FIRST_INVERSE_SCALE] if scaled else None
+            compute_what_is_read(batch, spec, states, inverse)
         if spec.descent is not None or self.recording is not None:
             everyone, ours = batch, []
             if not all(map(is_perturbed, spec.groups)):
@@ -237,6 +242,9 @@ class Passes:
         flight.commit(states, self._was_captured)
         if self.recording is not None and batch.params and flight.backup is not None:
             self.recording.take(batch, flight.backup, spec, flight.replicas)
+        if spec.ascent.accumulate is not None and spec.perturbs and not spec.needs_descent_norm:
+            # else what finishes the second norm has done it
+            scalars[Scalar.ACCUMULATED].copy_(scalars[Scalar.NEXT_ACCUMULATED])
         if spec.seed is not None:
             scalars[Scalar.ROUNDING_STEP].add_(1)
         if flight.scale is not None and room is not None:

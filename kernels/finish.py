@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .arithmetic import EPS, is_finite
 from .layout import Hyper, Scalar, Task
-from .perturb import ASCENT_NORM, FIRST_INVERSE_SCALE, NEXT_ACCUMULATED
+from .perturb import ACCUMULATED, ASCENT_NORM, FIRST_INVERSE_SCALE, NEXT_ACCUMULATED
 
 MAX_GRAD_NORM = tl.constexpr(int(Hyper.MAX_GRAD_NORM))
 DESCENT = tl.constexpr(int(Hyper.DESCENT))
@@ -21,7 +21,6 @@ FIRST_COEFFICIENT = tl.constexpr(int(Scalar.FIRST_COEFFICIENT))
 ACCEPTED = tl.constexpr(int(Scalar.ACCEPTED))
 SKIPPED = tl.constexpr(int(Scalar.SKIPPED))
 SQUARED_NORMS = tl.constexpr(int(Scalar.SQUARED_NORMS))
-ACCUMULATED = tl.constexpr(int(Scalar.ACCUMULATED))
 DESCENT0 = tl.constexpr(int(Scalar.DESCENT0))
 USED_DESCENT0 = tl.constexpr(int(Scalar.USED_DESCENT0))
 SHARPNESS = tl.constexpr(int(Scalar.SHARPNESS))

@@ -39,6 +39,7 @@ ETA = tl.constexpr(int(Hyper.ETA))
 SIGN = tl.constexpr(int(Hyper.SIGN))
 ASCENT = tl.constexpr(int(Hyper.ASCENT))
 ASCENT_NORM = tl.constexpr(int(Scalar.ASCENT_NORM))
+ACCUMULATED = tl.constexpr(int(Scalar.ACCUMULATED))
 NEXT_ACCUMULATED = tl.constexpr(int(Scalar.NEXT_ACCUMULATED))
 FIRST_INVERSE_SCALE = tl.constexpr(int(Scalar.FIRST_INVERSE_SCALE))
 
@@ -126,6 +127,8 @@ def _perturb(table, columns, tensor, start, offsets, mask, row, scalars, origin,
     seen = state if FROM_OLD else new
     if READ is not None:
         seen = seen + (known_base(table, columns, tensor, read, ACC),)
+    if ACCUMULATES is not None:
+        seen = (tl.load(scalars + ACCUMULATED),) + seen
     d = DIRECTION(g, seen, row + ASCENT)
     e = tl.where(scale != 0, scale * (t * (t * d)), 0.0)
     if STATES > 0:

@@ -18,7 +18,15 @@ from .arithmetic import is_finite
 from .finish import APART, COEFFICIENT, INVERSE_SCALE
 from .layout import WINDOW as PARTIALS
 from .layout import Hyper, Scalar, Task
-from .perturb import ASCENT, FIRST_INVERSE_SCALE, SIGN, element_scale, length, norm_of
+from .perturb import (
+    ACCUMULATED,
+    ASCENT,
+    FIRST_INVERSE_SCALE,
+    SIGN,
+    element_scale,
+    length,
+    norm_of,
+)
 from .stream import (
     ASCENT0,
     ASCENT1,
@@ -137,6 +145,8 @@ def _terms(table, columns, tensor, start, offsets, mask, row, scalars, origin, f
             state = ADVANCE(present, state, row + ASCENT)
         if READ is not None:
             state = state + (known_base(table, columns, tensor, read, ACC),)
+        if ACCUMULATES is not None:
+            state = (tl.load(scalars + ACCUMULATED),) + state
         d = DIRECTION(present, state, row + ASCENT)
     e = present
     if BOTH:
@@ -145,6 +155,8 @@ def _terms(table, columns, tensor, start, offsets, mask, row, scalars, origin, f
             t = element_scale(before.to(ACC), row, ADAPTIVE) if ADAPTIVE else 1.0
             norm = norm_of(table, columns, tensor, scalars, ACC, SEGMENTS)
             scale = length(row, scalars, norm, RADIUS, ACCUMULATES, ACC)
+            if ACCUMULATES is not None:
+                later = (tl.load(scalars + ACCUMULATED),) + later
             e = DIRECTION(g, later, row + ASCENT)
             e = tl.where(scale != 0, scale * (t * (t * e)), 0.0)
     else:

@@ -23,9 +23,13 @@ def signed(grad: Tensor, group: Group) -> Tensor:
     return -wide(grad) if sign_of(group) < 0 else wide(grad)
 
 
-def seen_by(rule: Ascent, state: dict[str, Tensor], batch: Batch, k: int) -> dict[str, Tensor]:
+def seen_by(
+    rule: Ascent, state: dict[str, Tensor], batch: Batch, k: int, scalars: Tensor
+) -> dict[str, Tensor]:
     """What a direction is given as state: the ascent's, and with it what the rule reads of the
-    base's, NaN where there is none."""
+    base's, NaN where there is none, and of the accumulator."""
+    if rule.sees_accumulator:
+        state = {**state, "accumulated": scalars[Scalar.ACCUMULATED].clone()}
     if not rule.base_state:
         return state
     param, held = batch.params[k], None if batch.read is None else batch.read[k]

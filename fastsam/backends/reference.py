@@ -5,7 +5,7 @@ are declared. The passes are generators, which give out their sums in case other
 to add (``base.py``).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ from .sums import (
 from .weights import ListBackup, at_weights, follow_parameters, weight
 
 
-def advance_one(batch: Batch, k: int, spec: StepSpec) -> Tensor:
+def advance_one(batch: Batch, k: int, spec: StepSpec, scalars: Tensor) -> Tensor:
     """Write the next ascent state of parameter ``k``; the direction that follows from it."""
     group = spec.groups[batch.groups[k]]
     rule, g, h = spec.ascent, signed(batch.grads[k], group), columns_of(spec, group)
@@ -42,7 +42,25 @@ def advance_one(batch: Batch, k: int, spec: StepSpec) -> Tensor:
     if rule.advance is not None and old:
         for name, value in rule.advance(g, old, h).items():
             new[name].copy_(value)
-    return rule.direction(g, seen_by(rule, old if rule.from_old else new, batch, k), h)
+    return rule.direction(g, seen_by(rule, old if rule.from_old else new, batch, k, scalars), h)
+
+
+def measured_ones(
+    directions: Sequence[Tensor], batch: Batch, spec: StepSpec, scalars: Tensor
+) -> Sequence[Tensor]:
+    """What the direction's norm is taken of: the directions, unless the rule says otherwise.
+
+    The next ascent state has been written.
+    """
+    rule, found = spec.ascent, []
+    if rule.measured is None:
+        return directions
+    for k, grad in enumerate(batch.grads):
+        group = spec.groups[batch.groups[k]]
+        old, new = state_of(batch, k)
+        state = seen_by(rule, old if rule.from_old else new, batch, k, scalars)
+        found.append(rule.measured(signed(grad, group), state, columns_of(spec, group)))
+    return found
 
 
 def state_of(batch: Batch, k: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -194,13 +212,14 @@ class ReferenceBackend(DeviceBackend):
         everyone = range(len(batch.params))
         follow_parameters(batch, None)
         weights = at_weights(batch)
-        directions = [advance_one(batch, k, spec) for k in everyone]
+        directions = [advance_one(batch, k, spec, scalars) for k in everyone]
         if spec.needs_ascent_norm:
             n = m = yield from scaled_norm(batch.grads, weights, spec, like=scalars)
+            along: Sequence[Tensor] = batch.grads
             if spec.ascent.norm == "direction":
-                m = yield from scaled_norm(directions, weights, spec, like=scalars)
+                along = measured_ones(directions, batch, spec, scalars)
+                m = yield from scaled_norm(along, weights, spec, like=scalars)
             if batch.squares is not None:
-                along = directions if spec.ascent.norm == "direction" else batch.grads
                 m = yield from squares_by_segment(along, weights.params, batch, spec, scalars)
             finish_ascent(n, m, spec, scalars)
         backup = ListBackup() if kept is None else kept

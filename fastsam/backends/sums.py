@@ -122,7 +122,7 @@ def first_passes(
         states = batch.ascent if spec.ascent.from_old else batch.next
         state = None if states is None else states[k]
         g = signed(first, group)
-        state = seen_by(spec.ascent, state or {}, batch, k)
+        state = seen_by(spec.ascent, state or {}, batch, k, scalars)
         d = spec.ascent.direction(g, state, columns_of(spec, group))
         yield g, perturbation(w, d, group, radius(spec, group, scalars_of(batch, k, scalars)))
 

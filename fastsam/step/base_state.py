@@ -1,15 +1,22 @@
-"""What an ascent reads of the base's state: found once, and read where it lies while it holds."""
+"""What an ascent reads of the base's state: found once, and read where it lies while it holds.
+
+Or what a function of the user's computes in its place.
+"""
 
 from collections.abc import Collection, Sequence
 from operator import is_, itemgetter
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from fastsam.arithmetic import wide, wide_dtype
+
+from .arguments import shown
 from .batch import Batch, identical
 from .precision import MASTER
 from .sharding import check_shards, is_sharded, local
-from .spec import StepSpec
+from .spec import StepSpec, sign_of
 from .state import States, refuse_shape
 
 
@@ -102,3 +109,72 @@ def find_base_state_read(batch: Batch, spec: StepSpec, states: States) -> None:
             found = batch.layout.read = BaseStates(batch, name, held)
         found.remember(own, everything)
     batch.read, batch.prepared = found.tensors, found
+
+
+class Computed:
+    """Room for what a function computes for the parameters of one pass.
+
+    It is kept, so that launches find it where it was.
+
+    Attributes:
+        tensors, in_order: As in :class:`BaseStates`.
+    """
+
+    def __init__(self, batch: Batch):
+        self.tensors = [torch.empty_like(x, dtype=wide_dtype(x)) for x in batch.params]
+        pairs = zip(self.tensors, batch.params, strict=True)
+        self.in_order = all(x.stride() == param.stride() for x, param in pairs)
+
+    def fits(self, batch: Batch) -> bool:
+        """Whether it is room for these parameters, where they are now."""
+        return len(self.tensors) == len(batch.params) and all(
+            x.device == param.device and x.dtype == wide_dtype(param) and x.shape == param.shape
+            for x, param in zip(self.tensors, batch.params, strict=True)
+        )
+
+
+def compute_what_is_read(
+    batch: Batch, spec: StepSpec, states: States, inverse_scale: Tensor | None
+) -> None:
+    """Give the batch what the ascent's function computes of gradients and the base's state.
+
+    Args:
+        inverse_scale: Of the gradients, where they carry a loss scale.
+
+    Raises:
+        TypeError, ValueError: If it gives something else than a tensor of the gradient's shape.
+    """
+    rule, layout = spec.ascent, batch.layout
+    assert rule.computes is not None
+    values = []
+    for param, owner, grad, i in zip(
+        batch.params, batch.owners, batch.grads, batch.groups, strict=True
+    ):
+        g = sign_of(spec.groups[i]) * wide(grad)
+        if inverse_scale is not None:
+            g = inverse_scale.to(g.device, g.dtype, non_blocking=True) * g
+        held = {
+            key: local(x) if isinstance(x, Tensor) else x
+            for key, x in states.get(owner, {}).items()
+            if key != MASTER
+        }
+        values.append(_check_computed(rule.base_state, rule.computes(g, held), param))
+    found = None if layout is None else layout.read
+    if not (isinstance(found, Computed) and found.fits(batch)):
+        found = Computed(batch)
+        if layout is not None:
+            layout.read = found
+    for room, value in zip(found.tensors, values, strict=True):
+        room.copy_(value)
+    batch.read, batch.prepared = list(found.tensors), found
+
+
+def _check_computed(name: str, value: Any, param: Tensor) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must give a tensor, got {shown(value)}")
+    if value.ndim and value.shape != param.shape:
+        raise ValueError(
+            f"{name} must give a tensor of the gradient's shape, {tuple(param.shape)}, or of no "
+            f"dimension, got shape {tuple(value.shape)}"
+        )
+    return value

@@ -62,10 +62,11 @@ def check_capture(
     if not has_stepped:
         raise refuse(name, "it has taken no step outside, which creates its state")
     names = []
+    reads = spec.perturbs and spec.ascent.computes is None
     for i, group in enumerate(spec.groups):
         own = []
         if is_perturbed(group):
-            own = [*spec.ascent.states(group), *[spec.ascent.base_state] * spec.perturbs]
+            own = [*spec.ascent.states(group), *[spec.ascent.base_state] * reads]
             own = [name for name in own if name]
         base = spec.base_of(i)
         if base is not None:

@@ -159,7 +159,9 @@ def check_base_state(
 
     Of one that is not fused nobody knows before its first step.
     """
-    if base is None or not ascent.base_state or not is_perturbed(group):
+    if base is None or not ascent.base_state or ascent.computes is not None:
+        return
+    if not is_perturbed(group):
         return
     if ascent.base_state not in base.state_names(dict(group)):
         raise TypeError(

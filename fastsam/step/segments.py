@@ -25,8 +25,7 @@ def check_norm(norm: str, name: str, ascent: Ascent, lam: Any) -> None:
     Raises:
         ValueError: If not.
     """
-    divides = ascent.norm is not None and ascent.accumulate is None
-    if norm != "global" and not (divides and lam != 0):
+    if norm != "global" and not (ascent.divides and lam != 0):
         raise ValueError(
             f"norm must be 'global' with {name}, whose perturbation is not divided by the norm of "
             f"one gradient, got {norm!r}"

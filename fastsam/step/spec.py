@@ -87,11 +87,17 @@ class Ascent(Rule):
         radius: ``(rho, norm, total, h)`` to :math:`r`. Numbers or 0-dim tensors: ``norm`` is what
             the argument of that name says, ``total`` the accumulator with this step's norm.
         direction: ``(g, state, h)`` to :math:`d`. Default: the gradient.
+        measured: ``(g, state, h)`` to that of which the norm is taken where ``norm`` is
+            ``"direction"``. Default: the direction.
         from_old: Whether the direction is given the state of before this gradient, and not the new.
+        direction_states: With ``from_old``, how many of the state tensors the direction looks at:
+            the first ones. The others are not read for its norm. Default: all.
         advance: ``(g, state, h)`` to the state after this gradient. With state.
         usable: ``(state, norm)`` to whether the new state may replace the old. With state.
         accumulate: ``(total, norm)`` to the accumulator after this step.
         accumulator: Where the accumulator starts, from the first group. None: there is none.
+        sees_accumulator: Whether ``direction`` and ``measured`` are given the accumulator of before
+            this gradient, among ``state`` as ``"accumulated"``, a 0-dim tensor in float64.
         columns: ``(group, lam)`` to the rule's hyper-parameters, at most three; ``lam`` is what
             the optimizer's ``_next_lam`` gave for this step.
         states: ``(group)`` to the names of state tensors, at most two, each with what it holds
@@ -100,6 +106,10 @@ class Ascent(Rule):
         base_state: Name of a state tensor of the base optimizer that ``direction`` is given, too,
             as the step before has left it, among ``state`` and in the dtype of the arithmetic. It
             is read where it lies, and NaN where a parameter has none yet. Default: none.
+        computes: ``(g, state)`` to a tensor that ``direction`` is given in the place of one of the
+            base's, under the name ``base_state``: of the shape of ``g``, or of none. ``state`` is
+            the base's of the parameter. It runs in torch on every backend, as a user's function
+            does. Default: none.
         norm: ``"gradient"`` or ``"direction"``: of which the global norm is taken, with ``T``.
             None: none is needed. A direction whose norm is taken is 0 where gradient and state of
             the ascent are.
@@ -119,14 +129,18 @@ class Ascent(Rule):
     kernel: str
     radius: Callable[[Any, Any, Any, Columns], Any]
     direction: Callable[[Tensor, dict[str, Tensor], Columns], Tensor] = along_gradient
+    measured: Callable[[Tensor, dict[str, Tensor], Columns], Tensor] | None = None
     from_old: bool = False
+    direction_states: int | None = None
     advance: Callable[[Tensor, dict[str, Tensor], Columns], dict[str, Tensor]] | None = None
     usable: Callable[[dict[str, Tensor], Tensor], Tensor] | None = None
     accumulate: Callable[[Tensor, Tensor], Tensor] | None = None
     accumulator: Callable[[Group], float] | None = None
+    sees_accumulator: bool = False
     columns: Callable[[Group, float], Columns] = _no_ascent_columns
     states: Callable[[Group], dict[str, float]] = _no_states
     base_state: str = ""
+    computes: Callable[[Tensor, dict[str, Any]], Any] | None = None
     norm: str | None = "gradient"
     scales: bool = True
     arguments: Mapping[str, Argument] = field(default_factory=dict)
@@ -147,11 +161,37 @@ class Ascent(Rule):
                     raise ValueError(f"ascent {self.name!r} has {has} and needs {lacks} with it")
         if self.states is not _no_states and self.advance is None:
             raise ValueError(f"ascent {self.name!r} has states and needs advance with them")
+        if self.measured is not None and self.norm != "direction":
+            raise ValueError(
+                f"ascent {self.name!r} has measured and needs norm='direction' with it"
+            )
+        if self.direction_states is not None and not self.from_old:
+            raise ValueError(
+                f"ascent {self.name!r} has direction_states and needs from_old=True with it"
+            )
+        if self.sees_accumulator and self.accumulate is None:
+            raise ValueError(
+                f"ascent {self.name!r} has sees_accumulator and needs accumulate with it"
+            )
+        if self.computes is not None and not self.base_state:
+            raise ValueError(f"ascent {self.name!r} has computes and needs base_state with it")
         if not isinstance(self.base_state, str) or self.base_state.startswith("ascent_"):
             raise ValueError(
                 f"base_state of ascent {self.name!r} must name a state of the base optimizer, got "
                 f"{self.base_state!r}"
             )
+
+    @property
+    def divides(self) -> bool:
+        """Whether the perturbation is divided by the norm of one gradient or direction."""
+        if self.norm is None:
+            return False
+        return self.accumulate is None or self.norm == "direction"
+
+    @property
+    def sees_past(self) -> bool:
+        """Whether the direction follows from what the update changes."""
+        return bool(self.base_state) or self.sees_accumulator
 
     def state_names(self, group: Group) -> dict[str, float]:
         """The state of a group's parameters, checked.

@@ -69,6 +69,8 @@ CASES = {
     "LESAM + SGD": Case(fastsam.LESAM),
     "FriendlySAM + SGD": Case(fastsam.FriendlySAM, floor=52),  # as VaSSO
     "SAMAR + SGD": Case(fastsam.SAMAR, kernels=TWO_NORMS, floor=52),  # SAM's; g~ and g, and g again
+    # SAM's, and the variance: read, read, written; and the mean: read, written
+    "PreconditionedSAM + SGD": Case(fastsam.PreconditionedSAM, floor=60),
     # SAM's on AdamW, and v twice
     "FunctionalSAM + AdamW": Case(fastsam.FunctionalSAM, ADAMW, PRECONDITIONED, floor=56),
 }
@@ -90,6 +92,12 @@ OTHER_CASES = {
     "WSAM + AdamW, coupled": Case(fastsam.WSAM, ADAMW, {"decouple": False}, floor=52),
     "GNP + SGD": Case(fastsam.GNP, floor=44),
     "GNP + SGD, unit": Case(fastsam.GNP, SGD, {"unit": True}, TWO_NORMS, 52),
+    "PreconditionedSAM + AdamW": Case(
+        fastsam.PreconditionedSAM,
+        ADAMW,
+        {"preconditioner": "second_moment", "form": "constraint"},
+        floor=56,
+    ),
     # the norm is that of g, which the reduction has; v is read once
     "FunctionalSAM + AdamW, not normalized": Case(
         fastsam.FunctionalSAM, ADAMW, PRECONDITIONED | {"normalize": False}, floor=52
@@ -180,7 +188,16 @@ def test_traffic(name):
     elements = sum(p.numel() for p in params)
     assert elements >= (1_000_000 if name in WHOLE else 100_000)
     log = count_step(case, [{"params": params}])
-    check_traffic(name, log, case, case.floor, elements)
+    kept = 24 if case.method is fastsam.PreconditionedSAM else 0  # a number on the device
+    check_traffic(name, log, case, case.floor, elements, kept)
+
+
+def test_traffic_of_a_preconditioner_of_ones_own():
+    """What the function gave is read twice; torch makes it, copies it and nothing else."""
+    given = {"preconditioner": lambda g, state: g}
+    case, elements = Case(fastsam.PreconditionedSAM, SGD, given), 256 * 128 + 1024
+    log = count_step(case, [{"params": parameters([(256, 128), (1024,)])}])
+    check_traffic("PreconditionedSAM, a function", log, case, 48, elements, counters=24 * elements)
 
 
 @pytest.mark.parametrize("name", OTHER_CASES)

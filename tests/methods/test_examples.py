@@ -17,7 +17,7 @@ from fastsam.testing import check_method
 
 import launches
 import oracles
-from registry import BACKENDS, DEVICE
+from registry import BACKENDS, DEVICE, diagonal
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "docs" / "examples"
 sys.path.insert(0, str(EXAMPLES))  # a user's files, imported by name
@@ -267,6 +267,8 @@ OURS = [
     (fastsam.FriendlySAM, (SGD,), MOMENTUM | {"sigma": 0.9}),
     (fastsam.FunctionalSAM, (SGD,), {"by_hand": True}),
     (fastsam.FunctionalSAM, (torch.optim.AdamW,), {"by_hand": True, "preconditioned": True}),
+    (fastsam.PreconditionedSAM, (SGD,), MOMENTUM),
+    (fastsam.PreconditionedSAM, (torch.optim.AdamW,), {"preconditioner": diagonal}),
     *((fastsam.LightSAM, (), LIGHT | {"rule": r}) for r in ("adagrad_norm", "adagrad", "adam")),
 ]  # fmt: skip
 #: Triton's interpreter takes ten seconds for each; the others differ from them little there.

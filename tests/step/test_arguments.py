@@ -64,7 +64,10 @@ RANGES = {
     "gamma": [*NO_NUMBER, None, 1, *NO_TENSOR],
     "lmbda": [*NO_NUMBER, None, 1.5, *NO_TENSOR],
     "rho_max": [*NO_NUMBER, None],
-    "variant": NO_NAME,
+    **dict.fromkeys(("variant", "form"), NO_NAME),
+    "preconditioner": [3, None, "sgd", [], True],
+    "beta": [*NO_NUMBER, None, 1, *NO_TENSOR],
+    "damping": [*NO_NUMBER, None, 0, *NO_TENSOR],
     "smoothing": [*NO_NUMBER, None, 1, *NO_TENSOR],
     "c": [*NO_NUMBER, None, 0.9, *NO_TENSOR],
     **dict.fromkeys(("lam_min", "lam_max"), [*NO_NUMBER, None, *NO_TENSOR]),
@@ -100,7 +103,7 @@ def arguments():
     """Every argument of every class, of its own, of SAM's and of the bases that it passes on to."""
     common = [key for key in inspect.signature(fastsam.SAM).parameters if key in RANGES]
     for name in ("SAM", "ASAM", "USAM", "UnifiedSAM", "SSAM", "VaSSO", "SAMAR", "FriendlySAM",
-                 "LESAM", "GSAM", "WSAM", "GNP", "LightSAM",
+                 "LESAM", "GSAM", "WSAM", "GNP", "PreconditionedSAM", "LightSAM",
                  "AdaSAM", "AdaGradNorm", "LETS", "SharpnessRatio"):  # fmt: skip
         parameters = inspect.signature(getattr(fastsam, name)).parameters
         for key, parameter in parameters.items():

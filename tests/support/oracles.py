@@ -32,6 +32,8 @@ ASCENTS: dict[str, Group] = {
     "adagrad": {"eps": 1e-8},
     "adam": {"eps": 1e-8, "betas": (0.9, 0.999)},
     "second_moment": {},
+    "variance": {"beta": 0.9, "damping": 0.1},
+    "diagonal": {},
 }
 DESCENTS: dict[str, Group] = {
     "": {},
@@ -89,6 +91,12 @@ class Oracle:
     - "second_moment" (preconditioned Functional-SAM): e = rho T^2 P g / (||T P g|| + eps), with
       P = 1 / (sqrt(v) + 1e-8) and v Adam's exp_avg_sq of the step before; P = 1 in the first
       `warmup` steps and where there is no v. Not `normalized`: e = rho T^2 P g / (||T g|| + eps).
+    - Preconditioned SAM (Zhang, Li & Giannakis 2025): e = rho T^2 D g / (||T D g|| + eps), or
+      `constrained` e = rho T^2 D^2 g / (||T D g|| + eps). With "second_moment" D is P above, with
+      "diagonal" what the function `diagonal` of the gradient gives; with "variance" it is
+      D = f / (s + f), f = damping * v / (number of elements), of the averages before the step:
+      s = beta s + (1-beta) (g - m)^2 with the old m, m = beta m + (1-beta) g, and
+      v = 0.9 v + 0.1 ||T g||^2. s and v start at 0, m at the first g; D = 1 where f = 0.
 
     Descent: u = gamma g~, gamma = 1 or SSAM's n / (n~ + eps), n = ||T g|| (Tan et al. 2025); or
     SAMAR's u = (1 - lam_k) g + lam_k gamma g~ (Zou, Deng & Sun 2024), or one of the descent rules
@@ -112,6 +120,7 @@ class Oracle:
         ascent, descent: Keys of `ASCENTS` and `DESCENTS`. A descent's group keys are the first's.
         lam: Unified SAM's, a number or a function of the step t = 1, 2, ...
         warmup, normalized: Of "second_moment".
+        constrained, diagonal: Of the preconditioned ascents.
         mix: SAMAR's rule for its lam: a `Ratio`, or any function of lam_k, s_k and s_{k-1}. It is
             asked from the second sharpness on; the first lam is its `lam`, or 1.
         renormalize, max_grad_norm: Use SSAM's gamma; clip u to this plain norm.
@@ -124,7 +133,8 @@ class Oracle:
     Attributes:
         weights, perturbed: Unperturbed weights, and those of the last second pass.
         state: A dict per weight, with torch's names, made when torch makes it. The ascent's are
-            `ascent_ema`, or `ascent_sum`, or `ascent_exp_avg` and `ascent_exp_avg_sq`.
+            `ascent_ema`, or `ascent_sum`, or `ascent_exp_avg` and `ascent_exp_avg_sq`, or
+            `ascent_variance` and `ascent_mean`.
         a2, b2: The scalar accumulators of the ascent and of the base.
         t: Number of ascents, those of skipped steps included.
         lam, sharpness: SAMAR's for the next step: lam, and the (smoothed) s_k, None at first.
@@ -147,6 +157,8 @@ class Oracle:
         lam: float | Callable[[int], float] = 1.0,
         warmup: int = 0,
         normalized: bool = True,
+        constrained: bool = False,
+        diagonal: Callable[[Array], Array] | None = None,
         mix: Callable[[float, float, float], float] | None = None,
         renormalize: bool = False,
         max_grad_norm: float | None = None,
@@ -168,6 +180,7 @@ class Oracle:
         self._descent = descent
         self.of_second, self.terms = 1.0, {}
         self._warmup, self._normalized = warmup, normalized
+        self._constrained, self._diagonal = constrained, diagonal
         self._renormalize, self._by_norm = renormalize, base in BY_NORM
         self._max_grad_norm, self._skip_nonfinite = max_grad_norm, skip_nonfinite
         self._store, self._store_grad = storage, grad_storage
@@ -179,7 +192,7 @@ class Oracle:
         self.lam, self.sharpness = float(getattr(mix, "lam", 1.0)), None
         self.metrics: dict[str, float] = {"skipped": 0}
         start = self.groups[0].get("eps", 0.0) ** 2
-        self.a2 = start
+        self.a2 = 0.0 if ascent == "variance" else start
         self.b2 = float(self.groups[0].get("initial_accumulator_value", start))
         if base == "adagrad":  # the one base whose state torch makes before the first step
             for i, h in self._group.items():
@@ -192,7 +205,7 @@ class Oracle:
 
     def _scale(self, w: Array, i: int) -> Array | float:
         """T of the i-th weight at w."""
-        scaled = self._ascent in ("unified", "vasso", "lesam", "friendly", "second_moment")
+        scaled = self._ascent not in ("adagrad_norm", "adagrad", "adam")
         h = self._group[i]
         return np.abs(w) + h["eta"] if h["adaptive"] and scaled else 1.0
 
@@ -209,7 +222,8 @@ class Oracle:
         self._n = self.metrics["grad_norm"] = self._scaled_norm(self.weights, gs)
         rules = {"unified": self._unified, "vasso": self._vasso, "adagrad_norm": self._light_norm,
                  "lesam": self._lesam, "friendly": self._friendly,
-                 "second_moment": self._second_moment}  # fmt: skip
+                 "second_moment": self._second_moment, "variance": self._variance,
+                 "diagonal": self._by_diagonal}  # fmt: skip
         self.e = rules.get(self._ascent, self._light)(gs)
         self.perturbed = list(self.weights)
         for i, e in self.e.items():
@@ -265,12 +279,41 @@ class Oracle:
         ds = {}
         for i, g in gs.items():
             v = self.state[i].get("exp_avg_sq") if self.t > self._warmup else None
-            ds[i] = g if v is None else g / (np.sqrt(v) + 1e-8)
-        n = self._scaled_norm(self.weights, ds) if self._normalized else self._n
+            ds[i] = np.ones_like(g) if v is None else 1 / (np.sqrt(v) + 1e-8)
+        return self._preconditioned(gs, ds, None if self._normalized else self._n)
+
+    def _variance(self, gs: dict[int, Array]) -> dict[int, Array]:
+        size = sum(self.weights[i].size for i in self._group)
+        ds, new = {}, {}
+        for i, g in gs.items():
+            h, old = self._group[i], self.state[i]
+            s, m = old.get("ascent_variance", np.zeros_like(g)), old.get("ascent_mean", g)
+            f = h["damping"] * self.a2 / size
+            ds[i] = f / (s + f) if f > 0 else np.ones_like(g)
+            s = h["beta"] * s + (1 - h["beta"]) * (g - m) ** 2
+            m = h["beta"] * m + (1 - h["beta"]) * g
+            state = {"ascent_variance": s, "ascent_mean": m}
+            new[i] = {name: self._store_ascent(x) for name, x in state.items()}
+        es = self._preconditioned(gs, ds)
+        if np.isfinite(self._n):
+            self._new_state, self._new_a2 = new, 0.9 * self.a2 + 0.1 * self._n**2
+        return es
+
+    def _by_diagonal(self, gs: dict[int, Array]) -> dict[int, Array]:
+        assert self._diagonal is not None
+        return self._preconditioned(gs, {i: self._diagonal(g) for i, g in gs.items()})
+
+    def _preconditioned(
+        self, gs: dict[int, Array], ds: dict[int, Array], n: float | None = None
+    ) -> dict[int, Array]:
+        xs = {i: ds[i] * g for i, g in gs.items()}
+        n = self._scaled_norm(self.weights, xs) if n is None else n
         if n == 0 or not np.isfinite(n):
             return {}
-        squares = {i: self._scale(self.weights[i], i) ** 2 for i in ds}
-        return {i: self._group[i]["rho"] * squares[i] * d / (n + NORM_EPS) for i, d in ds.items()}
+        if self._constrained:
+            xs = {i: ds[i] * x for i, x in xs.items()}
+        squares = {i: self._scale(self.weights[i], i) ** 2 for i in xs}
+        return {i: self._group[i]["rho"] * squares[i] * x / (n + NORM_EPS) for i, x in xs.items()}
 
     def _light_norm(self, gs: dict[int, Array]) -> dict[int, Array]:
         a2 = self.a2 + self._n**2

@@ -88,6 +88,16 @@ def halfway(lam: Any, sharpness: Any, previous: Any) -> Any:
     return 0.5 * lam + 0.25 * sharpness / (abs(sharpness) + abs(previous))
 
 
+def diagonal(g: Any, state: dict[str, Any]) -> Any:
+    """A preconditioner for PreconditionedSAM, of a tensor."""
+    return 1 / (abs(g) + 0.5)
+
+
+def diagonal_of(g: Any) -> Any:
+    """The same of an array."""
+    return diagonal(g, {})
+
+
 ADAPTIVE = {"adaptive": True}
 TWO = ("sgd-momentum", "adamw")
 THREE = (*TWO, "adagrad_norm")
@@ -182,17 +192,37 @@ METHODS = {
         {"rho": 0.5, "eta": 0.1} | ADAPTIVE, {"ascent": "second_moment"} | ALL,
         ("needed-amsgrad",),
     ),
+    "preconditioned": Method(
+        fastsam.PreconditionedSAM, {"beta": 0.8, "damping": 0.5}, {"beta": 0.8, "damping": 0.5},
+        {"ascent": "variance"}, THREE,
+    ),
+    "preconditioned-all": Method(
+        fastsam.PreconditionedSAM, {"rho": 0.5, "form": "constraint", "beta": 0.6} | ALL,
+        {"rho": 0.5, "beta": 0.6}, {"ascent": "variance", "constrained": True} | ALL, TWO,
+    ),
+    "preconditioned-callable": Method(
+        fastsam.PreconditionedSAM,
+        {"rho": 0.5, "eta": 0.1, "preconditioner": diagonal, "form": "constraint"} | ADAPTIVE | ALL,
+        {"rho": 0.5, "eta": 0.1} | ADAPTIVE,
+        {"ascent": "diagonal", "constrained": True, "diagonal": diagonal_of} | ALL, TWO,
+    ),
     "adasam": Method(fastsam.AdaSAM, {"rho": 0.05}, {}, {}, ("uncorrected_amsgrad",)),
 }  # fmt: skip
 #: Methods that differ from another by an equation alone, and share with it whatever else a step
 #: has. Their equations are tested as all are; other tests are given them one by one only where
 #: every case runs (``conftest.py``).
 RELATIVES = ("gsam", "gsam-first-all", "wsam-all", "wsam-coupled", "gnp", "gnp-unit", "lesam",
-             "friendly-all", "functional-adam-all")  # fmt: skip
+             "friendly-all", "functional-adam-all", "preconditioned-all",
+             "preconditioned-callable")  # fmt: skip
 #: The classes of these that have no other row.
 RELATIVE_CLASSES = ("GSAM", "GNP", "LESAM")
-#: Those whose second gradient is that of the loss, so that LETS learns their radius.
-LEARNING = [name for name, method in METHODS.items() if method.cls is not fastsam.FunctionalSAM]
+#: Those whose radius LETS learns with either Hessian: the second gradient is that of the loss, and
+#: the perturbation follows from nothing that the update changes.
+LEARNING = [
+    name
+    for name, method in METHODS.items()
+    if method.cls not in (fastsam.FunctionalSAM, fastsam.PreconditionedSAM)
+]
 #: Every method with every base that it is tested with.
 COMBINATIONS = [(name, base) for name, method in METHODS.items() for base in method.bases]
 

@@ -259,6 +259,13 @@ fastsam_db = [
     info(fastsam.FriendlySAM, PLAIN | {"of half": MOMENTUM | {"sigma": 0.5, "lmbda": 0.6}},
          [*SAM_ERRORS, ({"lmbda": 1.5}, ValueError, r"lmbda must be in \[0, 1\], got 1.5")]),
     info(
+        fastsam.PreconditionedSAM,
+        PLAIN | {"second moment": {"base_optimizer": AdamW, "preconditioner": "second_moment",
+                                   "form": "constraint"}},
+        [*SAM_ERRORS, ({"damping": 0.0}, ValueError, "damping must be above 0 and finite, got 0.0"),
+         ({"form": "c"}, ValueError, "form must be one of 'objective', 'constraint', got 'c'")],
+    ),
+    info(
         fastsam.FunctionalSAM,
         {name: kwargs | {"by_hand": True} for name, kwargs in PLAIN.items()}
         | {"preconditioned": {"base_optimizer": AdamW, "by_hand": True, "preconditioned": True,

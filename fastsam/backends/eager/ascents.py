@@ -31,8 +31,9 @@ class AlongGradient:
     is_raw = True
 
     def directions(
-        self, batch: Batch, parts: list[Part], spec: StepSpec, others: dict[int, Tensor]
-    ) -> Sequence[Tensor]:
+        self, batch: Batch, parts: list[Part], spec: StepSpec, others: dict[int, Tensor],
+        scalars: Tensor,
+    ) -> Sequence[Tensor]:  # fmt: skip
         """A direction for every parameter; ``others`` has those that the operators do not serve."""
         return batch.grads
 
@@ -68,8 +69,9 @@ class AlongAverage(AlongGradient):
     is_raw = False
 
     def directions(
-        self, batch: Batch, parts: list[Part], spec: StepSpec, others: dict[int, Tensor]
-    ) -> Sequence[Tensor]:
+        self, batch: Batch, parts: list[Part], spec: StepSpec, others: dict[int, Tensor],
+        scalars: Tensor,
+    ) -> Sequence[Tensor]:  # fmt: skip
         self._average(batch, parts, spec, starting=False)
         return [state["ascent_ema"] for state in batch.next or () if state is not None]
 
@@ -106,8 +108,9 @@ class ByEquations(AlongGradient):
     """Any rule, by the equations that it declares, block by block."""
 
     def directions(
-        self, batch: Batch, parts: list[Part], spec: StepSpec, others: dict[int, Tensor]
-    ) -> Sequence[Tensor]:
+        self, batch: Batch, parts: list[Part], spec: StepSpec, others: dict[int, Tensor],
+        scalars: Tensor,
+    ) -> Sequence[Tensor]:  # fmt: skip
         if spec.ascent.norm != "direction":  # they are worked out with the perturbation
             return batch.grads
         found = dict(others)
@@ -117,7 +120,7 @@ class ByEquations(AlongGradient):
                 state = self._advance(batch, k, spec, h)
                 if spec.ascent.from_old:
                     state = (batch.ascent[k] if batch.ascent is not None else None) or {}
-                state = seen_by(spec.ascent, state, batch, k)
+                state = seen_by(spec.ascent, state, batch, k, scalars)
                 found[k] = spec.ascent.direction(signed(batch.grads[k], part.group), state, h)
         return [found[k] for k in range(len(batch.grads))]
 
@@ -147,7 +150,9 @@ class ByEquations(AlongGradient):
             reads = not part.fresh
             streams += [part.of(batch.read)] * reads
         scale = radius(spec, group, scalars)
-        h = columns_of(spec, group)
+        h, more = columns_of(spec, group), {}
+        if spec.ascent.sees_accumulator:
+            more["accumulated"] = scalars[Scalar.ACCUMULATED].clone()
         for _, lists in blocks(*streams):
             for w, grad, x, *rest in zip(*lists, strict=True):
                 g = signed(grad, group)
@@ -161,7 +166,8 @@ class ByEquations(AlongGradient):
                         new[name].copy_(value)
                 if d is None:
                     state = old if spec.ascent.from_old else new
-                    d = spec.ascent.direction(g, {**state, name: read} if name else state, h)
+                    seen = {**state, **more, name: read} if name else {**state, **more}
+                    d = spec.ascent.direction(g, seen, h)
                 e = perturbation(w, d, group, scale)
                 if names and spec.ascent.usable is not None:
                     good = spec.ascent.usable(new, scalars[Scalar.ASCENT_NORM])

@@ -7,6 +7,7 @@ serve (16-bit, mixed dtypes or layouts, gaps) goes through the reference backend
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import Any, cast
@@ -113,17 +114,18 @@ def ascend(
     parts, others = split(batch, spec, known, descends=False)
     follow_parameters(batch, None)
     weights = at_weights(batch)
-    slow = {k: reference.advance_one(batch, k, spec) for k in others}
-    directions = rule.directions(batch, parts, spec, slow)
+    slow = {k: reference.advance_one(batch, k, spec, scalars) for k in others}
+    directions = rule.directions(batch, parts, spec, slow, scalars)
     if spec.needs_ascent_norm:
         n = m = yield from norm(batch.grads, weights, spec, scalars[0], memory)
+        along: Sequence[Tensor] = batch.grads
         if spec.ascent.norm == "direction":
-            m = yield from norm(directions, weights, spec, scalars[0], memory)
+            along = reference.measured_ones(directions, batch, spec, scalars)
+            m = yield from norm(along, weights, spec, scalars[0], memory)
             if m.isnan() and n.isfinite():
                 rule.starts_anew(batch, parts, spec)
-                m = yield from norm(directions, weights, spec, scalars[0], memory)
+                m = yield from norm(along, weights, spec, scalars[0], memory)
         if batch.squares is not None:
-            along = directions if spec.ascent.norm == "direction" else batch.grads
             m = yield from sums.squares_by_segment(along, weights.params, batch, spec, scalars[0])
             parts = by_segment(parts, batch)
         sums.finish_ascent(n, m, spec, scalars)

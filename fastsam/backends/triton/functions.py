@@ -30,14 +30,15 @@ class Kind:
 
 
 ASCENT = Kind("ascent", Hyper.LR - Hyper.ASCENT,
-              ("advance", "direction", "radius", "usable", "accumulate"))  # fmt: skip
+              ("advance", "direction", "measured", "radius", "usable", "accumulate"))  # fmt: skip
 DESCENT = Kind("descent", Hyper.ASCENT - Hyper.DESCENT, ("coefficients", "adapt"))
 BASE = Kind("base", WIDTH - Hyper.BASE, ("update",))
 
 
 def _needed(rule: Rule) -> list[str]:
     if isinstance(rule, Ascent):
-        own = [name for name in ("advance", "usable", "accumulate") if getattr(rule, name)]
+        optional = "advance", "measured", "usable", "accumulate"
+        own = [name for name in optional if getattr(rule, name)]
         return ["direction", "radius", *own]
     if isinstance(rule, Descent):
         return ["coefficients"] + ["adapt"] * (rule.adapt is not None and not rule.adapts_on_host)

@@ -135,9 +135,11 @@ def ascent_sums(spec: StepSpec) -> Sums:
     """The first gradient's norm, and the direction's where the rule asks for that."""
     rule = functions_of(spec.ascent, ASCENT)
     along = spec.ascent.norm == "direction"
+    states = spec.ascent.direction_states or states_of(spec)
     own: dict[str, Any] = {"ACCUMULATES": rule["accumulate"]}
     if along:
-        own |= {"ADVANCE": rule["advance"], "DIRECTION": rule["direction"]}
+        measured = rule["measured"] or rule["direction"]
+        own |= {"ADVANCE": rule["advance"], "DIRECTION": measured}
     if spec.descent is not None and not spec.descent.sums:  # what follows is known
         own["COEFFICIENTS"] = functions_of(spec.descent, DESCENT)["coefficients"]
     return Sums(
@@ -145,7 +147,7 @@ def ascent_sums(spec: StepSpec) -> Sums:
             "TERMS": sums.of_ascent, "FINISH": finish.finish_ascent, "ASCENDS": True,
             "BOTH": False, "LETS": False, "SCALED": spec.adaptive, "ADAPTIVE": False,
             "SEGMENTS": False,
-            "STATES": states_of(spec) if along else 0, "FROM_OLD": along and spec.ascent.from_old,
+            "STATES": states if along else 0, "FROM_OLD": along and spec.ascent.from_old,
             "SUMS": 2 if along else 1,
         },
         several=along,

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from fastsam.kernels.layout import Launch, Row
-from fastsam.step.base_state import BaseStates
+from fastsam.step.base_state import BaseStates, Computed
 from fastsam.step.batch import Batch
 from fastsam.step.spec import StepSpec
 from fastsam.step.state import AscentStates
@@ -86,7 +86,7 @@ def ascent_rows(bucket: Bucket, batch: Batch, spec: StepSpec) -> dict[Row, list[
 
 def read_rows(bucket: Bucket, batch: Batch) -> dict[Row, list[int]]:
     """Addresses of the base's state that the ascent rule reads; 0 for parameters without."""
-    assert batch.read is not None and isinstance(batch.prepared, BaseStates)
+    assert batch.read is not None and isinstance(batch.prepared, (BaseStates, Computed))
     if bucket.described and batch.prepared.in_order:
         return {}
     addresses = []
