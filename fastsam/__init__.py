@@ -24,11 +24,12 @@ from .methods.vasso import VaSSO
 from .methods.weighted import GNP, WSAM
 from .normalization import normalization_groups
 from .replicas import per_replica
+from .schedules import LambdaRho, ProportionalRho, RhoScheduler, tail
 
 __version__ = "0.1.0"
 __all__ = ["ASAM", "GNP", "GSAM", "LESAM", "LETS", "SAM", "SAMAR", "SSAM", "USAM", "WSAM",
-           "AdaGradNorm", "AdaSAM", "FriendlySAM", "FunctionalSAM", "Landscape", "LightSAM",
-           "PreconditionedSAM", "SharpnessRatio", "UnifiedSAM", "VaSSO", "compare_ranks",
-           "frozen_batch_norm", "frozen_updates", "functional_closures", "graphed",
-           "loss_landscape", "normalization_groups", "per_replica", "rules", "select_samples",
-           "sharpness", "theory"]  # fmt: skip
+           "AdaGradNorm", "AdaSAM", "FriendlySAM", "FunctionalSAM", "LambdaRho", "Landscape",
+           "LightSAM", "PreconditionedSAM", "ProportionalRho", "RhoScheduler", "SharpnessRatio",
+           "UnifiedSAM", "VaSSO", "compare_ranks", "frozen_batch_norm", "frozen_updates",
+           "functional_closures", "graphed", "loss_landscape", "normalization_groups",
+           "per_replica", "rules", "select_samples", "sharpness", "tail", "theory"]  # fmt: skip

@@ -63,9 +63,8 @@ class GSAM(SharpnessAwareOptimizer):
     gradient's norm is not finite, :math:`u = \tilde g`. With ``renormalize`` :math:`\tilde g` is
     rescaled first; ``max_grad_norm`` bounds the norm of :math:`u`.
 
-    The authors let the radius follow the learning rate, linearly between two bounds; ``rho`` is a
-    group key, and three lines after ``scheduler.step()`` do it (see "Schedulers" in
-    ``docs/training.md``).
+    The authors let the radius follow the learning rate, linearly between two bounds:
+    :class:`ProportionalRho` does that.
 
     Cost: that of :class:`SAM`, and a second reduction over both gradients; the first is kept until
     the update, in its own memory where the step sets it to None (``zero_grad=True``, as in
