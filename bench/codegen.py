@@ -153,10 +153,12 @@ def variants() -> list[Variant]:
     """Every variant of the rules that the library declares, on tensors of dtypes in ``TYPES``."""
     ascents = [rule for rule in rules() if isinstance(rule, Ascent)]
     found: list[Variant] = []
-    for types in dict.fromkeys((param, grad) for param, grad, _ in TYPES):
-        for ascent, adaptive in itertools.product(ascents, (False, True)):
+    for ascent, adaptive in itertools.product(ascents, (False, True)):
+        for param, grad, state in TYPES:
             if not adaptive or ascent.scales:
+                types = param, state if ascent.momentum else grad
                 found += _of_ascent(types, _spec(ascent, adaptive))
+    for types in dict.fromkeys((param, grad) for param, grad, _ in TYPES):
         found += _of_descent(types)
     for base, group in itertools.product(rules(), GROUPS):
         if isinstance(base, Base):
@@ -172,7 +174,7 @@ def _spec(ascent: Ascent, adaptive: bool, **more: Any) -> StepSpec:
 def _of_ascent(types: Sequence[str], spec: StepSpec) -> Iterator[Variant]:
     # what follows from the base's state, or from the accumulator, does not serve what makes the
     # perturbation once more
-    again = not spec.ascent.sees_past
+    again = not (spec.ascent.sees_past or spec.ascent.momentum)
     for storage in _storages(types):
         for read in _reads(spec.ascent, types, storage):
             yield _perturbation(types, perturb_constants(spec), read, **storage)
@@ -186,7 +188,8 @@ def _of_ascent(types: Sequence[str], spec: StepSpec) -> Iterator[Variant]:
             yield _perturbation(types, perturb_constants(by_layer), read, **storage)
             if again:
                 yield _reduction(types, hypergradient_sums(by_layer, "diag"), False)
-        if spec.ascent.advance is None and spec.ascent.accumulate is None:
+        rule = spec.ascent
+        if rule.advance is None and rule.accumulate is None and not rule.momentum:
             # it may come several times
             yield _perturbation(types, perturb_constants(spec, False), read, **storage)
     if spec.ascent.norm is not None:

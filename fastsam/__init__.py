@@ -16,6 +16,7 @@ from .methods.gsam import GSAM
 from .methods.lesam import LESAM
 from .methods.lets import LETS
 from .methods.lightsam import LightSAM
+from .methods.momentum import MSAM
 from .methods.preconditioned import PreconditionedSAM
 from .methods.ratio import SharpnessRatio
 from .methods.sam import ASAM, SAM, SSAM, USAM, UnifiedSAM
@@ -27,7 +28,7 @@ from .replicas import per_replica
 from .schedules import LambdaRho, ProportionalRho, RhoScheduler, tail
 
 __version__ = "0.1.0"
-__all__ = ["ASAM", "GNP", "GSAM", "LESAM", "LETS", "SAM", "SAMAR", "SSAM", "USAM", "WSAM",
+__all__ = ["ASAM", "GNP", "GSAM", "LESAM", "LETS", "MSAM", "SAM", "SAMAR", "SSAM", "USAM", "WSAM",
            "AdaGradNorm", "AdaSAM", "FriendlySAM", "FunctionalSAM", "LambdaRho", "Landscape",
            "LightSAM", "PreconditionedSAM", "ProportionalRho", "RhoScheduler", "SharpnessRatio",
            "UnifiedSAM", "VaSSO", "compare_ranks", "frozen_batch_norm", "frozen_updates",

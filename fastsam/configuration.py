@@ -191,9 +191,10 @@ class Configured(SharedState):
         # the groups again, now that they are complete
         self._arguments.check_again(self.param_groups, self._base_of, self.defaults)
         for group in self.param_groups:
-            if (base := self._base_of(group)) is None:
-                continue
+            base = self._base_of(group)
             self._check_base_state(group, base)
+            if base is None:
+                continue
             # Adagrad's begins here; ours where it is needed, all at once
             for param in group["params"] if taken is None else ():
                 self.state.pop(param, None)

@@ -99,7 +99,7 @@ class ExplicitPasses(Configured):
                 self._flight = flight
             if flight.replicas is not None and not flight.ascents_left:
                 self._passes.agree(spec, flight)
-            if not batch.params and self._inside_step:
+            if not batch.params and self._inside_step and not self.ascent.momentum:
                 self._warnings.once("no gradients", NO_GRADIENTS)
             if zero_grad:
                 self._zero_gradients()
@@ -133,12 +133,14 @@ class ExplicitPasses(Configured):
         flight = self._flight
         assert flight is not None
         try:
-            check_same_scaler(flight.scale, grad_scaler, self, zero_grad)
+            self._check_scale(flight, grad_scaler, zero_grad)
             warn_of_stale_gradients(flight, self._warnings)
             self._run_base_hooks("pre")
             spec = self._last = self._spec(flight)
             batch = self._passes.collect_second(spec, self.state)
-            if flight.backup is not None and not batch.params:
+            if not batch.params and self.ascent.momentum:
+                self._warnings.once("no gradients", NO_GRADIENTS)
+            elif not batch.params and flight.backup is not None:
                 self._warnings.once("no second gradients", NO_SECOND_GRADIENTS)
             check_reduced(batch, flight, self.param_groups)
             self._finish(batch, spec, flight)
@@ -354,6 +356,10 @@ class ExplicitPasses(Configured):
                 self._warnings.once("unknown context", UNKNOWN_CONTEXT)
         return flight
 
+    def _check_scale(self, flight: InFlight, grad_scaler: Any, zero_grad: Any) -> None:
+        """The second pass has the scaler of the first."""
+        check_same_scaler(flight.scale, grad_scaler, self, zero_grad)
+
     def _plain(self, scale: LossScale | None) -> None:
         """A step of the base alone."""
         self._run_base_hooks("pre")
@@ -411,7 +417,7 @@ class ExplicitPasses(Configured):
             renormalize=self.renormalize and perturbs,
             max_grad_norm=self.max_grad_norm,
             skip_nonfinite=self.skip_nonfinite or is_scaled,
-            skip_first=is_scaled and perturbs,
+            skip_first=is_scaled and perturbs and not self.ascent.momentum,
             is_scaled=is_scaled,
             has_masters=self.master_weights,
             is_static=self._is_static,

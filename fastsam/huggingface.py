@@ -9,6 +9,7 @@ from transformers import Trainer
 
 from .accelerate import AcceleratedSAM
 from .methods.functional import FunctionalSAM
+from .methods.momentum import MSAM
 
 #: Methods of ``Trainer`` that are overridden or called here.
 NEEDED = (
@@ -48,6 +49,7 @@ class SAMTrainerMixin:
     ``LETS`` is refused: it needs a second batch. ``FunctionalSAM`` marks what the model's output
     embeddings give (``get_output_embeddings``: a language model's logits), unless ``outputs_of``
     has named another module; a model without them needs that, and is refused in the first step.
+    ``MSAM`` runs every micro-batch once.
     """
 
     args: Any
@@ -86,6 +88,15 @@ class SAMTrainerMixin:
         sam = self.optimizer.optimizer
         if not sam.perturbs_next:
             return run(model, inputs, *args, **kwargs)
+        if isinstance(sam, MSAM):  # whose one pass begins with the perturbation
+            opens, self._opens_step = self._opens_step, False
+            try:
+                if opens:
+                    sam.first_step()
+                return run(model, inputs, *args, **kwargs)
+            except BaseException:
+                sam.restore()
+                raise
         repeats = sam.repeated_random if sam.repeat_random else nullcontext
         opens, self._opens_step = self._opens_step, False  # where random numbers are noted
         with (sam.ascent_context or nullcontext)(), repeats() if opens else nullcontext():

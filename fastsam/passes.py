@@ -83,9 +83,12 @@ class Passes:
             backend: That the user asked for.
             cleared: Whether the gradients are about to be set to None.
         """
-        goes_on = flight.taken > 0
-        collect = self.collector.further if goes_on else self.collector.first
-        batch = collect(spec.groups, self._name)
+        goes_on, momentum = flight.taken > 0, spec.ascent.momentum
+        if momentum:
+            batch = self.collector.momentum(spec.groups, self._name, momentum, states)
+        else:
+            collect = self.collector.further if goes_on else self.collector.first
+            batch = collect(spec.groups, self._name)
         check_unperturbed(self, self._name, batch)
         if spec.has_masters or spec.seed is not None:
             self._add_precision(batch, spec, states)
@@ -97,7 +100,7 @@ class Passes:
             ascent = find_ascent_state(spec.ascent, batch, spec.groups, states)
         if spec.ascent.base_state and spec.ascent.computes is None:
             find_base_state_read(batch, spec, states)
-        if flight.scale is not None or self.scalars.carries_scale:
+        if not momentum and (flight.scale is not None or self.scalars.carries_scale):
             batch = self._scale(batch, Scalar.FIRST_INVERSE_SCALE, spec, flight, backend)
         if spec.ascent.computes is not None and batch.params:
             # the backend has unscaled the gradients, or takes them as they are
@@ -127,7 +130,9 @@ class Passes:
             scalars[Scalar.GRAD_NORM] = norm
         flight.taken += 1
         flight.ascent = ascent
-        flight.saw_shards |= batch.shardings is not None and any(batch.shardings)
+        # a parameter that has no momentum yet is not one whose gradient is kept back
+        sharded = batch.shardings is not None and any(batch.shardings)
+        flight.saw_shards |= sharded or bool(momentum)
         forget_weights()
         return batch
 
@@ -149,7 +154,9 @@ class Passes:
 
     def collect_second(self, spec: StepSpec, states: States) -> Batch:
         """The parameters that have a gradient now."""
-        batch = self.collector.second(spec.groups, self._name, after_first=spec.perturbs)
+        batch = self.collector.second(
+            spec.groups, self._name, spec.perturbs, bool(spec.ascent.momentum)
+        )
         check_unperturbed(self, self._name, batch)
         if spec.has_masters or spec.seed is not None:
             self._add_precision(batch, spec, states)
@@ -327,7 +334,7 @@ class Passes:
         scalars = self.scalars.on_device_of(batch)
         self.scalars.carries_scale = True
         opens_step = slot == Scalar.FIRST_INVERSE_SCALE or not flight.perturbs
-        opens_step = opens_step and not flight.taken
+        opens_step = (opens_step and not flight.taken) or bool(spec.ascent.momentum)
         flight.scale.write(slot, scalars, opens_step)
         if not batch.params:
             return batch

@@ -54,6 +54,7 @@ PRODUCTS = {
     "test_maximize": "methods with bases",
     "test_methods": "methods with bases and dtypes",
     "test_micro_batches_scaled": "methods, and where the overflow is",
+    "test_msam": "bases and dtypes",
     "test_packages": "methods, and other packages' settings",
     "test_range": "methods and sizes of gradients",
     "test_resume": "methods, and ways of saving",

@@ -30,7 +30,7 @@ class BaseStates:
 
     def __init__(self, batch: Batch, name: str, held: list[Any]):
         self.tensors = [
-            None if x is None else _local(name, x, owner, param)
+            None if x is None else part_of_state(name, x, owner, param)
             for x, owner, param in zip(held, batch.owners, batch.params, strict=True)
         ]
         pairs = zip(self.tensors, batch.params, strict=True)
@@ -67,7 +67,7 @@ class BaseStates:
         return same and self._find_addresses() == self._addresses
 
 
-def _local(name: str, x: Any, owner: Tensor, param: Tensor) -> Tensor:
+def part_of_state(name: str, x: Any, owner: Tensor, param: Tensor) -> Tensor:
     """This process's part of a state tensor, checked."""
     if not isinstance(x, Tensor):
         raise RuntimeError(

@@ -52,7 +52,9 @@ def check_ascent_steps(
     """
     if value == 1:
         return
-    if ascent.advance is not None or ascent.accumulate is not None:
+    if ascent.momentum:
+        why = f"{name}, which perturbs along the same momentum every time"
+    elif ascent.advance is not None or ascent.accumulate is not None:
         why = f"{name}, whose ascent has state that follows one gradient a step"
     elif descent is not None:
         why = f"{name}, whose update takes the one first gradient"
@@ -159,14 +161,20 @@ def check_base_state(
 
     Of one that is not fused nobody knows before its first step.
     """
-    if base is None or not ascent.base_state or ascent.computes is not None:
+    read = ascent.momentum or ("" if ascent.computes is not None else ascent.base_state)
+    if not read or not is_perturbed(group):
         return
-    if not is_perturbed(group):
-        return
-    if ascent.base_state not in base.state_names(dict(group)):
+    if base is None and ascent.momentum:
         raise TypeError(
-            f"base_optimizer must be one that keeps {ascent.base_state!r}, which the ascent "
-            f"{ascent.name!r} reads, in every group that is perturbed; got {name}"
+            f"base_optimizer must be one whose update is fused with {ascent.name!r}, which "
+            f"perturbs along the {read!r} that it keeps, in every group that is perturbed; got "
+            f"{name}"
+        )
+    if base is not None and read not in base.state_names(dict(group)):
+        has_none = " with momentum=0" if group.get("momentum") == 0 else ""
+        raise TypeError(
+            f"base_optimizer must be one that keeps {read!r}, which the ascent "
+            f"{ascent.name!r} reads, in every group that is perturbed; got {name}{has_none}"
         )
 
 

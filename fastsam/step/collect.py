@@ -6,16 +6,19 @@ few sweeps over the parameters, in C wherever Python offers that.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import chain, repeat
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .base_state import part_of_state
 from .batch import Batch, Layout, identical
 from .checks import check_partitioned, check_tensors
 from .sharding import is_sharded, local, local_grad, sharding_of
 from .spec import Group, is_perturbed
+from .state import States
 
 #: Patterns of missing gradients that are remembered.
 PATTERNS = 8
@@ -44,7 +47,7 @@ class Sweep:
 
     def collect(
         self, groups: Sequence[Group], name: str, before: "Sweep | None" = None,
-        perturbs: bool = False,
+        perturbs: bool = False, momentum: Callable[[list[Tensor]], list[Any]] | None = None,
     ) -> Batch:  # fmt: skip
         """The parameters that have a gradient, each once, in the order of their groups, checked.
 
@@ -53,6 +56,7 @@ class Sweep:
             name: The optimizer's.
             before: The sweep that looked at the parameters earlier in this step.
             perturbs: Leave out the groups that are not perturbed.
+            momentum: Gives for parameters what stands in the place of their gradients.
 
         Raises:
             RuntimeError: For tensors that ``name`` does not serve (``check_tensors``).
@@ -72,7 +76,10 @@ class Sweep:
             self.lists = list(map(list, lists))  # last: they say that the others are right
         owners, indices = self._unique
         grads: list[Any]
-        if self._shards:
+        if momentum is not None:
+            params = list(map(local, owners)) if self._shards else owners
+            grads = momentum(owners)
+        elif self._shards:
             params, grads = list(map(local, owners)), list(map(local_grad, owners))
         else:
             params, grads = owners, [param.grad for param in owners]
@@ -173,6 +180,19 @@ def _fits(layout: Layout, grads: list[Tensor], addresses: list[int], again: bool
     return list(map(Tensor.stride, chain(layout.params, grads))) == layout.strides
 
 
+def momentum_of(state: str, states: States, owners: list[Tensor]) -> list[Any]:
+    """This process's part of each parameter's momentum; None where there is none yet.
+
+    Raises:
+        RuntimeError: If one is no tensor, or has another shape, or is sharded otherwise.
+    """
+    held = [states[param].get(state) if param in states else None for param in owners]
+    return [
+        x if x is None else part_of_state(state, x, owner, local(owner))
+        for x, owner in zip(held, owners, strict=True)
+    ]
+
+
 class Collector:
     """Finds the tensors of an optimizer's passes: a :class:`Sweep` for each kind of pass.
 
@@ -182,7 +202,7 @@ class Collector:
 
     def __init__(self, check: Callable[[list[Tensor]], None] = ignore) -> None:
         self._check = check
-        names = ("first", "further", "second", "only", "other")
+        names = ("first", "further", "second", "only", "other", "momentum")
         self._sweeps = {name: Sweep(check) for name in names}
         self._made = 0  # layouts of the first pass that the second pass's sweep knows of
 
@@ -202,11 +222,28 @@ class Collector:
         """
         return self._sweeps["further"].collect(groups, name, self._sweeps["first"], perturbs=True)
 
-    def second(self, groups: Sequence[Group], name: str, after_first: bool) -> Batch:
+    def momentum(self, groups: Sequence[Group], name: str, state: str, states: States) -> Batch:
+        """The perturbed parameters that have a momentum, with that in the place of gradients.
+
+        Args:
+            groups, name: The optimizer's.
+            state: The momentum's name in the base's state.
+            states: The optimizer's.
+        """
+        return self._sweeps["momentum"].collect(
+            groups, name, perturbs=True, momentum=partial(momentum_of, state, states)
+        )
+
+    def second(
+        self, groups: Sequence[Group], name: str, after_first: bool, along_momentum: bool = False
+    ) -> Batch:
         """All that have a second gradient, or with ``after_first=False`` a step's only one.
 
-        These have a sweep of their own, as parameters may be elsewhere between two passes.
+        These have a sweep of their own, as parameters may be elsewhere between two passes. Where
+        the first of these was ``along_momentum`` it has not looked at the gradients' parameters.
         """
+        if along_momentum and after_first:
+            return self._sweeps["second"].collect(groups, name)
         if not after_first:
             return self._sweeps["only"].collect(groups, name)
         return self._sweeps["second"].collect(groups, name, self._sweeps["first"])

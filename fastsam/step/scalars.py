@@ -70,7 +70,7 @@ class DeviceScalars:
         assert self.vector is not None
         names = {}
         if spec.perturbs and spec.needs_ascent_norm:
-            names["grad_norm"] = Scalar.GRAD_NORM
+            names["momentum_norm" if spec.ascent.momentum else "grad_norm"] = Scalar.GRAD_NORM
         if spec.needs_descent_norm:
             names["perturbed_grad_norm"] = Scalar.PERTURBED_GRAD_NORM
         if spec.renormalize:

@@ -110,6 +110,11 @@ class Ascent(Rule):
             base's, under the name ``base_state``: of the shape of ``g``, or of none. ``state`` is
             the base's of the parameter. It runs in torch on every backend, as a user's function
             does. Default: none.
+        momentum: Name of a state tensor of the base optimizer that stands in the place of the
+            gradient: ``g`` and both norms are of it, and a parameter that has none yet is not
+            perturbed. The step then has one pass, which begins with the perturbation, and gradients
+            at ``w`` are not looked at. ``g`` has its sign changed as a gradient's is where a group
+            maximizes, though a momentum is of what is minimised already. Default: none.
         norm: ``"gradient"`` or ``"direction"``: of which the global norm is taken, with ``T``.
             None: none is needed. A direction whose norm is taken is 0 where gradient and state of
             the ascent are.
@@ -141,6 +146,7 @@ class Ascent(Rule):
     states: Callable[[Group], dict[str, float]] = _no_states
     base_state: str = ""
     computes: Callable[[Tensor, dict[str, Any]], Any] | None = None
+    momentum: str = ""
     norm: str | None = "gradient"
     scales: bool = True
     arguments: Mapping[str, Argument] = field(default_factory=dict)
@@ -179,6 +185,11 @@ class Ascent(Rule):
             raise ValueError(
                 f"base_state of ascent {self.name!r} must name a state of the base optimizer, got "
                 f"{self.base_state!r}"
+            )
+        if self.momentum and (self.base_state or self.advance or self.accumulate):
+            raise ValueError(
+                f"ascent {self.name!r} follows the base's {self.momentum!r}, and may have no "
+                "base_state, advance or accumulate"
             )
 
     @property

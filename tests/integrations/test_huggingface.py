@@ -188,6 +188,7 @@ def logged(trainer, key):
         (fastsam.SAM, ADAMW, torch.bfloat16),
         (fastsam.SSAM, SGD | {"rho": 0.2}, None),  # clipped after its rescaling
         (fastsam.VaSSO, ADAMW | {"perturb_every": 2, "start": 1}, None),
+        (fastsam.MSAM, ADAMW, None),
     ],
 )
 def test_trainer_equals_a_loop_by_hand(method, kwargs, autocast, tmp_path):

@@ -34,6 +34,7 @@ ASCENTS: dict[str, Group] = {
     "second_moment": {},
     "variance": {"beta": 0.9, "damping": 0.1},
     "diagonal": {},
+    "momentum": {},
 }
 DESCENTS: dict[str, Group] = {
     "": {},
@@ -97,6 +98,9 @@ class Oracle:
       D = f / (s + f), f = damping * v / (number of elements), of the averages before the step:
       s = beta s + (1-beta) (g - m)^2 with the old m, m = beta m + (1-beta) g, and
       v = 0.9 v + 0.1 ||T g||^2. s and v start at 0, m at the first g; D = 1 where f = 0.
+
+    - "momentum" (MSAM, Becker et al. 2024): e = -rho T^2 v / (||T v|| + eps), where v is the base's
+      momentum as the step before has left it; the gradients at w are not looked at.
 
     Descent: u = gamma g~, gamma = 1 or SSAM's n / (n~ + eps), n = ||T g|| (Tan et al. 2025); or
     SAMAR's u = (1 - lam_k) g + lam_k gamma g~ (Zou, Deng & Sun 2024), or one of the descent rules
@@ -223,7 +227,7 @@ class Oracle:
         rules = {"unified": self._unified, "vasso": self._vasso, "adagrad_norm": self._light_norm,
                  "lesam": self._lesam, "friendly": self._friendly,
                  "second_moment": self._second_moment, "variance": self._variance,
-                 "diagonal": self._by_diagonal}  # fmt: skip
+                 "diagonal": self._by_diagonal, "momentum": self._momentum}  # fmt: skip
         self.e = rules.get(self._ascent, self._light)(gs)
         self.perturbed = list(self.weights)
         for i, e in self.e.items():
@@ -314,6 +318,16 @@ class Oracle:
             xs = {i: ds[i] * x for i, x in xs.items()}
         squares = {i: self._scale(self.weights[i], i) ** 2 for i in xs}
         return {i: self._group[i]["rho"] * squares[i] * x / (n + NORM_EPS) for i, x in xs.items()}
+
+    def _momentum(self, gs: dict[int, Array]) -> dict[int, Array]:
+        names = ("momentum_buffer", "exp_avg")
+        held = {i: [s[x] for x in names if x in s] for i, s in enumerate(self.state)}
+        vs = {i: found[0] for i, found in held.items() if found}
+        n = self.metrics["momentum_norm"] = self._scaled_norm(self.weights, vs)
+        if n == 0 or not np.isfinite(n):
+            return {}
+        squares = {i: self._scale(self.weights[i], i) ** 2 for i in vs}
+        return {i: -self._group[i]["rho"] * squares[i] * v / (n + NORM_EPS) for i, v in vs.items()}
 
     def _light_norm(self, gs: dict[int, Array]) -> dict[int, Array]:
         a2 = self.a2 + self._n**2

@@ -208,6 +208,20 @@ METHODS = {
     ),
     "adasam": Method(fastsam.AdaSAM, {"rho": 0.05}, {}, {}, ("uncorrected_amsgrad",)),
 }  # fmt: skip
+#: Methods whose step has one pass, which tests that give gradients at w have no use for
+#: (``test_msam.py``).
+ONE_PASS = {
+    "msam": Method(
+        fastsam.MSAM, {}, {"rho": 0.3}, {"ascent": "momentum"},
+        ("sgd-momentum", "sgd-nesterov", "sgd-dampening", "adam", "adam-amsgrad", "adamw"),
+    ),
+    "msam-all": Method(
+        fastsam.MSAM,
+        {"rho": 0.5, "eta": 0.1, "max_grad_norm": 0.5, "skip_nonfinite": True} | ADAPTIVE,
+        {"rho": 0.5, "eta": 0.1} | ADAPTIVE,
+        {"ascent": "momentum", "max_grad_norm": 0.5, "skip_nonfinite": True}, TWO,
+    ),
+}  # fmt: skip
 #: Methods that differ from another by an equation alone, and share with it whatever else a step
 #: has. Their equations are tested as all are; other tests are given them one by one only where
 #: every case runs (``conftest.py``).
@@ -280,13 +294,13 @@ def create(
     method: str, params: Any, backend: str, base: str = "sgd-momentum", **kwargs: Any
 ) -> fastsam.optimizer.SharpnessAwareOptimizer:
     """A method by name, on this base unless it has an update of its own; ``kwargs`` go first."""
-    spec = METHODS[method]
+    spec = (METHODS | ONE_PASS)[method]
     return build(spec, base_of(method, base), params, None, backend, **kwargs)
 
 
 def base_of(method: str, base: str = "sgd-momentum") -> Base:
     """The base of this name, or the one that the method has of its own, or needs."""
-    own = METHODS[method].bases[0]
+    own = (METHODS | ONE_PASS)[method].bases[0]
     return OWN_UPDATES[own] if own in OWN_UPDATES else BASES[base]
 
 

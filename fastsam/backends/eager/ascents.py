@@ -27,8 +27,9 @@ Tensors = list[Tensor]
 class AlongGradient:
     """Rules whose direction is the gradient."""
 
-    #: Whether directions have the sign of the gradients as they are, also in groups that maximize.
-    is_raw = True
+    def sign(self, group: Group) -> float:
+        """What directions, as they are here, are multiplied by."""
+        return sign_of(group)
 
     def directions(
         self, batch: Batch, parts: list[Part], spec: StepSpec, others: dict[int, Tensor],
@@ -47,7 +48,7 @@ class AlongGradient:
         """Write ``w + e`` to the targets."""
         weights, group = part.of(batch.params), part.group
         scale = float(radius(spec, group, scalars.tolist()))
-        scale *= sign_of(group) if self.is_raw else 1.0
+        scale *= self.sign(group)
         if scale == 0:  # the direction may hold infinities
             torch._foreach_copy_(targets, weights)
         elif group["adaptive"]:
@@ -63,10 +64,18 @@ class AlongGradient:
             add_into(targets, weights, part.of(directions), scale)
 
 
+class AlongMomentum(AlongGradient):
+    """MSAM's: backwards along the base's momentum, which is of what is minimised."""
+
+    def sign(self, group: Group) -> float:
+        return -1.0
+
+
 class AlongAverage(AlongGradient):
     """VaSSO's: the direction is an average of the gradients."""
 
-    is_raw = False
+    def sign(self, group: Group) -> float:
+        return 1.0
 
     def directions(
         self, batch: Batch, parts: list[Part], spec: StepSpec, others: dict[int, Tensor],
@@ -238,6 +247,7 @@ def _adam(weights: Tensors, grads: Tensors, states: list[Tensors], group: Group,
 
 
 along_gradient, along_average = AlongGradient(), AlongAverage()
+along_momentum = AlongMomentum()
 by_adagrad, by_adam, by_equations = ByFused(_adagrad), ByFused(_adam), ByEquations()
 
 
