@@ -242,7 +242,7 @@ def _of_base(types: Sequence[str], base: Base, group: dict[str, Any]) -> Iterato
         spec = _spec(
             UNIFIED, False, base=base, max_grad_norm=1.0 if scale else None, skip_nonfinite=skip
         )
-        for of_ascent in range(1 + skip * (2 if base.wide else 1)):
+        for of_ascent in range(1 + skip * 2):
             rule = update_constants(spec, of_ascent, starts) | storage
             yield _variant("update_kernel", types, LAUNCHES.update, STATES=states, **rule)
             if scale and not base.wide and of_ascent == 0:

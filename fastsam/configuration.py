@@ -13,6 +13,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from fastsam.kernels.layout import Scalar
 
 from . import backends
+from .amplified import amplified
 from .bases import find_base
 from .bases.several import (
     Several,
@@ -31,6 +32,7 @@ from .step.arguments import (
     Choice,
     Context,
     FlagOr,
+    FlagOrNumber,
     GroupArguments,
     Integer,
     Number,
@@ -40,6 +42,7 @@ from .step.arguments import (
 )
 from .step.checkpoint import Loading, SharedState, parts_of, read_kept, set_parts, write_kept
 from .step.checks import (
+    check_amplify,
     check_ascent_steps,
     check_base,
     check_base_state,
@@ -65,6 +68,7 @@ if TYPE_CHECKING:
 
 
 def _check_ascents(optimizer: "Configured", ascent_steps: int) -> None:
+    check_amplify(optimizer, optimizer.amplify, ascent_steps)
     rounds = {
         "master_weights": optimizer.master_weights,
         "rounding='stochastic'": optimizer.rounding == "stochastic",
@@ -72,6 +76,10 @@ def _check_ascents(optimizer: "Configured", ascent_steps: int) -> None:
     check_ascent_steps(
         ascent_steps, type(optimizer).__name__, optimizer.ascent, optimizer.descent, rounds
     )
+
+
+def _check_amplify(optimizer: "Configured", amplify: bool | float) -> None:
+    check_amplify(optimizer, amplify, vars(optimizer).get("ascent_steps", 1))
 
 
 def _check_norm(optimizer: "Configured", norm: str) -> None:
@@ -109,6 +117,9 @@ class Configured(SharedState):
     perturb_every: int = setting(Integer(1))
     start: int = setting(Integer(0))
     stop: int | None = setting(Integer(1, optional=True))
+    amplify: bool | float = setting(
+        FlagOrNumber(Number(with_low=False, tensors=None)), then=_check_amplify
+    )
     master_weights: bool = setting(FLAG, fixed=OF_STATE)
     rounding: str = setting(Choice(ROUNDINGS), fixed=OF_STATE)
     seed: int = setting(Integer(0, 2**32))
@@ -135,6 +146,7 @@ class Configured(SharedState):
         perturb_every: int = 1,
         start: int = 0,
         stop: int | None = None,
+        amplify: bool | float = False,
         master_weights: bool = False,
         rounding: str = "nearest",
         seed: int = 0,
@@ -160,6 +172,7 @@ class Configured(SharedState):
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
         self.perturb_every, self.start, self.stop = perturb_every, start, stop
+        self.amplify = amplify
         self.master_weights = master_weights
         self.rounding, self.seed = rounding, seed
         self.repeat_random = repeat_random
@@ -290,6 +303,14 @@ class Configured(SharedState):
     def _base_of(self, group: Mapping[str, Any]) -> Base | None:
         """The fused base of a group."""
         return self._base if self._several is None else self._several.base_of(group)
+
+    @property
+    def _mixing(self) -> Descent | None:
+        """The descent rule of a sharpness-aware step: the class's, or that of ``amplify``."""
+        if self.descent is not None or not self.amplify:
+            return self.descent
+        factor = float(self.amplify) * self.perturb_every
+        return None if factor == 1 else amplified(factor)
 
     # --- groups ---
 

@@ -345,13 +345,13 @@ class ExplicitPasses(Configured):
             replicas = self._replicas if self._inside_step else replicas_behind(self.ascent_context)
         if replicas is not None:
             name = type(self).__name__
-            check_replicas(name, self.descent, self.renormalize, self.param_groups)
+            check_replicas(name, self._mixing, self.renormalize, self.param_groups)
         flight = InFlight(
             perturbs, self._next_lam(), self.ascent_steps, scale=scale, replicas=replicas
         )
         if perturbs and replicas is None and self.ascent_context is not None:
             # replicas would drift apart if this context is one that keeps gradients apart
-            matters = self.renormalize or self.descent is not None or flight.scale is not None
+            matters = self.renormalize or self._mixing is not None or flight.scale is not None
             if matters and is_distributed():
                 self._warnings.once("unknown context", UNKNOWN_CONTEXT)
         return flight
@@ -410,7 +410,7 @@ class ExplicitPasses(Configured):
             groups=self.param_groups,
             ascent=self.ascent,
             base=self._base,
-            descent=self.descent if perturbs else None,
+            descent=self._mixing if perturbs else None,
             perturbs=perturbs,
             lam=flight.lam,
             share=share_of(flight.ascents),

@@ -147,7 +147,7 @@ class SharpnessAwareOptimizer(ExplicitPasses):
                 ``grad_scaler`` is something else.
         """
         name = type(self).__name__
-        if self.renormalize or self.descent is not None or not self._is_memoryless:
+        if self.renormalize or self._mixing is not None or not self._is_memoryless:
             raise RuntimeError(f"{name} does not serve perturbations by micro-batch")
         closures = check_closures(name, closures)
         self._expect("first_step", "step_micro_batches")

@@ -58,6 +58,17 @@ class SAM(SharpnessAwareOptimizer):
             ``start + perturb_every`` ... below ``stop`` are sharpness-aware; the others are the
             base optimizer's, at the cost of one pass. The count is saved with the state;
             ``kept["t"]`` is one more. Default 1, 0 and None: all of them.
+        amplify: Let a step with a perturbation stand for those without, as factor-SAM does, so that
+            the best ``rho`` does not depend on :math:`k`, which is ``perturb_every``:
+
+            .. math:: u = g + \alpha k\, (\tilde g - g)
+
+            True is :math:`\alpha = 1`: in :math:`k` steps as much of the sharpness's gradient as
+            SAM has in :math:`k` steps, and with :math:`k = 1` SAM itself. A number above 0 is
+            :math:`\alpha`. The other steps are the base optimizer's as before. Costs what
+            :class:`WSAM` does with ``decouple=False``: 44 bytes instead of 40. Not with classes
+            whose update is made of both gradients already, nor ``ascent_steps`` above 1; where
+            the first gradient's norm is not finite, :math:`u = \tilde g`. Default False.
         master_weights: Keep a float32 copy behind every float16 and bfloat16 parameter, perturb
             and update that, and round the result. It is in the state, under ``master_weight``;
             where somebody has written to a parameter since, that counts. The base's state is in
@@ -146,6 +157,7 @@ class SAM(SharpnessAwareOptimizer):
         perturb_every: int = 1,
         start: int = 0,
         stop: int | None = None,
+        amplify: bool | float = False,
         master_weights: bool = False,
         rounding: str = "nearest",
         seed: int = 0,
@@ -161,11 +173,11 @@ class SAM(SharpnessAwareOptimizer):
         super().__init__(
             params, base_optimizer, rho=rho, adaptive=adaptive, eta=eta, renormalize=renormalize,
             max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite, norm=norm,
-            perturb_every=perturb_every, start=start, stop=stop, master_weights=master_weights,
-            rounding=rounding, seed=seed, repeat_random=repeat_random, ascent_steps=ascent_steps,
-            ascent_context=ascent_context, descent_context=descent_context,
-            set_to_none=set_to_none, scratch=scratch, backend=backend,
-            **base_kwargs,
+            perturb_every=perturb_every, start=start, stop=stop, amplify=amplify,
+            master_weights=master_weights, rounding=rounding, seed=seed,
+            repeat_random=repeat_random, ascent_steps=ascent_steps, ascent_context=ascent_context,
+            descent_context=descent_context, set_to_none=set_to_none, scratch=scratch,
+            backend=backend, **base_kwargs,
         )  # fmt: skip
 
 

@@ -239,6 +239,22 @@ class FlagOr:
         raise refuse(name, f"True, False or {', '.join(map(repr, self.names))}", value)
 
 
+@dataclass(frozen=True)
+class FlagOrNumber:
+    """True or False, as of a :class:`Flag`, or a number in the range of ``number``."""
+
+    number: Number
+
+    def __call__(self, name: str, value: Any, look: bool = True) -> Any:
+        if value is True or value is False or is_bool(value):
+            return bool(value)
+        try:
+            return self.number(name, value, look)
+        except (TypeError, ValueError):
+            allowed = f"True, False or a number {self.number.allowed}"
+            raise refuse(name, allowed, value) from None
+
+
 #: At least 0 and finite, as most hyper-parameters are.
 POSITIVE = Number()
 FINITE = Number(low=-math.inf, with_low=False)

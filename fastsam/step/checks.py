@@ -66,6 +66,26 @@ def check_ascent_steps(
     raise ValueError(f"ascent_steps must be 1 with {why}; got {value!r}")
 
 
+def check_amplify(optimizer: Any, amplify: bool | float, ascent_steps: int) -> None:
+    """Whether steps may be amplified.
+
+    Raises:
+        ValueError: If not.
+    """
+    if not amplify:
+        return
+    name = type(optimizer).__name__
+    if optimizer.descent is not None:
+        why = f"{name}, whose update is made of both gradients by itself"
+    elif optimizer.ascent.momentum:
+        why = f"{name}, whose step has no first gradient"
+    elif ascent_steps != 1:
+        why = f"ascent_steps={ascent_steps}, as it takes the one first gradient"
+    else:
+        return
+    raise ValueError(f"amplify must be False with {why}; got {amplify!r}")
+
+
 def check_stop(start: int, stop: int | None) -> None:
     """The steps that are sharpness-aware end after they begin."""
     if stop is not None and stop <= start:
@@ -103,8 +123,9 @@ def check_group_keys(kwargs: Mapping[str, Any]) -> None:
 def check_common(kwargs: Mapping[str, Any], cls: type) -> None:
     """What methods with an update of their own take besides their named arguments."""
     allowed = ("renormalize", "max_grad_norm", "skip_nonfinite", "norm", "perturb_every", "start",
-               "stop", "master_weights", "rounding", "seed", "repeat_random", "ascent_steps",
-               "ascent_context", "descent_context", "set_to_none", "scratch")  # fmt: skip
+               "stop", "amplify", "master_weights", "rounding", "seed", "repeat_random",
+               "ascent_steps", "ascent_context", "descent_context", "set_to_none",
+               "scratch")  # fmt: skip
     check_group_keys(kwargs)
     if unknown := [key for key in kwargs if key not in allowed]:
         raise TypeError(

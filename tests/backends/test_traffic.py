@@ -92,6 +92,7 @@ OTHER_CASES = {
     "WSAM + SGD, clipped": Case(fastsam.WSAM, SGD, {"max_grad_norm": 1.0}, TWO_NORMS, 52),
     "WSAM + AdamW, coupled": Case(fastsam.WSAM, ADAMW, {"decouple": False}, floor=52),
     "GNP + SGD": Case(fastsam.GNP, floor=44),
+    "SAM + SGD, amplified": Case(fastsam.SAM, SGD, {"amplify": 0.5}, floor=44),
     "MSAM + AdamW": Case(fastsam.MSAM, ADAMW, floor=48),
     "GNP + SGD, unit": Case(fastsam.GNP, SGD, {"unit": True}, TWO_NORMS, 52),
     "PreconditionedSAM + AdamW": Case(

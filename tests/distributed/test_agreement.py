@@ -71,6 +71,7 @@ UNLIKE = {
     "perturb_every": ({"perturb_every": 2}, "perturb_every is 1 on rank 0 and 2 on rank 1"),
     "start": ({"start": 1}, "start is 0 on rank 0 and 1 on rank 1"),
     "stop": ({"stop": 5}, "stop is None on rank 0 and 5 on rank 1"),
+    "amplify": ({"amplify": True}, "amplify is False on rank 0 and True on rank 1"),
     "renormalize": ({"renormalize": True}, "renormalize is False on rank 0 and True on rank 1"),
     "max_grad_norm": (
         {"max_grad_norm": 1.5}, "max_grad_norm is None on rank 0 and 1.5 on rank 1"

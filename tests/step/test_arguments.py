@@ -52,6 +52,7 @@ RANGES = {
     **dict.fromkeys(("adaptive", "renormalize", "skip_nonfinite", "master_weights", "maximize",
                      "repeat_random", "set_to_none", "decouple", "unit",
                      "nesterov", "amsgrad", "differentiable", "scratch"), NO_BOOL),
+    "amplify": [*(x for x in NO_NUMBER if type(x) not in (bool, np.bool_)), None, 0, *NO_TENSOR],
     "perturb_every": [*NO_INTEGER, 0, None],
     "ascent_steps": [*NO_INTEGER, 0, None],
     "interval": [*NO_INTEGER, 0, None],

@@ -14,7 +14,7 @@ from two_losses import same
 
 #: Settings that a version from before them has not saved.
 NEW = {"ascent_steps", "norm", "repeat_random", "set_to_none", "ascent_context",
-       "descent_context", "perturb_every", "start", "stop", "scratch"}  # fmt: skip
+       "descent_context", "perturb_every", "start", "stop", "amplify", "scratch"}  # fmt: skip
 
 
 def older(x, seen=None):

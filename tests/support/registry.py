@@ -152,6 +152,10 @@ METHODS = {
     ),
     "gnp": Method(fastsam.GNP, {}, {}, {"descent": "gnp"}, TWO),
     "gnp-unit": Method(fastsam.GNP, {"unit": True}, {}, {"descent": "gnp-unit"}, THREE),
+    # GNP's equation, with the weight of the setting
+    "sam-amplified": Method(
+        fastsam.SAM, {"amplify": 1.7}, {"alpha": 1.7}, {"descent": "gnp"}, THREE
+    ),
     "lesam": Method(
         fastsam.LESAM, {"sigma": 0.1, "rho_max": 0.2}, {"sigma": 0.1, "rho": 0.2},
         {"ascent": "lesam"}, TWO,
@@ -226,7 +230,7 @@ ONE_PASS = {
 #: has. Their equations are tested as all are; other tests are given them one by one only where
 #: every case runs (``conftest.py``).
 RELATIVES = ("gsam", "gsam-first-all", "wsam-all", "wsam-coupled", "gnp", "gnp-unit", "lesam",
-             "friendly-all", "functional-adam-all", "preconditioned-all",
+             "sam-amplified", "friendly-all", "functional-adam-all", "preconditioned-all",
              "preconditioned-callable")  # fmt: skip
 #: The classes of these that have no other row.
 RELATIVE_CLASSES = ("GSAM", "GNP", "LESAM")

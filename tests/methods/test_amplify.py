@@ -1,0 +1,107 @@
+"""``perturb_every`` with ``amplify``: steps that stand for several, by hand and against torch."""
+
+import pytest
+import torch
+
+import fastsam
+
+from networks import bits, closure_of, model_and_data, same
+from registry import BACKENDS, DEVICE
+
+SGD = {"base_optimizer": torch.optim.SGD, "lr": 0.1, "momentum": 0.9}
+
+
+def final_gradient(first, second, backend="torch", **kwargs):
+    """u of a step with these gradients."""
+    params = [torch.nn.Parameter(torch.zeros(1, device=DEVICE)) for _ in first]
+    optimizer = fastsam.SAM(params, torch.optim.SGD, lr=1.0, backend=backend, **kwargs)
+    for half, grads in ((optimizer.first_step, first), (optimizer.second_step, second)):
+        for param, g in zip(params, grads, strict=True):
+            param.grad = torch.full_like(param, g)
+        half()
+    return [-param.item() for param in params]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("kwargs", "u"),
+    [
+        ({"perturb_every": 3, "amplify": True}, [7.0, 1.0]),  # g + 3 (g~ - g)
+        ({"perturb_every": 4, "amplify": 0.5}, [5.0, 2.0]),
+        ({"perturb_every": 3}, [3.0, 3.0]),  # not amplified: g~
+        ({"amplify": True}, [3.0, 3.0]),  # of every step: SAM
+        ({"amplify": 2}, [5.0, 2.0]),
+        ({"perturb_every": 3, "amplify": True, "max_grad_norm": 5.0}, [7 / 2**0.5, 2**-0.5]),
+    ],
+)
+def test_by_hand(kwargs, u, backend):
+    found = final_gradient([1.0, 4.0], [3.0, 3.0], backend, **kwargs)
+    assert found == pytest.approx(u, rel=1e-6)
+
+
+def test_a_first_gradient_that_is_not_finite_stays_out():
+    found = final_gradient([float("inf"), 4.0], [3.0, 3.0], perturb_every=3, amplify=True)
+    assert found == [3.0, 3.0]
+
+
+def test_steps_in_between_are_the_bases():
+    """And what is amplified is as if k were the weight of the sharpness's part."""
+    model, loss_fn = model_and_data()
+    other, other_loss = model_and_data()
+    optimizer = fastsam.SAM(model.parameters(), **SGD, perturb_every=2, amplify=True)
+    weighted = fastsam.GNP(other.parameters(), **SGD, alpha=2.0, perturb_every=2)
+    for _ in range(4):
+        optimizer.step(closure_of(loss_fn))
+        weighted.step(closure_of(other_loss))
+        assert same(bits(model), bits(other))
+    optimizer.perturb_every, weighted.param_groups[0]["alpha"] = 1, 1.0
+    weighted.perturb_every = 1
+    optimizer.step(closure_of(loss_fn))
+    weighted.step(closure_of(other_loss))
+    assert all(torch.allclose(x, y) for x, y in zip(bits(model), bits(other), strict=True))
+
+
+def test_the_steps_of_the_base_cost_what_they_did():
+    """No gradient is kept, and where k is 1 nothing is mixed at all."""
+    model, loss_fn = model_and_data()
+    optimizer = fastsam.SAM(model.parameters(), **SGD, perturb_every=2, amplify=True)
+    assert optimizer._mixing is optimizer._mixing is not None
+    optimizer.step(closure_of(loss_fn))
+    assert optimizer._last.descent is optimizer._mixing
+    optimizer.step(closure_of(loss_fn))
+    assert optimizer._last.descent is None
+    optimizer.perturb_every = 1
+    assert optimizer._mixing is None
+
+
+@pytest.mark.parametrize("cls", [fastsam.LightSAM, fastsam.AdaSAM, fastsam.VaSSO])
+def test_classes_whose_descent_is_plain(cls):
+    model, loss_fn = model_and_data()
+    base = () if cls is not fastsam.VaSSO else (torch.optim.SGD,)
+    optimizer = cls(model.parameters(), *base, lr=0.01, rho=0.05, perturb_every=2, amplify=True)
+    before = bits(model)
+    for _ in range(3):
+        optimizer.step(closure_of(loss_fn))
+    assert not same(bits(model), before)
+
+
+@pytest.mark.parametrize(
+    ("cls", "kwargs", "match"),
+    [
+        (fastsam.SAM, {"amplify": 0.0}, "amplify must be True, False or a number above 0"),
+        (fastsam.SAM, {"amplify": "x"}, "amplify must be True, False or a number above 0"),
+        (fastsam.SAM, {"ascent_steps": 2}, "amplify must be False with ascent_steps=2"),
+        (fastsam.GSAM, {}, "amplify must be False with GSAM, whose update is made of both"),
+        (fastsam.MSAM, {"momentum": 0.9}, "amplify must be False with MSAM"),
+    ],
+)
+def test_refused_by_name(cls, kwargs, match):
+    param = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match=match):
+        cls([param], torch.optim.SGD, lr=0.1, **{"amplify": True} | kwargs)
+    optimizer = fastsam.SAM([param], torch.optim.SGD, lr=0.1, amplify=True)
+    with pytest.raises(ValueError, match="amplify must be False with ascent_steps=2"):
+        optimizer.ascent_steps = 2
+    optimizer.perturb_every = 2
+    with pytest.raises(RuntimeError, match="does not serve perturbations by micro-batch"):
+        optimizer.step_micro_batches([lambda: None])
