@@ -172,9 +172,9 @@ def _spec(ascent: Ascent, adaptive: bool, **more: Any) -> StepSpec:
 
 
 def _of_ascent(types: Sequence[str], spec: StepSpec) -> Iterator[Variant]:
-    # what follows from the base's state, or from the accumulator, does not serve what makes the
-    # perturbation once more
-    again = not (spec.ascent.sees_past or spec.ascent.momentum)
+    # neither noise nor what follows from the base's state, or from the accumulator, serves what
+    # makes the perturbation once more
+    again = not (spec.ascent.sees_past or spec.ascent.momentum or spec.ascent.noise)
     for storage in _storages(types):
         for read in _reads(spec.ascent, types, storage):
             yield _perturbation(types, perturb_constants(spec), read, **storage)

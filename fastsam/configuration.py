@@ -266,6 +266,9 @@ class Configured(SharedState):
         if self.rounding == "stochastic":
             slots["rounding_step"] = Scalar.ROUNDING_STEP
             self.kept["rounding_step"] = 0.0
+        if self.ascent.noise:
+            slots["noise_step"] = Scalar.NOISE_STEP
+            self.kept["noise_step"] = 0.0
         return slots
 
     def _make_checks(self, warned: Iterable[Tensor] = ()) -> None:

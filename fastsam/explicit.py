@@ -219,9 +219,9 @@ class ExplicitPasses(Configured):
     def ascents_left(self) -> int:
         """How many calls of ``first_step`` are due before ``second_step``: at first, all.
 
-        That is ``ascent_steps``, which is 1 unless it was given.
+        That is ``ascent_steps``, or ``samples`` of the methods that have it: 1 by default.
         """
-        return self.ascent_steps if self._flight is None else self._flight.ascents_left
+        return self._ascents if self._flight is None else self._flight.ascents_left
 
     @contextmanager
     def unperturbed(self) -> Iterator[None]:
@@ -298,8 +298,9 @@ class ExplicitPasses(Configured):
         if left and call == "first_step":
             return
         if left:
+            several = "samples" if self.ascent.noise else "ascent_steps"
             raise RuntimeError(
-                f"expected first_step, which has to come before another {call}: with ascent_steps "
+                f"expected first_step, which has to come before another {call}: with {several} "
                 f"it comes several times before second_step, {left} more in this step"
             )
         if (due == "second_step") != (self._flight is not None):
@@ -346,9 +347,7 @@ class ExplicitPasses(Configured):
         if replicas is not None:
             name = type(self).__name__
             check_replicas(name, self._mixing, self.renormalize, self.param_groups)
-        flight = InFlight(
-            perturbs, self._next_lam(), self.ascent_steps, scale=scale, replicas=replicas
-        )
+        flight = InFlight(perturbs, self._next_lam(), self._ascents, scale=scale, replicas=replicas)
         if perturbs and replicas is None and self.ascent_context is not None:
             # replicas would drift apart if this context is one that keeps gradients apart
             matters = self.renormalize or self._mixing is not None or flight.scale is not None
@@ -390,6 +389,11 @@ class ExplicitPasses(Configured):
         if self._base is not None or self._several is not None:
             hooks.run_of_base(self.base_optimizer, when)
 
+    @property
+    def _ascents(self) -> int:
+        """How many first passes a step has."""
+        return self.ascent_steps
+
     def _next_lam(self) -> float:
         """Unified SAM's weight of normalisation in the step that begins; 1 is SAM."""
         return 1.0
@@ -405,7 +409,10 @@ class ExplicitPasses(Configured):
 
     def _spec(self, flight: InFlight) -> StepSpec:
         perturbs, is_scaled = flight.perturbs, flight.scale is not None
-        recording = self._passes.recording
+        recording, stochastic = self._passes.recording, self.rounding == "stochastic"
+        noise = self.ascent.noise and perturbs
+        checks_first = is_scaled and perturbs and not self.ascent.momentum
+        checks_first = checks_first or (noise and self.skip_nonfinite)  # they are in u as they are
         return StepSpec(
             groups=self.param_groups,
             ascent=self.ascent,
@@ -413,15 +420,16 @@ class ExplicitPasses(Configured):
             descent=self._mixing if perturbs else None,
             perturbs=perturbs,
             lam=flight.lam,
-            share=share_of(flight.ascents),
+            share=share_of(1 if self.ascent.noise else flight.ascents),
             renormalize=self.renormalize and perturbs,
             max_grad_norm=self.max_grad_norm,
             skip_nonfinite=self.skip_nonfinite or is_scaled,
-            skip_first=is_scaled and perturbs and not self.ascent.momentum,
+            skip_first=checks_first,
             is_scaled=is_scaled,
             has_masters=self.master_weights,
             is_static=self._is_static,
-            seed=self.seed if self.rounding == "stochastic" else None,
+            seed=self.seed if stochastic or noise else None,
+            stochastic=stochastic,
             norm=self.norm,
             keeps_weights=recording is not None and recording.hessian == "diag",
             scratch=self._passes.scratch and self.scratch,

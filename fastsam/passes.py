@@ -111,7 +111,14 @@ class Passes:
             everyone, ours = batch, []
             if not all(map(is_perturbed, spec.groups)):
                 everyone, ours = self._every_first(spec, flight, backend), batch.grads
-            flight.keep_firsts(everyone, take_over(everyone, cleared, ours, True))
+            if goes_on and flight.samples is not None:
+                flight.samples.add(everyone, cleared, ours)
+            else:
+                flight.keep_firsts(everyone, take_over(everyone, cleared, ours, True))
+        if flight.samples is not None:
+            if goes_on:
+                flight.start_again()
+            scalars[Scalar.SAMPLE].fill_(flight.taken)
         if spec.norm != "global" and batch.params:
             self._add_segments(batch, spec)
             flight.squares = batch.squares
@@ -142,6 +149,24 @@ class Passes:
         if flight.scale is None or self.backends.serving(backend, batch).takes_scaled:
             return batch
         return unscaled(batch, self.scalars.on_device_of(batch)[Scalar.FIRST_INVERSE_SCALE])
+
+    def give(self, spec: StepSpec, second: Any, first: Any) -> None:
+        """Let ``u`` be ``second * g~ + first * g``: numbers, or 0-dim tensors.
+
+        For descent rules to which such numbers are given.
+        """
+        scalars = self.scalars.vector
+        assert scalars is not None
+        slots = Scalar.COEFFICIENT, Scalar.FIRST_COEFFICIENT
+        if spec.needs_descent_norm:  # from which, and from these numbers, the coefficients follow
+            slots = Scalar.DESCENT0, Scalar.DESCENT1
+            if not spec.needs_ascent_norm:  # nothing is known of it
+                scalars[Scalar.GRAD_NORM].zero_()
+        for slot, x in zip(slots, (second, first), strict=True):
+            if isinstance(x, Tensor):
+                scalars[slot].copy_(x)
+            else:
+                scalars[slot].fill_(x)
 
     def agree(self, spec: StepSpec, flight: InFlight) -> None:
         """Let replicas with first gradients of their own agree on what the update takes of them."""
@@ -252,8 +277,10 @@ class Passes:
         if spec.ascent.accumulate is not None and spec.perturbs and not spec.needs_descent_norm:
             # else what finishes the second norm has done it
             scalars[Scalar.ACCUMULATED].copy_(scalars[Scalar.NEXT_ACCUMULATED])
-        if spec.seed is not None:
+        if spec.stochastic:
             scalars[Scalar.ROUNDING_STEP].add_(1)
+        if spec.ascent.noise and flight.perturbs:
+            scalars[Scalar.NOISE_STEP].add_(1)
         if flight.scale is not None and room is not None:
             flight.scale.record(scalars, room[1])
 
@@ -304,7 +331,7 @@ class Passes:
         """Give a batch what its precision needs."""
         if spec.has_masters:
             batch.masters = find_masters(self._name, batch, states)
-        else:
+        if spec.seed is not None:
             batch.places = find_places(batch, spec.groups)
 
     def _add_segments(self, batch: Batch, spec: StepSpec) -> None:

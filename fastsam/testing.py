@@ -65,7 +65,8 @@ def check_method(
     finite do no harm. What is changed in the groups counts in the next step. ``skip_nonfinite``, a
     ``torch.amp.GradScaler``, ``master_weights`` and ``rounding="stochastic"`` do what they promise;
     so do CUDA graphs where there is a GPU, and parameters on two where there are two. Options that
-    the class refuses with ValueError are left out.
+    the class refuses with ValueError are left out. Not for ascents with ``noise``, which follows
+    from the order of the parameters: some checks change that.
 
     Args:
         cls: A subclass of ``fastsam.rules.SharpnessAwareOptimizer``.

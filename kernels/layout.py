@@ -99,7 +99,7 @@ class Row(IntEnum):
     VALIDATION = 14  # LETS: gradients at the updated weights
     TRAINING = 15
     MASTER = 16  # float32 weights behind 16-bit ones
-    KEY = 17  # not an address: what the tensor's random bits depend on
+    KEY = 17  # not an address: what the tensor's random bits depend on, rounding or noise
     NORM = 18  # the squared norm of the tensor's segment, where the ascent's norm is not global
     PERTURBED = 19  # where w + e goes: scratch memory, or the parameter; only where some is scratch
 
@@ -156,6 +156,8 @@ class Scalar(IntEnum):
     ROUNDING_STEP = 24  # steps rounded stochastically so far
     APART = 25  # w <- base(w, u) - lr (apart * g~ + first apart * g)
     FIRST_APART = 26
+    NOISE_STEP = 27  # steps perturbed by noise so far
+    SAMPLE = 28  # the number of the present perturbation in its step, where there are several
 
 
 class Task(IntFlag):

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .layout import Hyper, Scalar
+from .noise import draw, noise_key
 from .rounding import pass_key, round_weight
 from .stream import (
     ASCENT0,
@@ -78,9 +79,10 @@ def _perturb(table, columns, tensor, start, offsets, mask, row, scalars, origin,
              P: tl.constexpr, G: tl.constexpr, ACC: tl.constexpr, ADVANCE: tl.constexpr,
              DIRECTION: tl.constexpr, RADIUS: tl.constexpr, USABLE: tl.constexpr,
              ACCUMULATES: tl.constexpr, STATES: tl.constexpr, FROM_OLD: tl.constexpr,
-             READ: tl.constexpr, ADAPTIVE: tl.constexpr, SEGMENTS: tl.constexpr,
-             BACKS_UP: tl.constexpr, MOVES: tl.constexpr, HAS_MASTER: tl.constexpr,
-             STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr):  # fmt: skip
+             NOISE: tl.constexpr, READ: tl.constexpr, ADAPTIVE: tl.constexpr,
+             SEGMENTS: tl.constexpr, BACKS_UP: tl.constexpr, MOVES: tl.constexpr,
+             HAS_MASTER: tl.constexpr, STOCHASTIC: tl.constexpr,
+             ALIGNED: tl.constexpr):  # fmt: skip
     # all addresses, then all loads, then what is computed of them, then all stores: a load after a
     # store would wait for that, and one after a use for everything before it
     param = stream(table, PARAM, columns, tensor, start, P, ALIGNED) + offsets
@@ -101,7 +103,8 @@ def _perturb(table, columns, tensor, start, offsets, mask, row, scalars, origin,
         ascent1 = stream(table, ASCENT1, columns, tensor, start, ACC, ALIGNED) + offsets
         next1 = stream(table, NEXT1, columns, tensor, start, ACC, ALIGNED) + offsets
     stored = tl.load(param, mask=mask)
-    g = tl.load(grad, mask=mask)
+    if not NOISE:
+        g = tl.load(grad, mask=mask)
     if HAS_MASTER:
         held = tl.load(master, mask=mask)
     state = ()
@@ -118,7 +121,10 @@ def _perturb(table, columns, tensor, start, offsets, mask, row, scalars, origin,
     norm = norm_of(table, columns, tensor, scalars, ACC, SEGMENTS)
     scale = length(row, scalars, norm, RADIUS, ACCUMULATES, ACC)
     key = pass_key(table, columns, tensor, scalars, 0) if STOCHASTIC else 0
-    g = g.to(ACC) * (tl.load(scalars + FIRST_INVERSE_SCALE).to(ACC) * tl.load(row + SIGN))
+    if NOISE:
+        g = draw(start + offsets, noise_key(table, columns, tensor, scalars), ACC)
+    else:
+        g = g.to(ACC) * (tl.load(scalars + FIRST_INVERSE_SCALE).to(ACC) * tl.load(row + SIGN))
     w = newest(held, stored, P) if HAS_MASTER else stored.to(ACC)
     new = state
     if STATES > 0:
@@ -150,7 +156,7 @@ def perturb_kernel(table, chunks, columns, hyper, scalars, origin, P: tl.constex
                    G: tl.constexpr, ACC: tl.constexpr, ADVANCE: tl.constexpr,
                    DIRECTION: tl.constexpr, RADIUS: tl.constexpr, USABLE: tl.constexpr,
                    ACCUMULATES: tl.constexpr, STATES: tl.constexpr,
-                   FROM_OLD: tl.constexpr, READ: tl.constexpr,
+                   FROM_OLD: tl.constexpr, NOISE: tl.constexpr, READ: tl.constexpr,
                    ADAPTIVE: tl.constexpr, SEGMENTS: tl.constexpr,
                    BACKS_UP: tl.constexpr, MOVES: tl.constexpr,
                    HAS_MASTER: tl.constexpr, STOCHASTIC: tl.constexpr,
@@ -168,6 +174,7 @@ def perturb_kernel(table, chunks, columns, hyper, scalars, origin, P: tl.constex
             for those that it does not have.
         STATES: Number of the rule's state tensors per parameter, which are in ``ACC``.
         FROM_OLD: Whether the direction is given the state of before this gradient.
+        NOISE: Whether it is given random numbers in the place of the gradient, which is not read.
         READ: Dtype of the base's state that the rule reads; None where it reads none.
         ADAPTIVE: Whether some group has ASAM's element-wise scale.
         SEGMENTS: Whether the norm is that of the tensor's segment.
@@ -183,10 +190,12 @@ def perturb_kernel(table, chunks, columns, hyper, scalars, origin, P: tl.constex
     if vector > 0:
         offsets = tl.arange(0, CHUNK)
         _perturb(table, columns, tensor, start, offsets, offsets < vector, row, scalars, origin,
-                 P, G, ACC, ADVANCE, DIRECTION, RADIUS, USABLE, ACCUMULATES, STATES, FROM_OLD, READ,
-                 ADAPTIVE, SEGMENTS, BACKS_UP, MOVES, HAS_MASTER, STOCHASTIC, True)  # fmt: skip
+                 P, G, ACC, ADVANCE, DIRECTION, RADIUS, USABLE, ACCUMULATES, STATES, FROM_OLD,
+                 NOISE, READ, ADAPTIVE, SEGMENTS, BACKS_UP, MOVES, HAS_MASTER, STOCHASTIC,
+                 True)  # fmt: skip
     for first in range(vector, size, LANES):
         offsets = first + tl.arange(0, LANES)
         _perturb(table, columns, tensor, start, offsets, offsets < size, row, scalars, origin,
-                 P, G, ACC, ADVANCE, DIRECTION, RADIUS, USABLE, ACCUMULATES, STATES, FROM_OLD, READ,
-                 ADAPTIVE, SEGMENTS, BACKS_UP, MOVES, HAS_MASTER, STOCHASTIC, False)  # fmt: skip
+                 P, G, ACC, ADVANCE, DIRECTION, RADIUS, USABLE, ACCUMULATES, STATES, FROM_OLD,
+                 NOISE, READ, ADAPTIVE, SEGMENTS, BACKS_UP, MOVES, HAS_MASTER, STOCHASTIC,
+                 False)  # fmt: skip

@@ -18,6 +18,7 @@ from fastsam.step.spec import StepSpec, sign_of
 
 from .base import DeviceBackend, Pass, Stop
 from .equations import columns_of, learning_rate, perturbation, radius, seen_by, signed
+from .noise import drawn
 from .rounding import rounded
 from .sums import (
     descent_sums,
@@ -37,6 +38,8 @@ from .weights import ListBackup, at_weights, follow_parameters, weight
 def advance_one(batch: Batch, k: int, spec: StepSpec, scalars: Tensor) -> Tensor:
     """Write the next ascent state of parameter ``k``; the direction that follows from it."""
     group = spec.groups[batch.groups[k]]
+    if spec.ascent.noise:
+        return spec.ascent.direction(drawn(batch, k, spec, scalars), {}, columns_of(spec, group))
     rule, g, h = spec.ascent, signed(batch.grads[k], group), columns_of(spec, group)
     old, new = state_of(batch, k)
     if rule.advance is not None and old:

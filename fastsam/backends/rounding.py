@@ -58,8 +58,9 @@ def rounded(
 ) -> Tensor:
     """``x``, such that parameter ``k`` takes it by ``copy_`` as the step rounds."""
     param = batch.params[k]
-    if spec.seed is None or param.dtype != torch.bfloat16:
+    if not spec.stochastic or param.dtype != torch.bfloat16:
         return x
+    assert spec.seed is not None
     count = 2 * scalars[Scalar.ROUNDING_STEP].long() + descends
     assert batch.places is not None
     key = mix(tensor_key(spec.seed, batch.places[k]) ^ mix(count & LOW))

@@ -94,7 +94,7 @@ def finish_ascent(n: Tensor, direction_norm: Tensor, spec: StepSpec, scalars: Te
 def settle(n: Tensor, spec: StepSpec, scalars: Tensor) -> None:
     """The coefficients of ``u`` where they depend on no sums, after a first pass."""
     rule = spec.descent
-    if rule is None or rule.sums:
+    if rule is None or rule.sums or rule.given:
         return
     found = rule.coefficients(_scalars_of(rule, scalars), {}, rule.columns(spec.groups[0]))
     c, c1, *beside = (x + torch.zeros_like(scalars[0]) for x in found)
@@ -231,7 +231,8 @@ def mixture(g: Tensor, second: Tensor, first: Tensor, coefficient: Tensor) -> Te
 
 
 def _scalars_of(rule: Descent, scalars: Tensor) -> dict[str, Tensor]:
-    return {name: scalars[slot].clone() for name, slot in zip(rule.scalars, SCALARS, strict=False)}
+    names = rule.scalars or rule.given
+    return {name: scalars[slot].clone() for name, slot in zip(names, SCALARS, strict=False)}
 
 
 def adapt(rule: Descent, spec: StepSpec, scalars: Tensor) -> None:

@@ -12,6 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from .batch import Batch, identical
 from .caches import forget_weights
+from .samples import Samples
 from .scaling import LossScale
 from .sharding import local
 from .state import AscentStates, States
@@ -81,6 +82,7 @@ class InFlight:
         backup: The unperturbed weights; None where nothing has been perturbed.
         ascent: The ascent rule's state, old and new.
         firsts: First gradients, where the second pass needs them, and whose they are.
+        samples: Sums of the gradients at several perturbations, where a step has them.
         saw_shards: Whether sharded parameters had a first gradient.
         squares: The ascent's squared norms by segment, where they are not global.
         seen: Gradients that the first pass left.
@@ -99,6 +101,7 @@ class InFlight:
     backup: Backup | None = None
     ascent: AscentStates | None = None
     firsts: tuple[list[Tensor], list[Tensor]] | None = None
+    samples: Samples | None = None
     saw_shards: bool = False
     squares: Tensor | None = None
     seen: list[Mark] = field(default_factory=list)
@@ -132,6 +135,8 @@ class InFlight:
             yield from (local(w) for _, w in self.backup.pairs())
         if self.firsts is not None:
             yield from map(local, self.firsts[1])
+        if self.samples is not None:
+            yield from self.samples.tensors()
         if self.ascent is not None:
             yield from (local(x) for state in self.ascent.old for x in state.values())
 
@@ -160,6 +165,11 @@ class InFlight:
             else:
                 by_owner = dict(zip(owners, grads, strict=True))
                 batch.firsts = [by_owner.get(param) for param in batch.owners]
+
+    def start_again(self) -> None:
+        """Have the unperturbed weights in the parameters, for another perturbation of them."""
+        if self.backup is not None:
+            _write(self.backup.pairs())
 
     def suspend(self) -> None:
         """Have the unperturbed weights in the parameters, until :meth:`resume`.

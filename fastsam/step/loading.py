@@ -67,8 +67,9 @@ class Receiver:
 
 
 #: What an optimizer's own numbers are at least.
-LEAST = {"t": 1.0, "squared_norms": 0.0, "ascent_squared_norms": 0.0, "rounding_step": 0.0}
-COUNTS = ("t", "rounding_step")
+LEAST = {"t": 1.0, "squared_norms": 0.0, "ascent_squared_norms": 0.0, "rounding_step": 0.0,
+         "noise_step": 0.0}  # fmt: skip
+COUNTS = ("t", "rounding_step", "noise_step")
 
 
 def method_name(cls: type) -> str:

@@ -25,7 +25,8 @@ Columns = dict[str, Any]
 SUMS = ("first", "second", "product", "sharpness")
 
 #: Numbers that an optimizer keeps of its own, and that no descent rule may call its scalars.
-RESERVED = ("t", "squared_norms", "ascent_squared_norms", "rounding_step", "method", "base")
+RESERVED = ("t", "squared_norms", "ascent_squared_norms", "rounding_step", "noise_step", "method",
+            "base")  # fmt: skip
 
 
 def sign_of(group: Mapping[str, Any]) -> float:
@@ -118,6 +119,9 @@ class Ascent(Rule):
         norm: ``"gradient"`` or ``"direction"``: of which the global norm is taken, with ``T``.
             None: none is needed. A direction whose norm is taken is 0 where gradient and state of
             the ascent are.
+        noise: Whether ``direction`` is given random numbers in the place of the gradient, which is
+            not read: uniform in (-1, 1), one for each element, others in every step and every
+            perturbation of a step, and the same on every backend.
         scales: Whether ASAM's element-wise scale is defined for it.
         arguments: What the hyper-parameters may be, by group key (``fastsam.rules.Number`` and
             ``Flag``): checked where they are given, and in a step where they have changed.
@@ -148,6 +152,7 @@ class Ascent(Rule):
     computes: Callable[[Tensor, dict[str, Any]], Any] | None = None
     momentum: str = ""
     norm: str | None = "gradient"
+    noise: bool = False
     scales: bool = True
     arguments: Mapping[str, Argument] = field(default_factory=dict)
     check: Callable[[Mapping[str, Any]], None] | None = None
@@ -159,6 +164,10 @@ class Ascent(Rule):
             raise ValueError(
                 f"norm of ascent {self.name!r} must be 'gradient', 'direction' or None, got "
                 f"{self.norm!r}"
+            )
+        if self.noise and (self.norm is not None or self.scales or self.advance is not None):
+            raise ValueError(
+                f"ascent {self.name!r} has noise, and needs norm=None, scales=False and no state"
             )
         together = ("advance", "usable"), ("accumulate", "accumulator")
         for first, second in together:
@@ -248,6 +257,8 @@ class Descent(Rule):
         apart: Whether it has a part beside the base. Clipping leaves that as it is.
         columns: ``(group)``, of the first group, to the rule's hyper-parameters, at most four.
         scalars: Numbers that the rule keeps from step to step, at most two, each with its start.
+        given: In the place of scalars, numbers that are known before the second pass's reduction
+            and which nothing keeps, at most two: the optimizer's class gives them in every step.
         least: What some of them are at least. A state dict with less, or with a number that is not
             finite, is refused; NaN is not where it is the start.
         adapt: ``(state, sharpness, h)`` to the scalars after this step. They stay as they were
@@ -269,6 +280,7 @@ class Descent(Rule):
     apart: bool = False
     columns: Callable[[Group], Columns] = _no_columns
     scalars: Mapping[str, float] = field(default_factory=dict)
+    given: Sequence[str] = ()
     least: Mapping[str, float] = field(default_factory=dict)
     adapt: Callable[[dict[str, Tensor], Tensor, Columns], dict[str, Any]] | None = None
     adapts_on_host: bool = False
@@ -286,6 +298,11 @@ class Descent(Rule):
             raise ValueError(
                 f"descent {self.name!r} may have {DESCENT_SCALARS} scalars, got "
                 f"{', '.join(self.scalars)}"
+            )
+        if self.given and (self.scalars or self.sums or len(self.given) > DESCENT_SCALARS):
+            raise ValueError(
+                f"descent {self.name!r} has given numbers and may have {DESCENT_SCALARS} of them, "
+                "and neither scalars nor sums"
             )
         if clash := [name for name in self.scalars if name in RESERVED]:
             raise ValueError(
@@ -415,7 +432,8 @@ class StepSpec:
         is_scaled: Whether gradients carry a loss scale, whose inverse is among the scalars.
         has_masters: Whether 16-bit parameters have float32 master weights.
         is_static: Whether the host decides nothing anew in every step.
-        seed: Of stochastic rounding; None rounds to nearest.
+        seed: Of random bits; None where the step needs none.
+        stochastic: Whether bfloat16 parameters are rounded by them.
         keeps_weights: Whether the copy of the weights is needed after the update (LETS).
         scratch: Whether parameters may point at scratch memory between the passes; "auto" is where
             that is known to be faster.
@@ -440,6 +458,7 @@ class StepSpec:
     has_masters: bool = False
     is_static: bool = True
     seed: int | None = None
+    stochastic: bool = False
     keeps_weights: bool = False
     scratch: bool | str = "auto"
     norm: str = "global"
@@ -458,7 +477,7 @@ class StepSpec:
         )  # fmt: skip
         put(self, "key", (
             self.ascent, self.descent, self.base, self.adaptive, self.renormalize, clips,
-            self.skip_nonfinite, self.skip_first, self.is_scaled, self.seed is None, self.norm,
+            self.skip_nonfinite, self.skip_first, self.is_scaled, self.stochastic, self.norm,
             self.bases,
         ))  # fmt: skip
 
@@ -480,8 +499,8 @@ class StepSpec:
 
     @property
     def needs_ascent_norm(self) -> bool:
-        rules = self.ascent.norm is not None or self.renormalize or self.descent is not None
-        return rules or self.skip_first
+        rules = self.descent is not None and not self.descent.given
+        return rules or self.ascent.norm is not None or self.renormalize or self.skip_first
 
     @property
     def needs_descent_norm(self) -> bool:
@@ -491,6 +510,8 @@ class StepSpec:
         if self.max_grad_norm is not None or self.descent is None:
             return self.max_grad_norm is not None
         # else the first pass has seen whether all first gradients are finite
+        if self.descent.given:
+            return False
         return bool(self.descent.sums) or not all(map(is_perturbed, self.groups))
 
     @property

@@ -20,6 +20,9 @@ the gradient is 0 and there is no state of the rule's own have to have the direc
 Of a rule with an accumulator the first entry of ``state`` in ``direction`` and ``measured`` is that
 of the steps before, in float64, and the others follow it.
 
+A rule whose declaration has ``noise=True`` is given numbers in ``g`` that are uniform in (-1, 1),
+one for each element and others in every step (``noise.py``).
+
 ``norm`` is the norm that the declaration asks for. ``total`` is the accumulator with this step's
 norm, in float64; 0 for a rule that has none.
 """

@@ -11,5 +11,6 @@ of two: the rule's scalars, in the order of their declaration.
 
 ``first`` is the first gradient's squared norm, ``second`` the second's, after SSAM's rescaling if
 that is asked for, and ``product`` their dot product. ``sharpness`` is ``<g + g~, e> / 2``. Of a
-rule that is ``apart``, ``lr * (a * g~ + a1 * g)`` is taken away beside what the base does.
+rule that is ``apart``, ``lr * (a * g~ + a1 * g)`` is taken away beside what the base does. A rule
+with ``given`` numbers finds these in ``state``.
 """

@@ -11,7 +11,17 @@ import fastsam
 
 import launches
 from networks import bits, closure_of, loss_of, model_and_data, same
-from registry import BACKENDS, DEVICE, DTYPES, METHODS, create, numpy, parameters, set_grads
+from registry import (
+    BACKENDS,
+    BY_LOSSES,
+    DEVICE,
+    DTYPES,
+    METHODS,
+    create,
+    numpy,
+    parameters,
+    set_grads,
+)
 
 FP32 = DTYPES["fp32"]
 SGD = {"base_optimizer": torch.optim.SGD, "lr": 0.1}
@@ -153,7 +163,7 @@ def test_bad_arguments(build, error, message):
 
 
 def test_every_class_is_in_the_registry():
-    tested = {method.cls for method in METHODS.values()}
+    tested = {method.cls for method in METHODS.values()} | set(BY_LOSSES)
     classes = {getattr(fastsam, name) for name in fastsam.__all__}
     base = fastsam.optimizer.SharpnessAwareOptimizer
     own = {cls for cls in classes if isinstance(cls, type) and issubclass(cls, base)}

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from oracle_bases import BASES, BY_NORM, Array, Group, State, over_root
+from oracle_noise import normal
 from oracle_rounding import FORMATS, Rounding, rounding, ulp
 
 __all__ = ["BASES", "FORMATS", "Oracle", "Problem", "Ratio", "rounding", "ulp"]
@@ -35,6 +36,7 @@ ASCENTS: dict[str, Group] = {
     "variance": {"beta": 0.9, "damping": 0.1},
     "diagonal": {},
     "momentum": {},
+    "normal": {},
 }
 DESCENTS: dict[str, Group] = {
     "": {},
@@ -44,6 +46,7 @@ DESCENTS: dict[str, Group] = {
     "wsam-coupled": {"gamma": 0.9},
     "gnp": {"alpha": 0.8},
     "gnp-unit": {"alpha": 0.8},
+    "trace": {"weight": 1.0},
 }
 
 
@@ -98,7 +101,7 @@ class Oracle:
       D = f / (s + f), f = damping * v / (number of elements), of the averages before the step:
       s = beta s + (1-beta) (g - m)^2 with the old m, m = beta m + (1-beta) g, and
       v = 0.9 v + 0.1 ||T g||^2. s and v start at 0, m at the first g; D = 1 where f = 0.
-
+    - "normal" (Trace-SAM with one perturbation): e = rho z, z from N(0, 1) (`oracle_noise`).
     - "momentum" (MSAM, Becker et al. 2024): e = -rho T^2 v / (||T v|| + eps), where v is the base's
       momentum as the step before has left it; the gradients at w are not looked at.
 
@@ -114,6 +117,7 @@ class Oracle:
     - "wsam-coupled" (Yue et al. 2023), with a = gamma / (1 - gamma): u = a g~ + (1 - a) g; "wsam":
       u = g, and then w = base(w, u) - lr a (g~ - g), where clipping leaves the last part alone.
     - "gnp" (Zhao et al. 2022): u = (1 - alpha) g + alpha g~; "gnp-unit": with g / ||g|| for g.
+    - "trace" (Tahmasebi et al. 2024): u = g + weight (g~ - g), where g may be of any size.
 
     Args:
         weights: Initial weights; rounded to the storage type.
@@ -141,6 +145,7 @@ class Oracle:
             `ascent_variance` and `ascent_mean`.
         a2, b2: The scalar accumulators of the ascent and of the base.
         t: Number of ascents, those of skipped steps included.
+        draws: Number of ascents by noise.
         lam, sharpness: SAMAR's for the next step: lam, and the (smoothed) s_k, None at first.
         of_second: The weight that g~ had in the last step, past the base as well, SAMAR's aside.
         terms: With a descent rule, the sizes of what it has added to each weight, times lr.
@@ -193,6 +198,7 @@ class Oracle:
         self.perturbed = list(self.weights)
         self.state: list[State] = [{} for _ in weights]
         self.t = 0
+        self.draws = 0
         self.lam, self.sharpness = float(getattr(mix, "lam", 1.0)), None
         self.metrics: dict[str, float] = {"skipped": 0}
         start = self.groups[0].get("eps", 0.0) ** 2
@@ -227,7 +233,8 @@ class Oracle:
         rules = {"unified": self._unified, "vasso": self._vasso, "adagrad_norm": self._light_norm,
                  "lesam": self._lesam, "friendly": self._friendly,
                  "second_moment": self._second_moment, "variance": self._variance,
-                 "diagonal": self._by_diagonal, "momentum": self._momentum}  # fmt: skip
+                 "diagonal": self._by_diagonal, "momentum": self._momentum,
+                 "normal": self._normal}  # fmt: skip
         self.e = rules.get(self._ascent, self._light)(gs)
         self.perturbed = list(self.weights)
         for i, e in self.e.items():
@@ -328,6 +335,12 @@ class Oracle:
             return {}
         squares = {i: self._scale(self.weights[i], i) ** 2 for i in vs}
         return {i: -self._group[i]["rho"] * squares[i] * v / (n + NORM_EPS) for i, v in vs.items()}
+
+    def _normal(self, gs: dict[int, Array]) -> dict[int, Array]:
+        places = [i for h in self.groups for i in h["params"]]
+        zs = {i: normal(0, places.index(i), self.draws, 0, self.weights[i].shape) for i in gs}
+        self.draws += 1
+        return {i: self._group[i]["rho"] * z for i, z in zs.items()}
 
     def _light_norm(self, gs: dict[int, Array]) -> dict[int, Array]:
         a2 = self.a2 + self._n**2
@@ -437,6 +450,8 @@ class Oracle:
             return 1 + of_kept, -h["alpha"], 0.0
         if self._descent == "gnp-unit":
             return h["alpha"], (1 - h["alpha"]) / (_norm(first.values()) or 1.0), 0.0
+        if self._descent == "trace":
+            return h["weight"], 1 - h["weight"], 0.0
         a = h["gamma"] / (1 - h["gamma"]) if "gamma" in h else h["alpha"]
         return (0.0, 1.0, a) if self._descent == "wsam" else (a, 1 - a, 0.0)
 

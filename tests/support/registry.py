@@ -170,6 +170,11 @@ METHODS = {
         {"rho": 0.5, "sigma": 0.7, "lmbda": 0.6, "eta": 0.1} | ADAPTIVE,
         {"ascent": "friendly"} | ALL, TWO,
     ),
+    # with several perturbations, and where losses count: test_universal.py
+    "trace": Method(
+        fastsam.TraceSAM, {"rho": 0.1, "weight": 0.7}, {"rho": 0.1, "weight": 0.7},
+        {"ascent": "normal", "descent": "trace"}, TWO,
+    ),
     "lightsam-1": Method(
         fastsam.LightSAM, {"rho": 0.3, "rule": "adagrad_norm"}, {"rho": 0.3},
         {"ascent": "adagrad_norm"}, ("light_adagrad_norm",),
@@ -231,15 +236,17 @@ ONE_PASS = {
 #: every case runs (``conftest.py``).
 RELATIVES = ("gsam", "gsam-first-all", "wsam-all", "wsam-coupled", "gnp", "gnp-unit", "lesam",
              "sam-amplified", "friendly-all", "functional-adam-all", "preconditioned-all",
-             "preconditioned-callable")  # fmt: skip
+             "preconditioned-callable", "trace")  # fmt: skip
 #: The classes of these that have no other row.
-RELATIVE_CLASSES = ("GSAM", "GNP", "LESAM")
+RELATIVE_CLASSES = ("GSAM", "GNP", "LESAM", "TraceSAM", "DetSAM", "FrobSAM", "UniversalSAM")
+#: Classes without a row, whose passes need losses; they are tested in test_universal.py.
+BY_LOSSES = (fastsam.DetSAM, fastsam.FrobSAM, fastsam.UniversalSAM)
 #: Those whose radius LETS learns with either Hessian: the second gradient is that of the loss, and
-#: the perturbation follows from nothing that the update changes.
+#: the perturbation follows from nothing that the update changes, nor from noise.
 LEARNING = [
     name
     for name, method in METHODS.items()
-    if method.cls not in (fastsam.FunctionalSAM, fastsam.PreconditionedSAM)
+    if method.cls not in (fastsam.FunctionalSAM, fastsam.PreconditionedSAM, fastsam.TraceSAM)
 ]
 #: Every method with every base that it is tested with.
 COMBINATIONS = [(name, base) for name, method in METHODS.items() for base in method.bases]

@@ -202,7 +202,12 @@ def light(cls: type, cases: dict, own_errors: Iterable[Any]) -> OptimizerInfo:
 
 
 #: What a class needs in loops that do no more than any optimizer's.
-NEEDED: dict[str, dict[str, Any]] = {"FunctionalSAM": {"by_hand": True}}
+NEEDED: dict[str, dict[str, Any]] = {
+    "FunctionalSAM": {"by_hand": True}, "UniversalSAM": {"phi": torch.exp, "psi": torch.atan}
+}  # fmt: skip
+#: Cases of methods whose perturbation is noise.
+BY_NOISE = {name: kwargs for name, kwargs in PLAIN.items() if name != "everything"}
+NO_ETA = [error for error in SAM_ERRORS if "eta" not in error[0]]
 LAM = ({"lam": 1.5}, ValueError, r"lam must be a number in \[0, 1\]")
 fastsam_db = [
     info(
@@ -273,6 +278,17 @@ fastsam_db = [
         [*SAM_ERRORS, ({"warmup": -1}, ValueError, "warmup must be"),
          ({"preconditioned": True}, TypeError, "exp_avg_sq")],
         {"base_optimizer": SGD} | NEEDED["FunctionalSAM"],
+    ),
+    info(fastsam.TraceSAM, BY_NOISE | {"several": MOMENTUM | {"samples": 2}},
+         [*NO_ETA, ({"samples": 0}, ValueError, "samples must be")]),
+    info(fastsam.DetSAM, BY_NOISE,
+         [*NO_ETA, ({"half_width": 0.0}, ValueError, "half_width must be")]),
+    info(fastsam.FrobSAM, BY_NOISE, [*NO_ETA, ({"samples": 1}, ValueError, "samples must be")]),
+    info(
+        fastsam.UniversalSAM,
+        {name: kwargs | NEEDED["UniversalSAM"] for name, kwargs in BY_NOISE.items()},
+        [*NO_ETA, ({"mu": "cauchy"}, ValueError, "mu must be")],
+        {"base_optimizer": SGD} | NEEDED["UniversalSAM"],
     ),
     light(
         fastsam.LightSAM,

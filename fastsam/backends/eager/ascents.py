@@ -15,6 +15,7 @@ from fastsam.kernels.layout import Scalar
 from fastsam.step.batch import Batch
 from fastsam.step.spec import Ascent, Group, StepSpec, sign_of
 
+from .. import reference
 from ..equations import columns_of, perturbation, radius, seen_by, signed
 from .blocks import LARGE, blocks
 from .fused import Part, extremes, find, fused_adagrad, fused_adam
@@ -186,6 +187,23 @@ class ByEquations(AlongGradient):
                 torch.add(w, e, out=x) if x is not w else w.add_(e)
 
 
+class ByNoise(AlongGradient):
+    """Rules whose direction is random numbers, one tensor at a time."""
+
+    def perturb(
+        self, batch: Batch, part: Part, targets: Tensors, directions: Sequence[Tensor],
+        spec: StepSpec, scalars: Tensor, memory: Memory,
+    ) -> None:  # fmt: skip
+        rho = float(radius(spec, part.group, scalars.tolist()))
+        for k, target in zip(part.members, targets, strict=True):
+            w = batch.params[k]
+            if rho == 0:
+                target.copy_(w)
+            else:
+                d = reference.advance_one(batch, k, spec, scalars)
+                torch.add(w, d, alpha=rho, out=target)
+
+
 class ByFused(AlongGradient):
     """LightSAM II's and III's perturbations, which are steps of Adagrad and Adam."""
 
@@ -246,13 +264,15 @@ def _adam(weights: Tensors, grads: Tensors, states: list[Tensors], group: Group,
     fused_adam(weights, grads, states, group["betas"], lr)
 
 
-along_gradient, along_average = AlongGradient(), AlongAverage()
+along_gradient, along_average, by_noise = AlongGradient(), AlongAverage(), ByNoise()
 along_momentum = AlongMomentum()
 by_adagrad, by_adam, by_equations = ByFused(_adagrad), ByFused(_adam), ByEquations()
 
 
 def path_of(ascent: Ascent) -> AlongGradient:
     """The fast path of a rule, or the general one."""
+    if ascent.noise:
+        return by_noise
     path: AlongGradient = find(ascent.eager) if ascent.eager else by_equations
     return path
 

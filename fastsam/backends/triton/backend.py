@@ -394,7 +394,7 @@ def _unfused_part(batch: Batch, spec: StepSpec) -> Batch:
 
 
 def _is_stochastic(bucket: Bucket, spec: StepSpec) -> bool:
-    return spec.seed is not None and bucket.types["P"] == tl.bfloat16
+    return spec.stochastic and bucket.types["P"] == tl.bfloat16
 
 
 def _only(types: dict[str, Any], *names: str) -> dict[str, Any]:

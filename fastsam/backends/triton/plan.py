@@ -95,7 +95,7 @@ def perturb_constants(spec: StepSpec, backs_up: bool = True, moves: bool = False
     return {
         "ADVANCE": rule["advance"], "DIRECTION": rule["direction"], "RADIUS": rule["radius"],
         "USABLE": rule["usable"], "ACCUMULATES": rule["accumulate"], "STATES": states_of(spec),
-        "FROM_OLD": spec.ascent.from_old,
+        "FROM_OLD": spec.ascent.from_old, "NOISE": spec.ascent.noise,
         "ADAPTIVE": spec.adaptive, "SEGMENTS": spec.norm != "global", "BACKS_UP": backs_up,
         "MOVES": moves,
     }  # fmt: skip
@@ -140,7 +140,7 @@ def ascent_sums(spec: StepSpec) -> Sums:
     if along:
         measured = rule["measured"] or rule["direction"]
         own |= {"ADVANCE": rule["advance"], "DIRECTION": measured}
-    if spec.descent is not None and not spec.descent.sums:  # what follows is known
+    if spec.descent is not None and not (spec.descent.sums or spec.descent.given):  # it is known
         own["COEFFICIENTS"] = functions_of(spec.descent, DESCENT)["coefficients"]
     return Sums(
         NO_RULE | own | {

@@ -41,7 +41,7 @@ def state_rows(
 
 
 def key_rows(bucket: Bucket, batch: Batch, spec: StepSpec) -> dict[Row, list[int]]:
-    """What the tensors' random bits depend on, where they are rounded stochastically."""
+    """What the tensors' random bits depend on, where some are needed."""
     if spec.seed is None or spec.seed == bucket.seed:
         return {}
     bucket.seed = spec.seed

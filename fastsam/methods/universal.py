@@ -1,0 +1,556 @@
+"""The universal class of sharpness measures: the trace, the determinant and the Frobenius norm of
+the Hessian, by the losses and gradients at weights with noise on them."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from fastsam.explicit import uncompiled
+from fastsam.kernels.layout import Scalar
+from fastsam.losses import check_loss, groups_of, mean_loss
+from fastsam.objectives import Determinant, Frobenius, General, Objective, Trace
+from fastsam.optimizer import SharpnessAwareOptimizer
+from fastsam.step.arguments import FLAG, Choice, Integer, Number, setting, shown
+from fastsam.step.batch import Batch
+from fastsam.step.flight import InFlight
+from fastsam.step.recording import Recording
+from fastsam.step.samples import Samples
+from fastsam.step.spec import Ascent, Columns, Descent, Group, StepSpec, is_perturbed, sign_of
+
+#: Of the central part of a Gaussian's quantile and of its tails, by Giles' approximation of the
+#: inverse error function (2010), times the root of 2; the highest power first.
+CENTRAL = (3.97426023e-08, 4.85462660e-07, -4.98282267e-06, -6.21052811e-06, 3.09120031e-04,
+           -1.77303494e-03, -5.90813403e-03, 3.48802661e-01, 2.12331355)  # fmt: skip
+TAILS = (-2.83145718e-04, 1.42765648e-04, 1.90825948e-03, -5.19501232e-03, 8.11688967e-03,
+         -1.07797881e-02, 1.33485786e-02, 1.41658104, 4.00643424)  # fmt: skip
+
+
+def _polynomial(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
+    value = coefficients[0] * x + coefficients[1]
+    for c in coefficients[2:]:
+        value = value.mul_(x).add_(c)
+    return value
+
+
+def _quantile(x: Tensor, state: dict[str, Tensor], h: Columns) -> Tensor:
+    w = -((1 - x) * (1 + x)).log()
+    central, tails = _polynomial(CENTRAL, w - 2.5), _polynomial(TAILS, w.sqrt() - 3)
+    quantile: Tensor = x * torch.where(w < 5, central, tails)
+    return quantile
+
+
+def _scaled(x: Tensor, state: dict[str, Tensor], h: Columns) -> Tensor:
+    scaled: Tensor = h["HALF_WIDTH"] * x
+    return scaled
+
+
+def _radius(rho: Any, norm: Any, total: Any, h: Columns) -> Any:
+    return rho
+
+
+def _half_width(group: Group, lam: float) -> Columns:
+    return {"HALF_WIDTH": group["half_width"]}
+
+
+NORMAL = Ascent(
+    name="normal", kernel="fastsam.kernels.ascent.normal", direction=_quantile, radius=_radius,
+    norm=None, noise=True, scales=False,
+)  # fmt: skip
+UNIFORM = Ascent(
+    name="uniform", kernel="fastsam.kernels.ascent.uniform", direction=_scaled, radius=_radius,
+    columns=_half_width, norm=None, noise=True, scales=False,
+    arguments={"half_width": Number(with_low=False, tensors=None)},
+)  # fmt: skip
+
+
+def _given(state: dict[str, Tensor], sums: dict[str, Tensor], h: Columns) -> tuple[Any, Any]:
+    return state["last"], state["first"]
+
+
+GIVEN = Descent(
+    name="given", kernel="fastsam.kernels.descent.given", coefficients=_given,
+    given=("last", "first"), arguments={"weight": Number(tensors=None)},
+)  # fmt: skip
+
+
+def _one_ascent(optimizer: Any, ascent_steps: int) -> None:
+    if ascent_steps != 1:
+        raise ValueError(
+            f"ascent_steps must be 1 with {type(optimizer).__name__}, whose perturbations all "
+            f"start from the weights: samples is their number; got {ascent_steps}"
+        )
+
+
+def _no_renormalization(optimizer: Any, renormalize: bool) -> None:
+    if renormalize:
+        raise ValueError(
+            f"renormalize must be False with {type(optimizer).__name__}, whose update has no "
+            "single second gradient; got True"
+        )
+
+
+class UniversalSAM(SharpnessAwareOptimizer):
+    r"""The universal class of sharpness measures, by noise on the weights.
+
+    The objective is :math:`f + \lambda S`, with
+
+    .. math:: S(w) = \phi\!\left(\int \psi(x)\, d\mu(v)\right), \qquad
+              x = \frac{L(w + \rho\, v) - L(w)}{\rho^2}
+
+    As :math:`\rho` becomes small :math:`x` becomes :math:`\tfrac12 v^\top \nabla^2 L(w)\, v` at a
+    minimum: so by the choice of :math:`\phi`, :math:`\psi` and :math:`\mu` every function of the
+    Hessian that satisfies the paper's conditions is minimised. :class:`TraceSAM`, :class:`DetSAM`
+    and :class:`FrobSAM` are choices of the authors'. The integral is the mean over ``samples``
+    perturbations of a step. With :math:`g_i` and :math:`L_i`, the gradient and the loss at
+    :math:`w + \rho v_i`, and :math:`g`, :math:`L_0` at :math:`w`, all on the same batch:
+
+    .. math:: u = g + \lambda\, \phi'(\bar x)\, \frac1N \sum_{i=1}^N \psi'(x_i)\, (g_i - g),
+              \qquad \bar x = \frac1N \sum_{i=1}^N \psi(x_i), \quad
+              x_i = \frac{L_i - L_0}{\rho^2}
+
+    Noise: :math:`v` is drawn anew for every perturbation, not normalised. It is a hash of ``seed``,
+    the number of steps so far, the perturbation, the parameter's place in the optimizer and the
+    element's in memory. So nothing of it is stored, a resumed run draws what the run would have
+    drawn, all backends draw the same, and so do all ranks, by their one seed; shards of a parameter
+    draw numbers of their own.
+
+    A step calls the closure ``samples + 1`` times: first at :math:`w`, in ``ascent_context``, then
+    at every perturbed :math:`w + \rho v_i`, in ``descent_context``. With explicit passes
+    :meth:`first_step` is called after each of these but the last, which :meth:`second_step` ends;
+    each takes the loss of the pass that it ends. :math:`L_i` is what a closure returns: unscaled,
+    and the mean over its micro-batches. It stays on the device. The mean is taken over the ranks of
+    a ``DistributedDataParallel`` or of ``DTensor`` parameters; other loops have to give it. The
+    losses should be computed in float32: :math:`x` has a loss's rounding times
+    :math:`\rho^{-2}`.
+
+    A perturbation moves the parameters that had a gradient in the pass before it. A missing
+    gradient counts as zeros, but for the last: without that a parameter is only restored.
+    ``rho=0`` in all groups is the base optimizer. :math:`x` has the radius of the first perturbed
+    group. In groups with ``maximize`` it is the objective's negative that is minimised, and whose
+    sharpness is measured. A first gradient that is not finite is in :math:`u` as it is; where the
+    step takes norms (``max_grad_norm``, a loss scale) :math:`u` is the last gradient then. With
+    ``skip_nonfinite`` a step is skipped where a gradient of any pass, or a coefficient of
+    :math:`u`, is not finite.
+
+    Cost: ``samples + 1`` forward and backward passes. No norm and no gradient is read for the
+    perturbation: with SGD and momentum and one sample 36 bytes per element in float32 (perturb 12,
+    update 24), in two launches, and a few operations on single numbers where losses count. The
+    first gradient is kept until the update, in its own memory where the step sets it to None. Every
+    further sample takes 16 bytes for its perturbation, and what adds up its gradient: torch's
+    operators, in one or two float32 tensors per parameter, kept for the step alone. No state but a
+    count (``kept["noise_step"]``). On a CPU the noise takes longer than the update: it is made of
+    integers, tensor by tensor.
+
+    Args:
+        params, base_optimizer: As in :class:`SAM`.
+        phi, psi: :math:`\phi` and :math:`\psi`: functions that take and give a 0-dim tensor (in
+            float64; ``torch.exp``, say). Their derivatives are autograd's.
+        mu: :math:`\mu`: ``"normal"``, :math:`N(0, 1)` for each element, or ``"uniform"``, in
+            :math:`(-h, h)`. Default ``"normal"``. Other measures are a rule of one's own
+            (``fastsam.rules.Ascent`` with ``noise=True``), as the ``ascent`` of a subclass.
+        rho: Radius, at least 0. Default 0.01.
+        weight: :math:`\lambda`, at least 0. Default 1. A group key, with one value for all groups:
+            the first group's.
+        samples: :math:`N`, at least 1; it stays as it is after construction. Default 1.
+        half_width: :math:`h` of the uniform measure, above 0. Default 1. A group key. None with
+            another.
+        **kwargs: The other arguments of :class:`SAM`, and the base optimizer's. Not
+            ``ascent_steps``, ``renormalize`` and ``adaptive``.
+
+    Raises:
+        TypeError, ValueError, ImportError, RuntimeError: As :class:`SAM`; TypeError also for a
+            ``phi`` or ``psi`` that is no function or gives no 0-dim tensor, and for a missing loss;
+            ValueError for other arguments out of range, and where the first perturbed group's
+            radius is 0 and another's is not. :class:`LETS` refuses it, as the perturbation follows
+            from no gradient; ``per_replica`` and a second closure are refused, as the losses of a
+            step have to be of one batch.
+
+    Reference: Tahmasebi, Soleymani, Bahri, Jegelka and Jaillet, "A universal class of
+    sharpness-aware minimization algorithms", ICML 2024, arXiv 2406.03682. The equations are those
+    of the paper.
+    """
+
+    _TRANSIENT: tuple[str, ...] = (
+        *SharpnessAwareOptimizer._TRANSIENT,
+        "_losses",
+        "_loss",
+        "_loss_groups",
+    )
+
+    descent = GIVEN
+
+    samples: int = setting(Integer(1), fixed="construct another optimizer and load the state dict")
+    ascent_steps: int = setting(Integer(1), then=_one_ascent)
+    renormalize: bool = setting(FLAG, then=_no_renormalization)
+
+    def __init__(
+        self,
+        params: ParamsT,
+        base_optimizer: type[Optimizer],
+        phi: Callable[[Tensor], Tensor],
+        psi: Callable[[Tensor], Tensor],
+        mu: str = "normal",
+        rho: float | Tensor = 0.01,
+        weight: float = 1.0,
+        samples: int = 1,
+        half_width: float | None = None,
+        **kwargs: Any,
+    ):
+        for name, function in (("phi", phi), ("psi", psi)):
+            if not callable(function):
+                raise TypeError(
+                    f"{name} must be a function of a 0-dim tensor, got {shown(function)}"
+                )
+        mu = Choice(("normal", "uniform"))("mu", mu)
+        if mu == "normal" and half_width is not None:
+            raise TypeError(f"half_width must be None with mu='normal', got {shown(half_width)}")
+        half_width = 1.0 if half_width is None else half_width
+        self._build(params, base_optimizer, General(phi, psi), mu, rho, weight, samples, half_width,
+                    kwargs)  # fmt: skip
+
+    def _build(
+        self, params: ParamsT, base: type[Optimizer], objective: Objective, mu: str,
+        rho: float | Tensor, weight: float, samples: int, half_width: float | None,
+        kwargs: dict[str, Any],
+    ) -> None:  # fmt: skip
+        own: dict[str, Any] = {"weight": weight}
+        if type(self).ascent is SharpnessAwareOptimizer.ascent:  # a subclass may have its own
+            self.ascent = NORMAL if mu == "normal" else UNIFORM
+            own |= {} if mu == "normal" else {"half_width": half_width}
+        self.objective, self.samples = objective, samples
+        super().__init__(params, base, rho=rho, own=own, **kwargs)
+
+    def _start(self) -> None:
+        super()._start()
+        self._losses: list[Tensor] = []  # of the present step, at w and at its perturbations
+        self._loss: Any = None  # of the pass that is over
+        self._loss_groups: list[Any] | None = None  # over which a mean is taken, once known
+
+    # --- the passes ---
+
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        second_closure: Callable[[], Any] | None = None,
+        *,
+        grad_scaler: GradScaler | None = None,
+    ) -> Any:
+        """Take one step, as every method does.
+
+        Args:
+            closure: Computes the loss, calls ``backward`` and returns the loss; called
+                ``samples + 1`` times, on the same batch.
+            second_closure: None. There is no other.
+            grad_scaler: As in ``step`` of :class:`SAM`; the loss that is returned is unscaled.
+
+        Returns:
+            What the first call returned.
+
+        Raises:
+            RuntimeError: For a second closure; else as every method does.
+            TypeError: If the closure returns no loss and the update needs one. Weights and state
+                are as they were before the step.
+        """
+        if second_closure is not None:
+            raise RuntimeError(
+                f"{type(self).__name__} takes one closure, whose loss it compares between passes"
+            )
+        return super().step(closure, grad_scaler=grad_scaler)
+
+    @uncompiled
+    def first_step(
+        self, zero_grad: bool = False, *, loss: Any = None, grad_scaler: GradScaler | None = None
+    ) -> None:
+        """Perturb the weights by noise: ``w <- w + e``. Called ``samples`` times a step.
+
+        Args:
+            zero_grad: Zero the gradients afterwards.
+            loss: The loss whose gradients these are: at :math:`w` in the first call, in the others
+                at the weights of the perturbation before. Needed but for :class:`TraceSAM`.
+            grad_scaler: As every method has it.
+
+        Raises:
+            TypeError: Without a loss where one is needed. Nothing has changed then.
+        """
+        self._expect("first_step")
+        if self._flight is None:
+            self._losses = []
+        before = list(self._losses)
+        self._take(loss)
+        try:
+            super().first_step(zero_grad, grad_scaler=grad_scaler)
+        except BaseException:
+            if self._flight is not None:  # the step goes on, and the call may be made again
+                self._losses = before
+            raise
+
+    @uncompiled
+    def second_step(
+        self, zero_grad: bool = False, *, loss: Any = None, grad_scaler: GradScaler | None = None
+    ) -> None:
+        """Restore the weights and update them with the gradients of all passes.
+
+        Args:
+            zero_grad: Zero the gradients afterwards.
+            loss: The loss at the weights of the last perturbation.
+            grad_scaler: As every method has it.
+
+        Raises:
+            TypeError: Without a loss where one is needed. The weights have been restored then, and
+                the step is over without an update.
+        """
+        self._expect("second_step")
+        try:
+            self._take(loss)
+        except BaseException:
+            self.restore()
+            raise
+        super().second_step(zero_grad, grad_scaler=grad_scaler)
+
+    def restore(self) -> None:
+        """Undo ``first_step``: for a loop whose second pass failed. Does nothing otherwise."""
+        self._losses, self._loss = [], None
+        super().restore()
+        scalars = self._passes.scalars.vector
+        if self.skip_nonfinite and scalars is not None:  # what has been found is of that step
+            self._forget_overflow(scalars)
+
+    @contextmanager
+    def recording(self, hessian: str | None) -> Iterator[Recording | None]:
+        """For LETS, which is refused."""
+        if hessian is not None:
+            raise RuntimeError(
+                f"LETS does not serve {type(self).__name__}, whose perturbation follows from no "
+                "gradient: how the loss depends on the radius is not measured"
+            )
+        yield None
+
+    # --- parts of them ---
+
+    @property
+    def _ascents(self) -> int:
+        return self.samples
+
+    def _check_settings(self) -> None:
+        super()._check_settings()
+        if not self.objective.needs_losses:
+            return
+        radii = [group["rho"] for group in self.param_groups if is_perturbed(group)]
+        zero = [not isinstance(rho, Tensor) and rho == 0 for rho in radii]
+        if zero and zero[0] and not all(zero):
+            raise ValueError(
+                f"rho must not be 0 in the first perturbed group of {type(self).__name__} where it "
+                "is not in another: losses are divided by its square"
+            )
+
+    def _begin(self, *args: Any) -> InFlight:
+        flight = super()._begin(*args)
+        if flight.perturbs and self.samples > 1:
+            flight.samples = Samples(*self.objective.sums(self.samples))
+        return flight
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        self._loss = super()._call(*args, **kwargs)
+        return self._loss
+
+    def _ascend_on(self, closure: Any, repeats: bool, scaler: GradScaler | None) -> None:
+        while self.ascents_left:
+            self._call(closure, self.descent_context, repeats)
+            self.first_step(zero_grad=True, grad_scaler=scaler)
+
+    @torch.no_grad()
+    def _take(self, loss: Any) -> None:
+        """Take in the loss of the pass that ends, and what its gradients are added up with."""
+        loss, self._loss = self._loss if loss is None else loss, None
+        if not self.objective.needs_losses:
+            return
+        check_loss(type(self).__name__, loss)
+        params = [p for group in self.param_groups for p in group["params"]]
+        if self._loss_groups is None:
+            self._loss_groups = groups_of(params)
+        like = self._passes.scalars.vector
+        if like is None:
+            device = next((p.device for p in params), torch.device("cpu"))
+            dtype = torch.float32 if device.type == "mps" else torch.float64
+            like = torch.zeros(1, dtype=dtype, device=device)
+        self._losses.append(mean_loss(loss, like[0], self._loss_groups))
+        samples = None if self._flight is None else self._flight.samples
+        if samples is not None and len(self._losses) <= self.samples:
+            samples.decay, samples.weight = self.objective.running(self._rises())
+
+    def _rises(self) -> list[Tensor]:
+        """The losses' rises so far, by the radius's square."""
+        at_w, *others = self._losses
+        group = next(filter(is_perturbed, self.param_groups), self.param_groups[0])
+        rho = group["rho"]
+        if isinstance(rho, Tensor):
+            rho = rho.detach().to(at_w)
+        return [sign_of(group) * (loss - at_w) / rho**2 for loss in others]
+
+    def _finish(self, batch: Batch, spec: StepSpec, flight: InFlight) -> None:
+        if flight.perturbs:
+            self._settle(spec, flight)
+        super()._finish(batch, spec, flight)
+        self._losses, self._loss = [], None
+        scalars = self._passes.scalars.vector
+        if spec.skip_first and flight.scale is None and scalars is not None:
+            self._forget_overflow(scalars)
+
+    @torch.no_grad()
+    def _forget_overflow(self, scalars: Tensor) -> None:
+        """What is not finite in one step rejects no other."""
+        scalars[Scalar.FOUND_INF].zero_()
+
+    def _settle(self, spec: StepSpec, flight: InFlight) -> None:
+        """What the update takes of the gradients, now that all losses are there."""
+        weight = self.param_groups[0]["weight"]
+        xs = self._rises() if self._losses else []
+        found = self.objective.mixture(xs, weight, self.samples)
+        first = found.first
+        if flight.samples is not None:
+            firsts = flight.firsts or ([], [])
+            flight.firsts = flight.samples.mix(firsts, first, found.plain, found.weighted)
+            first = 1.0
+        self._passes.give(spec, found.last, first)
+        scalars = self._passes.scalars.vector
+        if spec.skip_first and isinstance(found.last, Tensor) and scalars is not None:
+            finite = (found.last + found.first + found.plain + found.weighted).isfinite()
+            scalars[Scalar.FOUND_INF] += ~finite
+
+
+class TraceSAM(UniversalSAM):
+    r"""Minimises the trace of the Hessian with the loss, by Gaussian noise.
+
+    .. math:: u = g + \lambda \left(\frac1N \sum_{i=1}^N g_i - g\right), \qquad
+              g_i = \nabla L(w + \rho\, v_i), \quad v_i \sim N(0, I)
+
+    :class:`UniversalSAM` with :math:`\phi(t) = t` and :math:`\psi(t) = t`. No loss has a part in
+    it. With :math:`\lambda = 1`, the default, :math:`u` is the mean of the :math:`g_i`, and of the
+    first pass nothing but the loss is used.
+
+    Cost, noise and failures: as :class:`UniversalSAM`.
+
+    Args:
+        params, base_optimizer: As in :class:`SAM`.
+        rho: Standard deviation of the noise, at least 0. Default 0.01.
+        weight: :math:`\lambda`, at least 0. Default 1.
+        samples: :math:`N`, at least 1. Default 1.
+        **kwargs: The other arguments of :class:`SAM` but ``ascent_steps``, ``renormalize`` and
+            ``adaptive``, and the base optimizer's.
+
+    Raises:
+        TypeError, ValueError, ImportError, RuntimeError: As :class:`UniversalSAM`.
+
+    Reference: Tahmasebi, Soleymani, Bahri, Jegelka and Jaillet, "A universal class of
+    sharpness-aware minimization algorithms", ICML 2024, arXiv 2406.03682. The equation and the
+    defaults are the authors'.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        base_optimizer: type[Optimizer],
+        rho: float | Tensor = 0.01,
+        weight: float = 1.0,
+        samples: int = 1,
+        **kwargs: Any,
+    ):
+        self._build(params, base_optimizer, Trace(), "normal", rho, weight, samples, None, kwargs)
+
+
+class DetSAM(UniversalSAM):
+    r"""Minimises the determinant of the Hessian with the loss, by uniform noise.
+
+    .. math:: u = g + \lambda\, \bar x^{-3}\, \frac1N \sum_{i=1}^N e^{-x_i / 2}\, (g_i - g),
+              \qquad \bar x = \frac1N \sum_{i=1}^N e^{-x_i / 2}, \quad
+              x_i = \frac{L_i - L_0}{\rho^2}
+
+    where :math:`g_i` and :math:`L_i` are the gradient and the loss at :math:`w + \rho v_i`, and the
+    elements of :math:`v_i` are uniform in :math:`(-h, h)`. :class:`UniversalSAM` with
+    :math:`\phi(t) = t^{-2}` and :math:`\psi(t) = e^{-t/2}`. With one sample
+    :math:`u = g + \lambda\, e^{x_1} (g_1 - g)`. Exponentials are taken relative to the largest, in
+    float64; their product may still leave the range of float32 where a loss rises by more than some
+    :math:`80 \rho^2`, and then :math:`u` is not finite: ``skip_nonfinite`` skips the step.
+
+    Cost, noise and failures: as :class:`UniversalSAM`.
+
+    Args:
+        params, base_optimizer: As in :class:`SAM`.
+        rho: :math:`\rho`, at least 0. Default 1.
+        weight: :math:`\lambda`, at least 0. Default 1.
+        samples: :math:`N`, at least 1. Default 1.
+        half_width: :math:`h`, above 0. Default 0.01. A group key.
+        **kwargs: The other arguments of :class:`SAM` but ``ascent_steps``, ``renormalize`` and
+            ``adaptive``, and the base optimizer's.
+
+    Raises:
+        TypeError, ValueError, ImportError, RuntimeError: As :class:`UniversalSAM`.
+
+    Reference: Tahmasebi, Soleymani, Bahri, Jegelka and Jaillet, "A universal class of
+    sharpness-aware minimization algorithms", ICML 2024, arXiv 2406.03682. The equation and the
+    defaults are the authors'.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        base_optimizer: type[Optimizer],
+        rho: float | Tensor = 1.0,
+        weight: float = 1.0,
+        samples: int = 1,
+        half_width: float = 0.01,
+        **kwargs: Any,
+    ):
+        self._build(params, base_optimizer, Determinant(), "uniform", rho, weight, samples,
+                    half_width, kwargs)  # fmt: skip
+
+
+class FrobSAM(UniversalSAM):
+    r"""Minimises the Frobenius norm of the Hessian with the loss, by Gaussian noise.
+
+    .. math:: u = g + \frac{\lambda}{\rho^2}\, \frac{1}{N - 1}
+                  \sum_{i=1}^N \Big(L_i - \frac1N \sum_{j=1}^N L_j\Big)\, g_i
+
+    where :math:`g_i` and :math:`L_i` are the gradient and the loss at :math:`w + \rho v_i`,
+    :math:`v_i \sim N(0, I)`: a covariance, which is the gradient of half the variance of the loss.
+    With two samples
+    :math:`u = g + \lambda\, (L_1 - L_2)(g_1 - g_2) / (2 \rho^2)`. Losses count by how much they
+    have risen.
+
+    Cost: that of :class:`UniversalSAM` with several samples: three forward and backward passes with
+    two, and 64 bytes per element with SGD and momentum, of which 20 are torch's operators'.
+
+    Args:
+        params, base_optimizer: As in :class:`SAM`.
+        rho: Standard deviation of the noise, at least 0. Default 0.005.
+        weight: :math:`\lambda`, at least 0. Default 0.005.
+        samples: :math:`N`, at least 2. Default 2.
+        **kwargs: The other arguments of :class:`SAM` but ``ascent_steps``, ``renormalize`` and
+            ``adaptive``, and the base optimizer's.
+
+    Raises:
+        TypeError, ValueError, ImportError, RuntimeError: As :class:`UniversalSAM`.
+
+    Reference: Tahmasebi, Soleymani, Bahri, Jegelka and Jaillet, "A universal class of
+    sharpness-aware minimization algorithms", ICML 2024, arXiv 2406.03682. The equation and the
+    defaults are the authors'.
+    """
+
+    samples: int = setting(Integer(2), fixed="construct another optimizer and load the state dict")
+
+    def __init__(
+        self,
+        params: ParamsT,
+        base_optimizer: type[Optimizer],
+        rho: float | Tensor = 0.005,
+        weight: float = 0.005,
+        samples: int = 2,
+        **kwargs: Any,
+    ):
+        self._build(params, base_optimizer, Frobenius(), "normal", rho, weight, samples, None,
+                    kwargs)  # fmt: skip
