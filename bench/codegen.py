@@ -246,8 +246,8 @@ def _of_base(types: Sequence[str], base: Base, group: dict[str, Any]) -> Iterato
             rule = update_constants(spec, of_ascent, starts) | storage
             yield _variant("update_kernel", types, LAUNCHES.update, STATES=states, **rule)
             if scale and not base.wide and of_ascent == 0:
-                for beside in flags:
-                    mixed = rule | {"MIX": True, "BESIDE": beside}
+                for beside, keeps in ((False, False), (True, False), (False, True)):
+                    mixed = rule | {"MIX": True, "BESIDE": beside, "KEEPS": keeps}
                     yield _variant("update_kernel", types, LAUNCHES.update, STATES=states, **mixed)
 
 

@@ -16,6 +16,7 @@ from .methods.gsam import GSAM
 from .methods.lesam import LESAM
 from .methods.lets import LETS
 from .methods.lightsam import LightSAM
+from .methods.looksam import LookSAM
 from .methods.momentum import MSAM
 from .methods.preconditioned import PreconditionedSAM
 from .methods.ratio import SharpnessRatio
@@ -31,7 +32,7 @@ from .schedules import LambdaRho, ProportionalRho, RhoScheduler, tail
 __version__ = "0.1.0"
 __all__ = ["ASAM", "GNP", "GSAM", "LESAM", "LETS", "MSAM", "SAM", "SAMAR", "SSAM", "USAM", "WSAM",
            "AdaGradNorm", "AdaSAM", "DetSAM", "FriendlySAM", "FrobSAM", "FunctionalSAM",
-           "LambdaRho", "Landscape", "LightSAM", "PreconditionedSAM", "ProportionalRho",
+           "LambdaRho", "Landscape", "LightSAM", "LookSAM", "PreconditionedSAM", "ProportionalRho",
            "RhoScheduler", "SharpnessRatio", "TraceSAM", "UnifiedSAM", "UniversalSAM", "VaSSO",
            "compare_ranks", "frozen_batch_norm", "frozen_updates", "functional_closures", "graphed",
            "loss_landscape", "normalization_groups", "per_replica", "rules", "select_samples",

@@ -421,7 +421,7 @@ class Configured(SharedState):
         super().__setstate__(state)
         complete_settings(self)
         groups = (self.defaults | group for group in parts.get("param_groups", ()))
-        own = {MASTER}.union(*map(self.ascent.states, groups))
+        own = {MASTER}.union(*map(self.ascent.state_names, groups))
         set_parts(self.base_optimizer, parts, own)
         if base is not None:
             self._make_checks(p for group in self.param_groups for p in group["params"])

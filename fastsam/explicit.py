@@ -29,7 +29,7 @@ from .step.guards import (
 )
 from .step.interrupts import uninterrupted
 from .step.scaling import LossScale, check_same_scaler, check_scaler, find_scale
-from .step.spec import StepSpec, share_of
+from .step.spec import Descent, StepSpec, share_of
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -417,7 +417,7 @@ class ExplicitPasses(Configured):
             groups=self.param_groups,
             ascent=self.ascent,
             base=self._base,
-            descent=self._mixing if perturbs else None,
+            descent=self._descent_of(flight),
             perturbs=perturbs,
             lam=flight.lam,
             share=share_of(1 if self.ascent.noise else flight.ascents),
@@ -435,6 +435,10 @@ class ExplicitPasses(Configured):
             scratch=self._passes.scratch and self.scratch,
             bases=None if self._several is None else self._several.bases,
         )
+
+    def _descent_of(self, flight: InFlight) -> Descent | None:
+        """The descent rule of a step."""
+        return self._mixing if flight.perturbs else None
 
     def _repeated(self, call: str) -> AbstractContextManager[None]:
         number = 0 if self._flight is None else self._flight.taken

@@ -23,6 +23,7 @@ from .step.collect import Collector
 from .step.dtypes import Dtypes
 from .step.flight import InFlight, check_unperturbed
 from .step.gradients import take_over
+from .step.kept import give_kept, keep
 from .step.precision import find_masters, find_places
 from .step.recording import Recording
 from .step.scalars import DeviceScalars
@@ -214,6 +215,8 @@ class Passes:
             if flight.scale is not None or self.scalars.carries_scale:
                 batch = self._scale(batch, Scalar.INVERSE_SCALE, spec, flight, backend, states)
             flight.give_to(batch)
+            if spec.ascent.keeps:
+                give_kept(batch, spec, states, scalars)
             again = spec.descent is not None or self.recording is not None
             if flight.squares is not None and again:
                 self._add_segments(batch, spec)
@@ -272,6 +275,8 @@ class Passes:
             backends.keep_rejected(others, spec, scalars, room and room[0])
             self._was_captured |= is_captured(batch)
         flight.commit(states, self._was_captured)
+        if spec.keeps:
+            keep(batch, spec, states)
         if self.recording is not None and batch.params and flight.backup is not None:
             self.recording.take(batch, flight.backup, spec, flight.replicas)
         if spec.ascent.accumulate is not None and spec.perturbs and not spec.needs_descent_norm:
@@ -382,7 +387,7 @@ class Passes:
 
 def _step_unfused(base: Optimizer, spec: StepSpec, states: States) -> None:
     """Step a base that is not fused; it takes a parameter with any state for initialised."""
-    names = spec.ascent.states(spec.groups[0])
+    names = spec.ascent.state_names(spec.groups[0])
     own = {
         param: {name: state.pop(name) for name in names if name in state}
         for param, state in states.items()

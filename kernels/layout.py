@@ -96,7 +96,8 @@ class Row(IntEnum):
     ASCENT1 = 11
     NEXT0 = 12  # the same after this step: its own memory, so that a failed step costs nothing
     NEXT1 = 13
-    VALIDATION = 14  # LETS: gradients at the updated weights
+    # LETS: gradients at the updated weights; else what a rejected step keeps in the first's place
+    VALIDATION = 14
     TRAINING = 15
     MASTER = 16  # float32 weights behind 16-bit ones
     KEY = 17  # not an address: what the tensor's random bits depend on, rounding or noise

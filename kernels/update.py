@@ -26,6 +26,7 @@ from .stream import (
     STATE1,
     STATE2,
     STEP,
+    VALIDATION,
     all_loads_first,
     hyper_row,
     narrow,
@@ -47,8 +48,9 @@ def _update(table, columns, tensor, start, offsets, mask, h, scalars, origin, co
             P: tl.constexpr, G: tl.constexpr, S: tl.constexpr, ACC: tl.constexpr,
             UPDATE: tl.constexpr, COUNTS: tl.constexpr, STARTS: tl.constexpr,
             STATES: tl.constexpr, SCALE: tl.constexpr, MIX: tl.constexpr, BESIDE: tl.constexpr,
-            SKIP: tl.constexpr, BY_NORM: tl.constexpr, ASCENT_STATES: tl.constexpr,
-            HAS_MASTER: tl.constexpr, STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr):  # fmt: skip
+            KEEPS: tl.constexpr, SKIP: tl.constexpr, BY_NORM: tl.constexpr,
+            ASCENT_STATES: tl.constexpr, HAS_MASTER: tl.constexpr, STOCHASTIC: tl.constexpr,
+            ALIGNED: tl.constexpr):  # fmt: skip
     # all addresses, then all loads, then what is computed of them, then all stores: a load after a
     # store would wait for that, and one after a use for everything before it
     param = stream(table, PARAM, columns, tensor, start, P, ALIGNED) + offsets
@@ -108,18 +110,25 @@ def _update(table, columns, tensor, start, offsets, mask, h, scalars, origin, co
     if BY_NORM:  # a compiler would drop the load where it is ignored, the interpreter would not
         squared_norms = tl.load(scalars + SQUARED_NORMS)
     new, later = UPDATE(w, u, state, h, step, fresh, squared_norms)
-    if BESIDE:
+    if BESIDE or KEEPS:
         apart = tl.load(scalars + APART).to(ACC)
         first_apart = tl.load(scalars + FIRST_APART).to(ACC)
         change = tl.where(apart != 0, apart * second, 0.0)
         change += tl.where(first_apart != 0, first_apart * g.to(ACC), 0.0)
-        new -= tl.load(h + LR) * tl.load(h + SIGN) * change
+        if BESIDE:
+            new -= tl.load(h + LR) * tl.load(h + SIGN) * change
     new0 = later[0] if STATES > 0 else new
     new1 = later[1] if STATES > 1 else new
     new2 = later[2] if STATES > 2 else new
     if SKIP:
         accepted = tl.load(scalars + ACCEPTED) != 0
         new = tl.where(accepted, new, w)
+        if KEEPS:  # what was kept before; lanes that are masked off move nothing
+            rejected = only_if(tl.load(scalars + ACCEPTED) == 0, mask)
+            rejected = where_present(table, VALIDATION, columns, tensor, rejected)
+            kept = stream(table, VALIDATION, columns, tensor, start, G, ALIGNED) + offsets
+            before = tl.load(kept, mask=rejected, other=0.0).to(ACC)
+            change = tl.where(accepted, change, before)
         if STATES > 0:
             new0 = tl.where(accepted, new0, state[0])
         if STATES > 1:
@@ -138,6 +147,8 @@ def _update(table, columns, tensor, start, offsets, mask, h, scalars, origin, co
                 ascent1 = stream(table, ASCENT1, columns, tensor, start, ACC, ALIGNED) + offsets
                 next1 = stream(table, NEXT1, columns, tensor, start, ACC, ALIGNED) + offsets
                 tl.store(next1, tl.load(ascent1, mask=rejected), mask=rejected)
+    if KEEPS:
+        tl.store(first_grad, narrow(change, G), mask=with_first)
     if HAS_MASTER:
         tl.store(master, new, mask=mask)
     tl.store(param, round_weight(new, start + offsets, key, P, STOCHASTIC), mask=mask)
@@ -154,8 +165,9 @@ def update_kernel(table, chunks, columns, hyper, scalars, arrivals, origin, P: t
                   G: tl.constexpr, S: tl.constexpr, ACC: tl.constexpr,
                   UPDATE: tl.constexpr, COUNTS: tl.constexpr, STARTS: tl.constexpr,
                   STATES: tl.constexpr, SCALE: tl.constexpr, MIX: tl.constexpr,
-                  BESIDE: tl.constexpr, SKIP: tl.constexpr, BY_NORM: tl.constexpr,
-                  ASCENT_STATES: tl.constexpr, HAS_MASTER: tl.constexpr, STOCHASTIC: tl.constexpr,
+                  BESIDE: tl.constexpr, KEEPS: tl.constexpr, SKIP: tl.constexpr,
+                  BY_NORM: tl.constexpr, ASCENT_STATES: tl.constexpr,
+                  HAS_MASTER: tl.constexpr, STOCHASTIC: tl.constexpr,
                   CHUNK: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
     """Restore, ``u = coefficient * g~ + first coefficient * g``, base update: a chunk per program.
 
@@ -170,6 +182,7 @@ def update_kernel(table, chunks, columns, hyper, scalars, arrivals, origin, P: t
             scale).
         MIX: Whether ``u`` has a part along the first gradient.
         BESIDE: With MIX, whether a part of the update goes past the base.
+        KEEPS: With MIX, whether such a part takes the first gradient's place instead.
         SKIP: Whether a step may be rejected on the device.
         BY_NORM: Whether the base update takes the sum of squared norms.
         ASCENT_STATES: With SKIP, number of the ascent rule's state tensors, to be rejected too.
@@ -185,13 +198,13 @@ def update_kernel(table, chunks, columns, hyper, scalars, arrivals, origin, P: t
     if vector > 0:
         offsets = tl.arange(0, CHUNK)
         _update(table, columns, tensor, start, offsets, offsets < vector, h, scalars, origin, count,
-                P, G, S, ACC, UPDATE, COUNTS, STARTS, STATES, SCALE, MIX, BESIDE, SKIP, BY_NORM,
-                ASCENT_STATES, HAS_MASTER, STOCHASTIC, True)  # fmt: skip
+                P, G, S, ACC, UPDATE, COUNTS, STARTS, STATES, SCALE, MIX, BESIDE, KEEPS, SKIP,
+                BY_NORM, ASCENT_STATES, HAS_MASTER, STOCHASTIC, True)  # fmt: skip
     for first in range(vector, size, LANES):
         offsets = first + tl.arange(0, LANES)
         _update(table, columns, tensor, start, offsets, offsets < size, h, scalars, origin, count,
-                P, G, S, ACC, UPDATE, COUNTS, STARTS, STATES, SCALE, MIX, BESIDE, SKIP, BY_NORM,
-                ASCENT_STATES, HAS_MASTER, STOCHASTIC, False)  # fmt: skip
+                P, G, S, ACC, UPDATE, COUNTS, STARTS, STATES, SCALE, MIX, BESIDE, KEEPS, SKIP,
+                BY_NORM, ASCENT_STATES, HAS_MASTER, STOCHASTIC, False)  # fmt: skip
     if COUNTS:
         # Every chunk of a tensor reads its step count, so only the last to finish may write it. The
         # arrivals order nothing else, and need no fence: a program's stores are computed from the

@@ -154,6 +154,26 @@ def beside(batch: Batch, k: int, spec: StepSpec, scalars: Tensor) -> Tensor:
     return change
 
 
+def leave_kept(
+    batch: Batch, spec: StepSpec, scalars: Tensor, members: Iterable[int] | None = None
+) -> None:
+    """Leave what a descent rule keeps in the place of first gradients; of all, or of some."""
+    if not spec.keeps or batch.firsts is None:
+        return
+    weights = scalars[Scalar.FIRST_APART], scalars[Scalar.APART]
+    for k in range(len(batch.params)) if members is None else members:
+        first = batch.firsts[k]
+        if first is None:
+            continue
+        second = torch.where(weights[1] != 0, wide(batch.grads[k]), 0.0)
+        new = mixture(wide(first), second, *weights)
+        if spec.skip_nonfinite:
+            old = None if batch.kept is None else batch.kept[k]
+            held = torch.zeros_like(new) if old is None else wide(old)
+            new = torch.where(scalars[Scalar.ACCEPTED] != 0, new, held)
+        first.copy_(new)
+
+
 def leave_final_gradient(batch: Batch, spec: StepSpec, scalars: Tensor) -> None:
     """Leave ``u`` in ``.grad`` of the parameters whose base optimizer is not fused."""
     if not spec.rescales:
@@ -251,6 +271,7 @@ class ReferenceBackend(DeviceBackend):
                 sums = yield from descent_sums(batch, backup, spec, scalars)
                 finish_descent(plain, measured, sums, spec, scalars, adapts_here(batch, spec))
             keep_rejected(batch, spec, scalars)
+            leave_kept(batch, spec, scalars)
             follow_parameters(batch, backup)
             fused = [k for k, i in enumerate(batch.groups) if spec.base_of(i) is not None]
             if spec.base is None and spec.bases is None:

@@ -189,9 +189,8 @@ class MSAM(SharpnessAwareOptimizer):
             self._undone_if_it_fails(lambda: self.second_step(grad_scaler=grad_scaler))
         elif self._needs_two_passes:
             raise RuntimeError(
-                f"{type(self).__name__}.step without a closure updates the weights with the "
-                "gradients at w + e, and they are not perturbed: call perturb() before the forward "
-                "pass, or give step a closure"
+                f"{type(self).__name__}.step needs a closure, or perturb() before the forward "
+                "pass: the weights are updated with the gradients at w + e"
             )
         else:
             self._expect("first_step", "step")

@@ -114,6 +114,7 @@ class Batch:
         ascent, next: The ascent rule's state before the step, and room for the one after it.
         read: The base's state that the ascent rule reads, in the first pass.
         firsts: First gradients, in the second pass.
+        kept: What an earlier step has left that this one replaces, where it may be rejected.
         validation, training: LETS's gradients at the updated weights.
         masters: Float32 weights behind 16-bit parameters.
         places: Every parameter's place among all, which its random bits depend on.
@@ -139,6 +140,7 @@ class Batch:
     next: list[dict[str, Tensor] | None] | None = None
     read: list[Tensor | None] | None = None
     firsts: list[Tensor | None] | None = None
+    kept: list[Tensor | None] | None = None
     validation: list[Tensor | None] | None = None
     training: list[Tensor | None] | None = None
     masters: list[Tensor | None] | None = None

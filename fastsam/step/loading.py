@@ -206,7 +206,7 @@ def _rehearse(
             for key, param in zip(saved["params"], present["params"], strict=True):
                 if entry := state.get(key):
                     new_state[param] = dict(entry)
-    own = {} if receiver.ascent is None else receiver.ascent.states(receiver.groups[0])
+    own = {} if receiver.ascent is None else receiver.ascent.state_names(receiver.groups[0])
     begun = {param: x for param, x in new_state.items() if not {*own, MASTER}.issuperset(x)}
     actor = object.__new__(type(base))
     vars(actor).update(vars(base))

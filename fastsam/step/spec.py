@@ -116,6 +116,8 @@ class Ascent(Rule):
             perturbed. The step then has one pass, which begins with the perturbation, and gradients
             at ``w`` are not looked at. ``g`` has its sign changed as a gradient's is where a group
             maximizes, though a momentum is of what is minimised already. Default: none.
+        keeps: Name of a state tensor that the descent rule ``keeps``, and that this rule does not
+            see. Begins with ``ascent_``. Default: none.
         norm: ``"gradient"`` or ``"direction"``: of which the global norm is taken, with ``T``.
             None: none is needed. A direction whose norm is taken is 0 where gradient and state of
             the ascent are.
@@ -151,6 +153,7 @@ class Ascent(Rule):
     base_state: str = ""
     computes: Callable[[Tensor, dict[str, Any]], Any] | None = None
     momentum: str = ""
+    keeps: str = ""
     norm: str | None = "gradient"
     noise: bool = False
     scales: bool = True
@@ -220,6 +223,8 @@ class Ascent(Rule):
             ValueError: If there is more than the tables have rows for, or a name is not allowed.
         """
         names = self.states(group)
+        if self.keeps:
+            names = {**names, self.keeps: 0.0}
         if len(names) > ASCENT_STATES:
             raise ValueError(
                 f"ascent {self.name!r} may have {ASCENT_STATES} states, got {', '.join(names)}"
@@ -229,7 +234,7 @@ class Ascent(Rule):
                 f"states of ascent {self.name!r} must have names that begin with 'ascent_', got "
                 f"{wrong[0]!r}"
             )
-        if names and self.advance is None:
+        if names.keys() - {self.keeps} and self.advance is None:
             raise ValueError(f"ascent {self.name!r} has states and needs advance with them")
         return names
 
@@ -255,6 +260,10 @@ class Descent(Rule):
             where ``renormalize`` asks for that. Of a rule without sums the coefficients are known
             after the first pass, and no gradient is read for them.
         apart: Whether it has a part beside the base. Clipping leaves that as it is.
+        keeps: Whether :math:`a\, \tilde g + a_1\, g`, of further coefficients :math:`a` and
+            :math:`a_1`, is kept in the memory of the first gradient: as the state that the ascent
+            names as ``keeps``. A step that is rejected leaves that as it was.
+        reuses: Whether that state stands in the place of the first gradient, in a step of one pass.
         columns: ``(group)``, of the first group, to the rule's hyper-parameters, at most four.
         scalars: Numbers that the rule keeps from step to step, at most two, each with its start.
         given: In the place of scalars, numbers that are known before the second pass's reduction
@@ -278,6 +287,8 @@ class Descent(Rule):
     coefficients: Callable[[dict[str, Tensor], dict[str, Tensor], Columns], tuple[Any, Any]]
     sums: Sequence[str] = ()
     apart: bool = False
+    keeps: bool = False
+    reuses: bool = False
     columns: Callable[[Group], Columns] = _no_columns
     scalars: Mapping[str, float] = field(default_factory=dict)
     given: Sequence[str] = ()
@@ -518,3 +529,8 @@ class StepSpec:
     def has_part_apart(self) -> bool:
         """Whether the update has a part that the base does not see."""
         return self.descent is not None and self.descent.apart
+
+    @property
+    def keeps(self) -> bool:
+        """Whether a part of both gradients becomes state."""
+        return self.descent is not None and self.descent.keeps

@@ -6,11 +6,13 @@ of two: the rule's scalars, in the order of their declaration.
 
 | function | gives | needed |
 | --- | --- | --- |
-| ``coefficients(state, first, second, product, h)`` | ``c, c1`` (``apart``: ``a, a1``) | always |
+| ``coefficients(state, first, second, product, h)`` | ``c, c1`` (and ``a, a1``) | always |
 | ``adapt(state, sharpness, h)`` | the scalars after this step, a tuple of two | with ``adapt`` |
 
 ``first`` is the first gradient's squared norm, ``second`` the second's, after SSAM's rescaling if
 that is asked for, and ``product`` their dot product. ``sharpness`` is ``<g + g~, e> / 2``. Of a
-rule that is ``apart``, ``lr * (a * g~ + a1 * g)`` is taken away beside what the base does. A rule
-with ``given`` numbers finds these in ``state``.
+rule that is ``apart``, ``lr * (a * g~ + a1 * g)`` is taken away beside what the base does; of one
+that ``keeps``, ``a * g~ + a1 * g`` is written to where the first gradient was. One that ``reuses``
+has that in the place of the first gradient, in a step of one pass. A rule with ``given`` numbers
+finds these in ``state``.
 """

@@ -69,6 +69,8 @@ CASES = {
     "WSAM + SGD": Case(fastsam.WSAM, floor=44),
     "LESAM + SGD": Case(fastsam.LESAM),
     "FriendlySAM + SGD": Case(fastsam.FriendlySAM, floor=52),  # as VaSSO
+    # w, g~, g, v; v is written to where g was
+    "LookSAM + SGD": Case(fastsam.LookSAM, kernels=TWO_NORMS, floor=56),
     "MSAM + SGD": Case(fastsam.MSAM),  # v instead of g
     "SAMAR + SGD": Case(fastsam.SAMAR, kernels=TWO_NORMS, floor=52),  # SAM's; g~ and g, and g again
     # SAM's, and the variance: read, read, written; and the mean: read, written
@@ -188,6 +190,21 @@ def check_traffic(
     assert log.kernels == case.kernels
     assert floor <= traffic <= floor + 0.5  # what is above: tables, a row of numbers per program
     assert log.copied <= counters + case.counters
+
+
+def test_traffic_of_a_step_that_reuses():
+    """LookSAM's others: g, v | w, g, v, momentum."""
+    params = parameters([(256, 128), (1024,)])
+    optimizer = CASES["LookSAM + SGD"].build([{"params": params}])
+    grads = gradients(params)
+    for one_pass in (optimizer.first_step, optimizer.second_step, *[optimizer.plain_step] * 2):
+        with launches.record() as log:
+            give(params, next(grads))
+            one_pass(zero_grad=True)
+    assert log.kernels == ["reduce_kernel", "update_kernel"]
+    traffic = (log.loaded + log.stored) / (256 * 128 + 1024)
+    print(f"\nLookSAM, reusing: {traffic:.2f} B per element")
+    assert 32 <= traffic <= 32.5 and log.copied == 0
 
 
 @pytest.mark.parametrize("name", CASES)

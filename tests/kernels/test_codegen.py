@@ -150,6 +150,20 @@ def test_all_launches_are_known_variants(dtype):
         with launches.record(execute=False) as log:
             take_steps(optimizer, params, grads)
         assert log.variants <= known
+    for cls in (torch.optim.SGD, torch.optim.AdamW):
+        params = parameters([torch.ones(3).numpy()], dtypes)
+        optimizer = fastsam.LookSAM(params, cls, lr=0.1, k=2, skip_nonfinite=True, backend="triton")
+        grad = torch.ones(3, dtype=torch_dtype(dtypes.grad))
+        with launches.record(execute=False) as log:
+            take_steps(optimizer, params, [grad])
+            optimizer.plain_step()
+            params[0].grad = grad.clone()
+            optimizer.first_step(zero_grad=True)
+            params[0].grad = grad.clone()
+            optimizer.second_step()
+            params[0].grad = grad.clone()
+            optimizer.plain_step()
+        assert log.variants <= known
     for method in ("sam", "asam"):
         params = parameters([torch.ones(3).numpy()], dtypes)
         optimizer = create(method, params, "triton", "sgd", ascent_steps=2)

@@ -17,6 +17,7 @@ from registry import (
     DEVICE,
     DTYPES,
     METHODS,
+    ONE_PASS,
     create,
     numpy,
     parameters,
@@ -163,7 +164,7 @@ def test_bad_arguments(build, error, message):
 
 
 def test_every_class_is_in_the_registry():
-    tested = {method.cls for method in METHODS.values()} | set(BY_LOSSES)
+    tested = {method.cls for method in (METHODS | ONE_PASS).values()} | set(BY_LOSSES)
     classes = {getattr(fastsam, name) for name in fastsam.__all__}
     base = fastsam.optimizer.SharpnessAwareOptimizer
     own = {cls for cls in classes if isinstance(cls, type) and issubclass(cls, base)}

@@ -54,7 +54,7 @@ RANGES = {
                      "nesterov", "amsgrad", "differentiable", "scratch"), NO_BOOL),
     "amplify": [*(x for x in NO_NUMBER if type(x) not in (bool, np.bool_)), None, 0, *NO_TENSOR],
     "perturb_every": [*NO_INTEGER, 0, None],
-    "ascent_steps": [*NO_INTEGER, 0, None],
+    **dict.fromkeys(("ascent_steps", "k"), [*NO_INTEGER, 0, None]),
     "interval": [*NO_INTEGER, 0, None],
     "start": [*NO_INTEGER, None],
     "stop": [*NO_INTEGER, 0],
@@ -104,7 +104,8 @@ def arguments():
     """Every argument of every class, of its own, of SAM's and of the bases that it passes on to."""
     common = [key for key in inspect.signature(fastsam.SAM).parameters if key in RANGES]
     for name in ("SAM", "ASAM", "USAM", "UnifiedSAM", "SSAM", "VaSSO", "SAMAR", "FriendlySAM",
-                 "LESAM", "GSAM", "WSAM", "GNP", "MSAM", "PreconditionedSAM", "LightSAM",
+                 "LESAM", "GSAM", "WSAM", "GNP", "MSAM", "LookSAM",
+                 "PreconditionedSAM", "LightSAM",
                  "AdaSAM", "AdaGradNorm", "LETS", "SharpnessRatio"):  # fmt: skip
         parameters = inspect.signature(getattr(fastsam, name)).parameters
         for key, parameter in parameters.items():
@@ -115,6 +116,7 @@ def arguments():
             for key in common:
                 fixed = (name == "ASAM" and key == "adaptive") or key in parameters
                 fixed = fixed or (name == "LESAM" and key == "rho")  # its rho_max
+                fixed = fixed or (name == "LookSAM" and key == "perturb_every")  # its k
                 if not fixed and not (name in ("LightSAM", "AdaSAM") and key in light):
                     yield name, key, {}
     for rule in ("adagrad_norm", "adagrad"):

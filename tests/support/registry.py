@@ -217,8 +217,8 @@ METHODS = {
     ),
     "adasam": Method(fastsam.AdaSAM, {"rho": 0.05}, {}, {}, ("uncorrected_amsgrad",)),
 }  # fmt: skip
-#: Methods whose step has one pass, which tests that give gradients at w have no use for
-#: (``test_msam.py``).
+#: Methods of whose steps some have one pass, so that what others are tested by has no use for them:
+#: they have tests of their own (``test_msam.py``, ``test_looksam.py``).
 ONE_PASS = {
     "msam": Method(
         fastsam.MSAM, {}, {"rho": 0.3}, {"ascent": "momentum"},
@@ -230,6 +230,7 @@ ONE_PASS = {
         {"rho": 0.5, "eta": 0.1} | ADAPTIVE,
         {"ascent": "momentum", "max_grad_norm": 0.5, "skip_nonfinite": True}, TWO,
     ),
+    "looksam": Method(fastsam.LookSAM, {}, {}, {}, TWO),  # of which these are SAM's steps
 }  # fmt: skip
 #: Methods that differ from another by an equation alone, and share with it whatever else a step
 #: has. Their equations are tested as all are; other tests are given them one by one only where

@@ -203,7 +203,8 @@ def light(cls: type, cases: dict, own_errors: Iterable[Any]) -> OptimizerInfo:
 
 #: What a class needs in loops that do no more than any optimizer's.
 NEEDED: dict[str, dict[str, Any]] = {
-    "FunctionalSAM": {"by_hand": True}, "UniversalSAM": {"phi": torch.exp, "psi": torch.atan}
+    "FunctionalSAM": {"by_hand": True}, "MSAM": {"momentum": 0.9},
+    "UniversalSAM": {"phi": torch.exp, "psi": torch.atan},
 }  # fmt: skip
 #: Cases of methods whose perturbation is noise.
 BY_NOISE = {name: kwargs for name, kwargs in PLAIN.items() if name != "everything"}
@@ -289,6 +290,21 @@ fastsam_db = [
         {name: kwargs | NEEDED["UniversalSAM"] for name, kwargs in BY_NOISE.items()},
         [*NO_ETA, ({"mu": "cauchy"}, ValueError, "mu must be")],
         {"base_optimizer": SGD} | NEEDED["UniversalSAM"],
+    ),
+    info(
+        fastsam.MSAM,
+        {"momentum": MOMENTUM, "AdamW": {"base_optimizer": AdamW},
+         "adaptive": MOMENTUM | {"adaptive": True, "eta": 0.1, "max_grad_norm": 1.0}},
+        [*SAM_ERRORS, ({"momentum": 0.0}, TypeError, "SGD with momentum=0"),
+         ({"renormalize": True}, ValueError, "renormalize must be False with MSAM")],
+        {"base_optimizer": SGD} | NEEDED["MSAM"],
+    ),
+    info(
+        fastsam.LookSAM,  # with a radius at which v is no difference of nearly equal gradients
+        {name: kwargs | {"rho": 0.5} for name, kwargs in PLAIN.items()}
+        | {"every second": MOMENTUM | {"k": 2, "alpha": 0.5, "rho": 0.5}},
+        [*SAM_ERRORS, ({"k": 0}, ValueError, "k must be an integer of at least 1, got 0"),
+         ({"alpha": -1.0}, ValueError, "alpha must be at least 0 and finite, got -1.0")],
     ),
     light(
         fastsam.LightSAM,

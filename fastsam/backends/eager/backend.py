@@ -102,6 +102,7 @@ class TorchBackend(reference.ReferenceBackend):
                 adapts = reference.adapts_here(batch, spec)
                 sums.finish_descent(plain, measured, found, spec, scalars, adapts)
             reference.keep_rejected(batch, spec, scalars)
+            reference.leave_kept(batch, spec, scalars)
             follow_parameters(batch, backup)
             if backup is not None:
                 torch._foreach_copy_(list(backup.copies), list(backup.copies.values()))

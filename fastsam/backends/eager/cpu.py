@@ -176,6 +176,7 @@ def descend(
             adapts = reference.adapts_here(batch, spec)
             sums.finish_descent(plain, measured, found, spec, scalars, adapts)
         reference.keep_rejected(batch, spec, scalars)
+        reference.leave_kept(batch, spec, scalars)
         follow_parameters(batch, backup)
         if backup is not None:
             backup.restore()
@@ -215,7 +216,9 @@ def descent_sums(
     along = path_of(spec.ascent) is along_gradient
     apart = others or spec.adaptive or not along or is_part or batch.part is not None
     apart = apart or batch.squares is not None
-    if apart or any(leaves_float32(n.square()) for n in (plain, scalars[Scalar.GRAD_NORM])):
+    # of what an earlier step has left the norm is not known
+    norms = (plain,) if spec.descent.reuses else (plain, scalars[Scalar.GRAD_NORM])
+    if apart or any(leaves_float32(n.square()) for n in norms):
         return (yield from sums.descent_sums(batch, backup, spec, scalars))
     squared = torch.zeros_like(plain)  # of the first gradient
     product, sharpness = squared, squared
@@ -232,6 +235,8 @@ def descent_sums(
         else:
             ends, whole = span_norms(firsts)
             own = total((*ends.values(), *whole.values()), plain, squares=True)
+        if spec.descent.reuses and leaves_float32(own):
+            return (yield from sums.descent_sums(batch, backup, spec, scalars))
         pairs = zip(firsts, [batch.grads[k] for k in sorted(members)], strict=True)
         cross = total(chain.from_iterable(dots(g, g_) for g, g_ in pairs), plain)
         squared, product = squared + own, product + cross

@@ -19,9 +19,15 @@ from fastsam.step.sharding import Sharding
 from fastsam.step.spec import StepSpec
 
 from ..base import DeviceBackend, Pass, Stop
-from ..reference import adapts_here, keep_rejected, leave_final_gradient, unfused
+from ..reference import (
+    adapts_here,
+    keep_rejected,
+    leave_final_gradient,
+    leave_kept,
+    unfused,
+)
 from ..sums import adapt, undone_if_it_fails
-from .buckets import Bucket, make_buckets, release, write_back
+from .buckets import Bucket, make_buckets, of, release, write_back
 from .direct import Direct
 from .flat import FlatBackup
 from .launcher import LAUNCHES, Launched, Launcher
@@ -159,6 +165,8 @@ class TritonBackend(Launcher, DeviceBackend):
                 rows |= state_rows(bucket, batch, spec, self.launches.update)
             if spec.descent is not None:
                 rows |= grad_rows(bucket, {Row.FIRST_GRAD: batch.firsts})
+            if batch.kept is not None:
+                rows |= grad_rows(bucket, {Row.VALIDATION: batch.kept})
             if states or spec.descent is not None:
                 rows |= ascent_rows(bucket, batch, spec)
             if batch.squares is not None:
@@ -191,6 +199,8 @@ class TritonBackend(Launcher, DeviceBackend):
                 yield from plan.reduction.run()
             if rule is not None:
                 adapt(rule, spec, scalars)
+            if spec.keeps:  # the update leaves the others'
+                leave_kept(batch, spec, scalars, _out_of_place(batch, plan.buckets))
             if has_unfused:
                 some = batch if spec.bases is None else _unfused_part(batch, spec)
                 if backup is not None:
@@ -391,6 +401,21 @@ def _unfused_part(batch: Batch, spec: StepSpec) -> Batch:
     members = unfused(batch, spec)
     old, new = (xs and [xs[k] for k in members] for xs in (batch.ascent, batch.next))
     return Batch(params=[batch.params[k] for k in members], ascent=old, next=new)
+
+
+def _out_of_place(batch: Batch, buckets: list[Bucket]) -> list[int]:
+    """Parameters whose first gradients no update walks where they are."""
+    found: list[int] = []
+    if batch.firsts is None:
+        return found
+    for bucket in buckets:
+        firsts = of(batch.firsts, bucket.members)
+        for k, first, seen in zip(
+            bucket.members, firsts, bucket.addresses(Row.FIRST_GRAD), strict=True
+        ):
+            if bucket.base is None or (first is not None and first.data_ptr() != seen):
+                found.append(k)
+    return found
 
 
 def _is_stochastic(bucket: Bucket, spec: StepSpec) -> bool:

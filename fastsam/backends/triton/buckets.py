@@ -146,6 +146,10 @@ class Bucket:
         if self.moves:
             backup.move(self.params, self.targets, scratch)
 
+    def addresses(self, row: Row) -> Any:
+        """What the table has in a row that only some passes have."""
+        return self._rows[row]
+
     def locate(self, batch: Batch, backup: FlatBackup | None, rows: dict[Row, Any]) -> None:
         """Bring the table up to date; ``rows`` are those that only this kind of pass has."""
         rows = {row: values for row, values in rows.items() if self._rows.get(row) != values}

@@ -82,7 +82,7 @@ NO_RULE = dict.fromkeys(
 
 def states_of(spec: StepSpec) -> int:
     """Number of the ascent rule's state tensors."""
-    return len(spec.ascent.state_names(spec.groups[0]))
+    return len(spec.ascent.states(spec.groups[0]))
 
 
 def perturb_constants(spec: StepSpec, backs_up: bool = True, moves: bool = False) -> dict[str, Any]:
@@ -117,8 +117,8 @@ def update_constants(
     return {
         "UPDATE": functions_of(base, BASE)["update"], "COUNTS": base.counts_steps,
         "STARTS": starts, "SCALE": spec.rescales, "MIX": spec.descent is not None,
-        "BESIDE": spec.has_part_apart, "SKIP": spec.skip_nonfinite, "BY_NORM": base.needs_norm,
-        "ASCENT_STATES": ascent_states,
+        "BESIDE": spec.has_part_apart, "KEEPS": spec.keeps, "SKIP": spec.skip_nonfinite,
+        "BY_NORM": base.needs_norm, "ASCENT_STATES": ascent_states,
     }  # fmt: skip
 
 
