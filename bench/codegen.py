@@ -244,6 +244,10 @@ def _of_base(types: Sequence[str], base: Base, group: dict[str, Any]) -> Iterato
         )
         for of_ascent in range(1 + skip * 2):
             rule = update_constants(spec, of_ascent, starts) | storage
+            if base.takes_first:
+                rule |= {"SCALE": True, "MIX": True}  # as a descent rule has it
+                yield _variant("update_kernel", types, LAUNCHES.update, STATES=states, **rule)
+                continue
             yield _variant("update_kernel", types, LAUNCHES.update, STATES=states, **rule)
             if scale and not base.wide and of_ascent == 0:
                 for beside, keeps in ((False, False), (True, False), (False, True)):

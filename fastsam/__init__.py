@@ -9,6 +9,7 @@ from .batch_norm import frozen_batch_norm
 from .frozen import frozen_updates
 from .graphs import graphed
 from .methods.adasam import AdaSAM
+from .methods.bsam import BSAM
 from .methods.esam import select_samples
 from .methods.friendly import FriendlySAM
 from .methods.functional import FunctionalSAM, functional_closures
@@ -30,10 +31,10 @@ from .replicas import per_replica
 from .schedules import LambdaRho, ProportionalRho, RhoScheduler, tail
 
 __version__ = "0.1.0"
-__all__ = ["ASAM", "GNP", "GSAM", "LESAM", "LETS", "MSAM", "SAM", "SAMAR", "SSAM", "USAM", "WSAM",
-           "AdaGradNorm", "AdaSAM", "DetSAM", "FriendlySAM", "FrobSAM", "FunctionalSAM",
+__all__ = ["ASAM", "BSAM", "GNP", "GSAM", "LESAM", "LETS", "MSAM", "SAM", "SAMAR", "SSAM", "USAM",
+           "WSAM", "AdaGradNorm", "AdaSAM", "DetSAM", "FriendlySAM", "FrobSAM", "FunctionalSAM",
            "LambdaRho", "Landscape", "LightSAM", "LookSAM", "PreconditionedSAM", "ProportionalRho",
            "RhoScheduler", "SharpnessRatio", "TraceSAM", "UnifiedSAM", "UniversalSAM", "VaSSO",
-           "compare_ranks", "frozen_batch_norm", "frozen_updates", "functional_closures", "graphed",
-           "loss_landscape", "normalization_groups", "per_replica", "rules", "select_samples",
-           "sharpness", "tail", "theory"]  # fmt: skip
+           "compare_ranks", "frozen_batch_norm", "frozen_updates", "functional_closures",
+           "graphed", "loss_landscape", "normalization_groups", "per_replica", "rules",
+           "select_samples", "sharpness", "tail", "theory"]  # fmt: skip

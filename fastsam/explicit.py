@@ -412,7 +412,9 @@ class ExplicitPasses(Configured):
         recording, stochastic = self._passes.recording, self.rounding == "stochastic"
         noise = self.ascent.noise and perturbs
         checks_first = is_scaled and perturbs and not self.ascent.momentum
-        checks_first = checks_first or (noise and self.skip_nonfinite)  # they are in u as they are
+        takes_first = perturbs and self._base is not None and self._base.takes_first
+        # what is in u, or in the update, as it is
+        checks_first = checks_first or ((noise or takes_first) and self.skip_nonfinite)
         return StepSpec(
             groups=self.param_groups,
             ascent=self.ascent,

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from .finish import ACCEPTED, APART, COEFFICIENT, FIRST_APART, FIRST_COEFFICIENT, SQUARED_NORMS
 from .layout import Hyper
+from .perturb import FIRST_INVERSE_SCALE
 from .rounding import pass_key, round_weight
 from .stream import (
     ASCENT0,
@@ -48,7 +49,7 @@ def _update(table, columns, tensor, start, offsets, mask, h, scalars, origin, co
             P: tl.constexpr, G: tl.constexpr, S: tl.constexpr, ACC: tl.constexpr,
             UPDATE: tl.constexpr, COUNTS: tl.constexpr, STARTS: tl.constexpr,
             STATES: tl.constexpr, SCALE: tl.constexpr, MIX: tl.constexpr, BESIDE: tl.constexpr,
-            KEEPS: tl.constexpr, SKIP: tl.constexpr, BY_NORM: tl.constexpr,
+            KEEPS: tl.constexpr, SKIP: tl.constexpr, BY_NORM: tl.constexpr, FIRST: tl.constexpr,
             ASCENT_STATES: tl.constexpr, HAS_MASTER: tl.constexpr, STOCHASTIC: tl.constexpr,
             ALIGNED: tl.constexpr):  # fmt: skip
     # all addresses, then all loads, then what is computed of them, then all stores: a load after a
@@ -109,7 +110,11 @@ def _update(table, columns, tensor, start, offsets, mask, h, scalars, origin, co
     squared_norms = 0.0
     if BY_NORM:  # a compiler would drop the load where it is ignored, the interpreter would not
         squared_norms = tl.load(scalars + SQUARED_NORMS)
-    new, later = UPDATE(w, u, state, h, step, fresh, squared_norms)
+    if FIRST:
+        first = g.to(ACC) * tl.load(scalars + FIRST_INVERSE_SCALE).to(ACC)
+        new, later = UPDATE(w, u, state, h, step, fresh, squared_norms, first)
+    else:
+        new, later = UPDATE(w, u, state, h, step, fresh, squared_norms)
     if BESIDE or KEEPS:
         apart = tl.load(scalars + APART).to(ACC)
         first_apart = tl.load(scalars + FIRST_APART).to(ACC)
@@ -166,7 +171,7 @@ def update_kernel(table, chunks, columns, hyper, scalars, arrivals, origin, P: t
                   UPDATE: tl.constexpr, COUNTS: tl.constexpr, STARTS: tl.constexpr,
                   STATES: tl.constexpr, SCALE: tl.constexpr, MIX: tl.constexpr,
                   BESIDE: tl.constexpr, KEEPS: tl.constexpr, SKIP: tl.constexpr,
-                  BY_NORM: tl.constexpr, ASCENT_STATES: tl.constexpr,
+                  BY_NORM: tl.constexpr, FIRST: tl.constexpr, ASCENT_STATES: tl.constexpr,
                   HAS_MASTER: tl.constexpr, STOCHASTIC: tl.constexpr,
                   CHUNK: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
     """Restore, ``u = coefficient * g~ + first coefficient * g``, base update: a chunk per program.
@@ -185,6 +190,7 @@ def update_kernel(table, chunks, columns, hyper, scalars, arrivals, origin, P: t
         KEEPS: With MIX, whether such a part takes the first gradient's place instead.
         SKIP: Whether a step may be rejected on the device.
         BY_NORM: Whether the base update takes the sum of squared norms.
+        FIRST: With MIX, whether it takes the first gradient.
         ASCENT_STATES: With SKIP, number of the ascent rule's state tensors, to be rejected too.
 
     The other arguments are ``perturb_kernel``'s.
@@ -199,12 +205,12 @@ def update_kernel(table, chunks, columns, hyper, scalars, arrivals, origin, P: t
         offsets = tl.arange(0, CHUNK)
         _update(table, columns, tensor, start, offsets, offsets < vector, h, scalars, origin, count,
                 P, G, S, ACC, UPDATE, COUNTS, STARTS, STATES, SCALE, MIX, BESIDE, KEEPS, SKIP,
-                BY_NORM, ASCENT_STATES, HAS_MASTER, STOCHASTIC, True)  # fmt: skip
+                BY_NORM, FIRST, ASCENT_STATES, HAS_MASTER, STOCHASTIC, True)  # fmt: skip
     for first in range(vector, size, LANES):
         offsets = first + tl.arange(0, LANES)
         _update(table, columns, tensor, start, offsets, offsets < size, h, scalars, origin, count,
                 P, G, S, ACC, UPDATE, COUNTS, STARTS, STATES, SCALE, MIX, BESIDE, KEEPS, SKIP,
-                BY_NORM, ASCENT_STATES, HAS_MASTER, STOCHASTIC, False)  # fmt: skip
+                BY_NORM, FIRST, ASCENT_STATES, HAS_MASTER, STOCHASTIC, False)  # fmt: skip
     if COUNTS:
         # Every chunk of a tensor reads its step count, so only the last to finish may write it. The
         # arrivals order nothing else, and need no fence: a program's stores are computed from the

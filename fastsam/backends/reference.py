@@ -113,7 +113,11 @@ def update_one(
         on_cpu = stored["step"].device.type == "cpu"
         step = state["step"].item() if on_cpu else state["step"].double()
     fresh = batch.fresh is not None and batch.fresh[k]
-    base.update(w, u, state, group, step, fresh, scalars[Scalar.SQUARED_NORMS])
+    given = [step, fresh, scalars[Scalar.SQUARED_NORMS]]
+    if base.takes_first:
+        first = None if batch.firsts is None else batch.firsts[k]
+        given.append(torch.zeros_like(w) if first is None else wide(first).to(w.dtype))
+    base.update(w, u, state, group, *given)
     if spec.has_part_apart:
         w -= beside(batch, k, spec, scalars).to(w.dtype)
     if spec.skip_nonfinite:

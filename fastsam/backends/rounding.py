@@ -3,33 +3,13 @@
 In int64, because torch has few operators for unsigned integers.
 """
 
-from typing import TypeVar
-
 import torch
 from torch import Tensor
 
 from fastsam.kernels.layout import Scalar
 from fastsam.step.batch import Batch
+from fastsam.step.bits import LOW, SLICE, mix, tensor_key
 from fastsam.step.spec import StepSpec
-
-LOW = 0xFFFFFFFF
-#: Elements that are rounded at a time: the integers in between take ten times the memory.
-SLICE = 1 << 20
-Bits = TypeVar("Bits", int, Tensor)
-
-
-def mix(x: Bits) -> Bits:
-    """A bijection of 32 bits in which every bit depends on all of them (murmur3's finalizer)."""
-    x = x ^ (x >> 16)
-    x = (x * 0x85EBCA6B) & LOW
-    x = x ^ (x >> 13)
-    x = (x * 0xC2B2AE35) & LOW
-    return x ^ (x >> 16)
-
-
-def tensor_key(seed: int, place: int) -> int:
-    """What one tensor's random bits depend on, in every step; 32 bits."""
-    return mix(mix(seed) ^ (place * 0x9E3779B1 & LOW))
 
 
 def add_noise(x: Tensor, like: Tensor, key: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from .uncorrected import (
     UncorrectedAdaGradNorm,
     UncorrectedAdam,
 )
+from .variational import VARIATIONAL, Variational
 
 #: By exact class: a subclass may change the update.
 BASES: dict[type, Base] = {
@@ -25,6 +26,7 @@ BASES: dict[type, Base] = {
     UncorrectedAdam: UNCORRECTED_ADAM,
     UncorrectedAdagrad: UNCORRECTED_ADAGRAD,
     UncorrectedAdaGradNorm: ADAGRAD_NORM,
+    Variational: VARIATIONAL,
 }
 
 

@@ -351,6 +351,8 @@ class Base(Rule):
         accumulator: Where the sum of the squared norms of ``u`` starts, if the update takes it:
             ``(group)``, of the first group, to a number.
         wide: Whether state is in float32 whatever the parameter's dtype (float64 for float64).
+        takes_first: Whether the update is given the first gradient, too, as its last argument:
+            zeros where there is none. The optimizer has to have a descent rule.
         arguments: What the hyper-parameters may be, by group key (``fastsam.rules.Number`` and
             ``Flag``): checked where they are given, and in a step where they have changed.
         check: Raises ValueError for a group whose hyper-parameters are out of range, in what
@@ -371,6 +373,7 @@ class Base(Rule):
     counts_steps: bool = False
     accumulator: Callable[[Group], float] | None = None
     wide: bool = False
+    takes_first: bool = False
     arguments: Mapping[str, Argument] = field(default_factory=dict)
     check: Callable[[Mapping[str, Any]], None] | None = None
     eager: str = ""

@@ -256,6 +256,21 @@ def test_traffic_of_several_ascents(name):
     assert count_step(case, many, execute=False).kernels == case.kernels
 
 
+def test_traffic_of_bsam():
+    """w, g, s, backup, w + e | backup, g~, g, m, s, w, m, s; its noise is made by torch."""
+    params = parameters([(256, 128), (1024,)])
+    optimizer = fastsam.BSAM(params, n=100, backend="triton")
+    grads = gradients(params)
+    for execute in (False, True):
+        with optimizer.noise():
+            give(params, next(grads))
+        with launches.record(execute) as log:
+            optimizer.first_step(zero_grad=True)
+            give(params, next(grads))
+            optimizer.second_step(zero_grad=True)
+    check_traffic("BSAM", log, Case(fastsam.BSAM, kernels=NO_NORM), 52, 256 * 128 + 1024, 48)
+
+
 @pytest.mark.parametrize("name", HALVED)
 @pytest.mark.filterwarnings("ignore:some parameters are float16 or bfloat16")
 def test_bf16_moves_half(name):

@@ -12,8 +12,8 @@ import fastsam
 import launches
 from networks import bits, closure_of, loss_of, model_and_data, same
 from registry import (
+    APART,
     BACKENDS,
-    BY_LOSSES,
     DEVICE,
     DTYPES,
     METHODS,
@@ -164,7 +164,7 @@ def test_bad_arguments(build, error, message):
 
 
 def test_every_class_is_in_the_registry():
-    tested = {method.cls for method in (METHODS | ONE_PASS).values()} | set(BY_LOSSES)
+    tested = {method.cls for method in (METHODS | ONE_PASS).values()} | set(APART)
     classes = {getattr(fastsam, name) for name in fastsam.__all__}
     base = fastsam.optimizer.SharpnessAwareOptimizer
     own = {cls for cls in classes if isinstance(cls, type) and issubclass(cls, base)}

@@ -239,9 +239,10 @@ RELATIVES = ("gsam", "gsam-first-all", "wsam-all", "wsam-coupled", "gnp", "gnp-u
              "sam-amplified", "friendly-all", "functional-adam-all", "preconditioned-all",
              "preconditioned-callable", "trace")  # fmt: skip
 #: The classes of these that have no other row.
-RELATIVE_CLASSES = ("GSAM", "GNP", "LESAM", "TraceSAM", "DetSAM", "FrobSAM", "UniversalSAM")
-#: Classes without a row, whose passes need losses; they are tested in test_universal.py.
-BY_LOSSES = (fastsam.DetSAM, fastsam.FrobSAM, fastsam.UniversalSAM)
+RELATIVE_CLASSES = ("GSAM", "GNP", "LESAM", "TraceSAM", "DetSAM", "FrobSAM", "UniversalSAM", "BSAM")
+#: Classes without a row, whose passes need losses, or noise around them; they are tested in
+#: test_universal.py and test_bsam.py.
+APART = (fastsam.DetSAM, fastsam.FrobSAM, fastsam.UniversalSAM, fastsam.BSAM)
 #: Those whose radius LETS learns with either Hessian: the second gradient is that of the loss, and
 #: the perturbation follows from nothing that the update changes, nor from noise.
 LEARNING = [

@@ -315,6 +315,8 @@ fastsam_db = [
         },
         [({"rule": "sgd"}, ValueError, "rule must be one of .* got 'sgd'")],
     ),
+    info(fastsam.BSAM, {"default": {"n": 10}, "skipping": {"n": 10, "lr": 0.1} | EVERYTHING},
+         [*COMMON_ERRORS, ({"n": 0}, ValueError, "n must be at least 1")], {"n": 10}),
     light(fastsam.AdaSAM, {"default": LIGHT, "everything": LIGHT | EVERYTHING}, []),
     info(
         LETS, LEARNED,

@@ -118,7 +118,7 @@ def update_constants(
         "UPDATE": functions_of(base, BASE)["update"], "COUNTS": base.counts_steps,
         "STARTS": starts, "SCALE": spec.rescales, "MIX": spec.descent is not None,
         "BESIDE": spec.has_part_apart, "KEEPS": spec.keeps, "SKIP": spec.skip_nonfinite,
-        "BY_NORM": base.needs_norm, "ASCENT_STATES": ascent_states,
+        "BY_NORM": base.needs_norm, "FIRST": base.takes_first, "ASCENT_STATES": ascent_states,
     }  # fmt: skip
 
 

@@ -8,10 +8,10 @@ from torch import Tensor
 from fastsam.kernels.layout import Launch, Row
 from fastsam.step.base_state import BaseStates, Computed
 from fastsam.step.batch import Batch
+from fastsam.step.bits import tensor_key
 from fastsam.step.spec import StepSpec
 from fastsam.step.state import AscentStates
 
-from ..rounding import tensor_key
 from .buckets import Bucket, like_layout, of
 
 STATES = (Row.STATE0, Row.STATE1, Row.STATE2)

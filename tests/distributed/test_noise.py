@@ -1,4 +1,4 @@
-"""Losses that the update follows from are those of all ranks: Det- and Frob-SAM."""
+"""Methods with noise on several ranks: all draw the same, and losses are the mean over them."""
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from shards import sharded, squared_error, whole, wrapped
 CASES = {
     "det": (fastsam.DetSAM, {"rho": 1.0, "half_width": 0.05, "samples": 2}),
     "frob": (fastsam.FrobSAM, {"rho": 0.1, "weight": 0.05}),
+    "bsam": (fastsam.BSAM, {"n": 16, "prior_precision": 1.0}),
 }
 
 
@@ -27,7 +28,8 @@ def trained(rank, size, case, layout, backend="torch"):
     model = network()
     if size > 1:
         model = wrapped(model) if layout == "ddp" else sharded(model, layout)
-    optimizer = cls(model.parameters(), torch.optim.SGD, lr=0.1, backend=backend, **kwargs)
+    base = () if cls is fastsam.BSAM else (torch.optim.SGD,)
+    optimizer = cls(model.parameters(), *base, lr=0.1, backend=backend, **kwargs)
     batch = data(rank, size)
 
     def closure():
@@ -49,9 +51,9 @@ def test_ddp_is_one_process_with_all_data(case):
             torch.testing.assert_close(ours, exact, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("layout", ["sharded"])
-def test_shards_draw_noise_of_their_own(layout):
+@pytest.mark.parametrize("case", ["frob", "bsam"])
+def test_shards_draw_noise_of_their_own(case):
     """So the weights are others than on one process, and the same on both."""
-    first, second = processes.run(2, trained, "frob", layout)
+    first, second = processes.run(2, trained, case, "sharded")
     for ours, others in zip(first, second, strict=True):
         assert torch.equal(ours, others) and ours.isfinite().all()

@@ -1,0 +1,311 @@
+"""bSAM: SAM as an optimal relaxation of Bayes, with a mean and a precision for every weight."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
+from torch.optim.optimizer import ParamsT
+
+from fastsam.arithmetic import wide
+from fastsam.bases.variational import Variational
+from fastsam.explicit import uncompiled
+from fastsam.kernels import table
+from fastsam.optimizer import SharpnessAwareOptimizer
+from fastsam.step.arguments import FLAG, Integer, setting
+from fastsam.step.batch import Batch
+from fastsam.step.bits import noise_key, tensor_key, uniform
+from fastsam.step.caches import forget_weights
+from fastsam.step.capture import refuse
+from fastsam.step.checks import check_common
+from fastsam.step.flight import InFlight
+from fastsam.step.interrupts import uninterrupted
+from fastsam.step.recording import Recording
+from fastsam.step.sharding import coordinate_of, local
+from fastsam.step.spec import Ascent, Columns, Descent, StepSpec, is_perturbed
+
+from .universal import NORMAL
+
+
+def _along(g: Tensor, state: dict[str, Tensor], h: Columns) -> Tensor:
+    s = state["precision"]
+    d = g / torch.where(s.isnan(), 1.0, s)
+    return torch.where(d.isfinite(), d, 0.0)
+
+
+def _radius(rho: Any, norm: Any, total: Any, h: Columns) -> Any:
+    return rho
+
+
+def _given(state: dict[str, Tensor], sums: dict[str, Tensor], h: Columns) -> tuple[Any, Any]:
+    return state["last"], state["first"]
+
+
+BY_PRECISION = Ascent(
+    name="precision", kernel="fastsam.kernels.ascent.precision", direction=_along, radius=_radius,
+    base_state="precision", norm=None, scales=False,
+)  # fmt: skip
+#: ``u = g~``; the first gradient is kept for the precision.
+SECOND = Descent(
+    name="second", kernel="fastsam.kernels.descent.given", coefficients=_given,
+    given=("last", "first"),
+)  # fmt: skip
+
+
+def _every_step(optimizer: Any, value: Any) -> None:
+    if value not in (1, 0, None):
+        raise ValueError(
+            "perturb_every, start and stop must stay 1, 0 and None with BSAM, whose update needs "
+            f"the gradients of both passes; got {value}"
+        )
+
+
+class BSAM(SharpnessAwareOptimizer):
+    r"""Bayesian SAM: a Gaussian over the weights, of which the optimizer has mean and precision.
+
+    With :math:`N` the number of training examples, :math:`\delta = \text{prior precision} / N`, the
+    gradient :math:`g` at a sample of the Gaussian, and :math:`\tilde g` at the perturbed mean:
+
+    .. math:: g = \nabla L\Big(w + \frac{z}{\sqrt{N s}}\Big), \quad z \sim N(0, I), \qquad
+              \tilde g = \nabla L(w + e), \quad e = \rho\, \frac{g}{s}
+
+    .. math:: m \leftarrow \beta_1 m + (1 - \beta_1)(\tilde g + \delta w), \qquad
+              w \leftarrow w - lr\, \frac{m}{s}, \qquad
+              s \leftarrow \beta_2 s + (1 - \beta_2)(\sqrt{s}\, |g| + \gamma + \delta)
+
+    :math:`w` moves by the old :math:`s`; :math:`s` starts at 1 and :math:`m` at 0; products, roots
+    and quotients are element-wise. The weights are the mean. For predictions with the Gaussian,
+    average over samples of it::
+
+        outputs = 0
+        for number in range(32):
+            with optimizer.sampled(number):
+                outputs = outputs + model(x).softmax(-1) / 32
+
+    ``step(closure)`` puts the noise on the weights for the first call of the closure and takes it
+    away after it; the loss that it returns is the one there. With explicit passes the first one's
+    forward and backward go inside :meth:`noise`::
+
+        with optimizer.noise():
+            loss_fn(model(x), y).backward()
+        optimizer.first_step(zero_grad=True)
+        loss_fn(model(x), y).backward()
+        optimizer.second_step(zero_grad=True)
+
+    :math:`z` is a hash of ``seed``, the count of steps (``kept["t"]``), the parameter's place in
+    the optimizer and the element's in memory: nothing of it is stored, a resumed run draws what the
+    run would have drawn, and ranks draw the same, by their one seed, but for shards, which draw
+    numbers of their own. Parameters that need no gradient, and groups with ``perturb=False``, get
+    neither noise nor perturbation, but the same update.
+
+    A missing first gradient counts as zeros in :math:`s`. Where an element of the first gradient is
+    not finite it perturbs nothing, and its :math:`s` stays.
+
+    Cost: two forward and backward passes, and 52 bytes per element in float32 in two launches, as
+    counted (perturb 20, update 32): the first gradient is kept until the update, in its own memory
+    where the step sets it to None. The noise is not fused yet: it runs by its equations in torch's
+    operators, tensor by tensor, and copies the weights. Two states, ``exp_avg`` and ``precision``,
+    in float32 (float64 for float64 parameters).
+
+    Args:
+        params: Parameters, named parameters or parameter groups, as in ``torch.optim``.
+        lr: Learning rate, at least 0. Default 0.5.
+        n: :math:`N`, the number of training examples, at least 1. Needed.
+        rho: :math:`\rho`, at least 0. Default 0.01.
+        betas: :math:`\beta_1` and :math:`\beta_2`, each in [0, 1). Default (0.9, 0.999).
+        prior_precision: Precision of the prior, at least 0. Default 40.
+        damping: :math:`\gamma`, at least 0. Default 0.1.
+        backend: As in :class:`SAM`; of the perturbation.
+        maximize: Maximize the objective, as in ``torch.optim``. Default False.
+        **kwargs: ``renormalize`` and what follows it among the arguments of :class:`SAM`, but for
+            ``perturb_every``, ``start``, ``stop`` and ``ascent_steps``. ``max_grad_norm`` bounds
+            the norm of :math:`\tilde g`, and ``skip_nonfinite`` looks at both gradients.
+
+    Raises:
+        TypeError, ValueError, ImportError, RuntimeError: As :class:`SAM`; TypeError also without
+            ``n``; RuntimeError for capture in a CUDA graph, and by :meth:`first_step` where
+            :meth:`noise` was not around the pass before it. :class:`LETS`, ``plain_step``,
+            ``step_micro_batches`` and ``per_replica`` are refused.
+
+    Reference: Möllenhoff and Khan, "SAM as an optimal relaxation of Bayes", ICLR 2023, arXiv
+    2210.01620. The equations and defaults are those of the authors' code.
+    """
+
+    _TRANSIENT: tuple[str, ...] = (*SharpnessAwareOptimizer._TRANSIENT, "_is_noisy", "_had_noise")
+
+    ascent = BY_PRECISION
+    descent = SECOND
+
+    perturb_every: int = setting(Integer(1), then=_every_step)
+    start: int = setting(Integer(0), then=_every_step)
+    stop: int | None = setting(Integer(1, optional=True), then=_every_step)
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 0.5,
+        *,
+        n: float,
+        rho: float | Tensor = 0.01,
+        betas: tuple[float, float] = (0.9, 0.999),
+        prior_precision: float = 40.0,
+        damping: float = 0.1,
+        backend: str = "auto",
+        maximize: bool = False,
+        **kwargs: Any,
+    ):
+        check_common(kwargs, type(self))
+        super().__init__(
+            params, Variational, rho=rho, backend=backend, lr=lr, n=n, betas=betas,
+            prior_precision=prior_precision, damping=damping,
+            maximize=FLAG("maximize", maximize), **kwargs,
+        )  # fmt: skip
+
+    def _start(self) -> None:
+        super()._start()
+        self._is_noisy = False  # whether a sample is in the parameters
+        self._had_noise = False  # whether the present gradients are those at one
+
+    # --- samples ---
+
+    @contextmanager
+    def noise(self) -> Iterator[None]:
+        """Have the step's sample of the Gaussian in the model, for the first of its passes.
+
+        For loops that call ``backward``; ``step`` does this itself. At the end of the block, also
+        where an exception ends it, the weights are what they were, bit for bit. What was written to
+        weights inside is gone.
+
+        Raises:
+            RuntimeError: Between ``first_step`` and ``second_step``, inside another such block, and
+                under capture in a CUDA graph.
+        """
+        self._expect("first_step", "noise")
+        with self._sample(0):
+            yield
+        self._had_noise = True
+
+    @contextmanager
+    def sampled(self, number: int) -> Iterator[None]:
+        """Have a sample of the Gaussian in the model: for predictions.
+
+        Not the step's own. Samples of one number are the same until the next step, and those of
+        different ones are independent. As in :meth:`noise`, the weights are back after it.
+
+        Args:
+            number: At least 0 and below 2^31.
+
+        Raises:
+            ValueError: If it is out of range.
+            RuntimeError: As by :meth:`noise`.
+        """
+        Integer(0, 2**31)("number", number)
+        self._expect("first_step", "sampled")
+        with self._sample(int(number) + 1):
+            yield
+
+    @contextmanager
+    def _sample(self, number: int) -> Iterator[None]:
+        if self._is_noisy:
+            raise RuntimeError("a sample is in the model already: end that block first")
+        params = [p for group in self.param_groups for p in group["params"]]
+        if any(table.is_capturing(device) for device in {p.device for p in params}):
+            raise refuse(type(self).__name__, "its noise follows from a count on the host")
+        before: list[tuple[Tensor, Tensor]] = []
+        try:
+            with uninterrupted(), torch.no_grad():
+                self._is_noisy = True
+                self._add_noise(number, before)
+                forget_weights()
+            yield
+        finally:
+            with uninterrupted(insists=True), torch.no_grad():
+                for param, w in before:
+                    param.copy_(w)
+                forget_weights()
+                self._is_noisy = False
+
+    def _add_noise(self, number: int, before: list[tuple[Tensor, Tensor]]) -> None:
+        everyone = [p for group in self.param_groups for p in group["params"]]
+        places = {param: i for i, param in enumerate(dict.fromkeys(everyone))}
+        for group in filter(is_perturbed, self.param_groups):
+            for param in group["params"]:
+                if not param.requires_grad:
+                    continue
+                w = local(param)
+                key = tensor_key(self.seed, places[param] + len(places) * coordinate_of(param))
+                x = uniform(w, noise_key(key, self.kept["t"] - 1, number))
+                z = NORMAL.direction(x, {}, {})
+                if (s := self.state.get(param, {}).get("precision")) is not None:
+                    z = z / local(s).sqrt()
+                before.append((w, w.clone()))
+                w.copy_(wide(w) + z * group["n"] ** -0.5)
+
+    # --- the passes ---
+
+    @uncompiled
+    def first_step(self, zero_grad: bool = False, *, grad_scaler: GradScaler | None = None) -> None:
+        """Perturb the weights along the present gradients, which are those at the step's sample.
+
+        Args:
+            zero_grad: Zero the gradients afterwards.
+            grad_scaler: As every method has it.
+
+        Raises:
+            RuntimeError: If :meth:`noise` was not around the pass that they are of. Nothing has
+                changed then.
+        """
+        self._expect("first_step")
+        if not self._had_noise:
+            raise RuntimeError(
+                "BSAM's first gradients are those at a sample of its Gaussian: put "
+                "optimizer.noise() around forward and backward of the first pass"
+            )
+        super().first_step(zero_grad, grad_scaler=grad_scaler)
+        self._had_noise = False
+
+    def plain_step(self, zero_grad: bool = False, *, grad_scaler: GradScaler | None = None) -> None:
+        """There is none: the update needs the gradients of both passes.
+
+        Raises:
+            RuntimeError: Always.
+        """
+        raise RuntimeError("BSAM has no step of its base alone, as it needs two gradients")
+
+    def restore(self) -> None:
+        """Undo ``first_step``: for a loop whose second pass failed. Does nothing otherwise."""
+        super().restore()
+        self._had_noise = False
+
+    @contextmanager
+    def recording(self, hessian: str | None) -> Iterator[Recording | None]:
+        """For LETS, which is refused."""
+        if hessian is not None:
+            raise RuntimeError("LETS does not serve BSAM, whose first gradient is not that at w")
+        yield None
+
+    # --- parts of them ---
+
+    @property
+    def _needs_two_passes(self) -> bool:
+        return True
+
+    def _expect(self, due: str, call: str = "") -> None:
+        if self._is_noisy and not self._inside_closure:
+            raise RuntimeError(
+                f"{call or due} cannot be called while a sample is in the model: end the block of "
+                "noise() or sampled() first"
+            )
+        super()._expect(due, call)
+
+    def _call(self, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
+        if self._flight is not None:
+            return super()._call(closure, *args, **kwargs)
+        with self.noise():
+            return super()._call(closure, *args, **kwargs)
+
+    def _finish(self, batch: Batch, spec: StepSpec, flight: InFlight) -> None:
+        self._passes.give(spec, 1.0, 0.0)
+        super()._finish(batch, spec, flight)
