@@ -67,6 +67,25 @@ class BaseStates:
         return same and self._find_addresses() == self._addresses
 
 
+def parts_of_state(
+    name: str, states: States, owners: Sequence[Tensor], params: Sequence[Tensor]
+) -> list[Any]:
+    """This process's part of each parameter's state of that name; None where there is none.
+
+    Raises:
+        RuntimeError: If one is no tensor, or has another shape, or is sharded otherwise.
+    """
+    held = [states[owner].get(name) if owner in states else None for owner in owners]
+    return [
+        x
+        # as a rule a tensor like the parameter, where that is
+        if x is None or (type(x) is Tensor and owner is param and x.shape == param.shape
+                         and x.device == param.device)
+        else part_of_state(name, x, owner, param)
+        for x, owner, param in zip(held, owners, params, strict=True)
+    ]  # fmt: skip
+
+
 def part_of_state(name: str, x: Any, owner: Tensor, param: Tensor) -> Tensor:
     """This process's part of a state tensor, checked."""
     if not isinstance(x, Tensor):

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base_state import part_of_state
+from .base_state import parts_of_state
 from .batch import Batch, Layout, identical
 from .checks import check_partitioned, check_tensors
 from .sharding import is_sharded, local, local_grad, sharding_of
 from .spec import Group, is_perturbed
 from .state import States
 
+Momentum = Callable[[list[Tensor], list[Tensor]], list[Any]]
 #: Patterns of missing gradients that are remembered.
 PATTERNS = 8
 
@@ -47,7 +48,7 @@ class Sweep:
 
     def collect(
         self, groups: Sequence[Group], name: str, before: "Sweep | None" = None,
-        perturbs: bool = False, momentum: Callable[[list[Tensor]], list[Any]] | None = None,
+        perturbs: bool = False, momentum: Momentum | None = None,
     ) -> Batch:  # fmt: skip
         """The parameters that have a gradient, each once, in the order of their groups, checked.
 
@@ -56,7 +57,8 @@ class Sweep:
             name: The optimizer's.
             before: The sweep that looked at the parameters earlier in this step.
             perturbs: Leave out the groups that are not perturbed.
-            momentum: Gives for parameters what stands in the place of their gradients.
+            momentum: Gives what stands in the place of gradients, for the optimizer's parameters
+                and this process's parts of them.
 
         Raises:
             RuntimeError: For tensors that ``name`` does not serve (``check_tensors``).
@@ -78,7 +80,7 @@ class Sweep:
         grads: list[Any]
         if momentum is not None:
             params = list(map(local, owners)) if self._shards else owners
-            grads = momentum(owners)
+            grads = momentum(owners, params)
         elif self._shards:
             params, grads = list(map(local, owners)), list(map(local_grad, owners))
         else:
@@ -180,19 +182,6 @@ def _fits(layout: Layout, grads: list[Tensor], addresses: list[int], again: bool
     return list(map(Tensor.stride, chain(layout.params, grads))) == layout.strides
 
 
-def momentum_of(state: str, states: States, owners: list[Tensor]) -> list[Any]:
-    """This process's part of each parameter's momentum; None where there is none yet.
-
-    Raises:
-        RuntimeError: If one is no tensor, or has another shape, or is sharded otherwise.
-    """
-    held = [states[param].get(state) if param in states else None for param in owners]
-    return [
-        x if x is None else part_of_state(state, x, owner, local(owner))
-        for x, owner in zip(held, owners, strict=True)
-    ]
-
-
 class Collector:
     """Finds the tensors of an optimizer's passes: a :class:`Sweep` for each kind of pass.
 
@@ -231,7 +220,7 @@ class Collector:
             states: The optimizer's.
         """
         return self._sweeps["momentum"].collect(
-            groups, name, perturbs=True, momentum=partial(momentum_of, state, states)
+            groups, name, perturbs=True, momentum=partial(parts_of_state, state, states)
         )
 
     def second(

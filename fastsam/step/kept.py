@@ -1,11 +1,13 @@
 """What one step leaves in the memory of its first gradients, for the steps that follow."""
 
+from functools import partial
+
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from fastsam.kernels.layout import Scalar
 
-from .base_state import part_of_state
+from .base_state import parts_of_state
 from .batch import Batch
 from .sharding import is_sharded
 from .spec import StepSpec
@@ -31,28 +33,18 @@ def whole(x: Tensor, like: Tensor) -> Tensor:
     )  # fmt: skip
 
 
-def held(batch: Batch, spec: StepSpec, states: States) -> list[Tensor | None]:
-    """This process's part of what an earlier step has left; None where there is nothing.
-
-    Raises:
-        RuntimeError: If one has not the parameter's shape, or is sharded otherwise.
-    """
-    name = spec.ascent.keeps
-    found = [states[param].get(name) if param in states else None for param in batch.owners]
-    return [
-        None if x is None else part_of_state(name, x, owner, param)
-        for x, owner, param in zip(found, batch.owners, batch.params, strict=True)
-    ]
-
-
 def give_kept(batch: Batch, spec: StepSpec, states: States, scalars: Tensor) -> None:
     """Let a step find what an earlier one has left, where it is used or may have to stay.
 
     Where it is used it stands in the place of the first gradients, and carries no loss scale.
+
+    Raises:
+        RuntimeError: If something has not the parameter's shape, or is sharded otherwise.
     """
+    find = partial(parts_of_state, spec.ascent.keeps, states, batch.owners, batch.params)
     if spec.keeps and spec.skip_nonfinite:
-        batch.kept = held(batch, spec, states)
+        batch.kept = find()
     elif spec.descent is not None and spec.descent.reuses:
-        batch.firsts = held(batch, spec, states)
+        batch.firsts = find()
         if spec.is_scaled:
             scalars[Scalar.FIRST_INVERSE_SCALE].fill_(1)

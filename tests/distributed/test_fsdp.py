@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
 import fastsam
 
@@ -750,3 +751,36 @@ def test_equal_to_one_process_on_gpus(kind, backend):
         gpus(), one_process, kind, combinations, backend, 3, "cuda", backend="nccl"
     )
     assert all(worst < 1e-12 for worst, _ in found)
+
+
+# --- methods of whose steps some have one pass ----------------------------------------------------
+
+ONE_PASS = {
+    "MSAM": {},
+    "LookSAM": {"k": 2, "rho": 0.5},
+}  # fmt: skip
+
+
+def some_one_pass(rank, size, name, kind):
+    """The difference from one process on the whole batch, with DDP or with sharded parameters."""
+    worst = 0.0
+    for base, kwargs in (("SGD", {"lr": 0.1, "momentum": 0.9}), ("AdamW", {"eps": 1e-3})):
+        ours, alone = network(), network()
+        model = DistributedDataParallel(ours) if kind == "ddp" else sharded(ours, "sharded")
+        cls, of = getattr(fastsam, name), getattr(torch.optim, base)
+        for one, batch in ((model, data(rank, size)), (alone, data())):
+            optimizer = cls(one.parameters(), of, **kwargs, **ONE_PASS[name])
+            for _ in range(4):
+                optimizer.step(closure_of(one, batch))
+            for p in one.parameters() if name == "LookSAM" and one is ours else ():
+                v = optimizer.state[p]["ascent_orthogonal"]
+                assert v.placements == p.placements and v.shape == p.shape
+        worst = max(worst, difference(whole(ours.parameters()), list(alone.parameters())))
+    return worst
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", ONE_PASS)
+def test_steps_of_one_pass_are_those_of_one_process(name, kind):
+    """LookSAM's v is a difference of gradients whose sums differ by roundings, over its norm."""
+    assert all(worst < 1e-12 for worst in processes.run(2, some_one_pass, name, kind))

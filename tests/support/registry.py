@@ -222,13 +222,13 @@ METHODS = {
 ONE_PASS = {
     "msam": Method(
         fastsam.MSAM, {}, {"rho": 0.3}, {"ascent": "momentum"},
-        ("sgd-momentum", "sgd-nesterov", "sgd-dampening", "adam", "adam-amsgrad", "adamw"),
+        ("sgd-nesterov", "sgd-dampening", "adam-amsgrad", "adamw"),
     ),
     "msam-all": Method(
         fastsam.MSAM,
         {"rho": 0.5, "eta": 0.1, "max_grad_norm": 0.5, "skip_nonfinite": True} | ADAPTIVE,
         {"rho": 0.5, "eta": 0.1} | ADAPTIVE,
-        {"ascent": "momentum", "max_grad_norm": 0.5, "skip_nonfinite": True}, TWO,
+        {"ascent": "momentum", "max_grad_norm": 0.5, "skip_nonfinite": True}, ("sgd-momentum",),
     ),
     "looksam": Method(fastsam.LookSAM, {}, {}, {}, TWO),  # of which these are SAM's steps
 }  # fmt: skip
