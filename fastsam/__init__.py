@@ -23,6 +23,7 @@ from .methods.preconditioned import PreconditionedSAM
 from .methods.ratio import SharpnessRatio
 from .methods.sam import ASAM, SAM, SSAM, USAM, UnifiedSAM
 from .methods.samar import SAMAR
+from .methods.sps import SAMSPS
 from .methods.universal import DetSAM, FrobSAM, TraceSAM, UniversalSAM
 from .methods.vasso import VaSSO
 from .methods.weighted import GNP, WSAM
@@ -31,10 +32,10 @@ from .replicas import per_replica
 from .schedules import LambdaRho, ProportionalRho, RhoScheduler, tail
 
 __version__ = "0.1.0"
-__all__ = ["ASAM", "BSAM", "GNP", "GSAM", "LESAM", "LETS", "MSAM", "SAM", "SAMAR", "SSAM", "USAM",
-           "WSAM", "AdaGradNorm", "AdaSAM", "DetSAM", "FriendlySAM", "FrobSAM", "FunctionalSAM",
-           "LambdaRho", "Landscape", "LightSAM", "LookSAM", "PreconditionedSAM", "ProportionalRho",
-           "RhoScheduler", "SharpnessRatio", "TraceSAM", "UnifiedSAM", "UniversalSAM", "VaSSO",
-           "compare_ranks", "frozen_batch_norm", "frozen_updates", "functional_closures",
-           "graphed", "loss_landscape", "normalization_groups", "per_replica", "rules",
-           "select_samples", "sharpness", "tail", "theory"]  # fmt: skip
+__all__ = ["ASAM", "BSAM", "GNP", "GSAM", "LESAM", "LETS", "MSAM", "SAM", "SAMAR", "SAMSPS",
+           "SSAM", "USAM", "WSAM", "AdaGradNorm", "AdaSAM", "DetSAM", "FriendlySAM", "FrobSAM",
+           "FunctionalSAM", "LambdaRho", "Landscape", "LightSAM", "LookSAM", "PreconditionedSAM",
+           "ProportionalRho", "RhoScheduler", "SharpnessRatio", "TraceSAM", "UnifiedSAM",
+           "UniversalSAM", "VaSSO", "compare_ranks", "frozen_batch_norm", "frozen_updates",
+           "functional_closures", "graphed", "loss_landscape", "normalization_groups",
+           "per_replica", "rules", "select_samples", "sharpness", "tail", "theory"]  # fmt: skip

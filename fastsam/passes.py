@@ -217,6 +217,8 @@ class Passes:
             flight.give_to(batch)
             if spec.ascent.keeps:
                 give_kept(batch, spec, states, scalars)
+            if flight.loss is not None:
+                scalars[Scalar.LOSS].copy_(flight.loss, non_blocking=True)
             again = spec.descent is not None or self.recording is not None
             if flight.squares is not None and again:
                 self._add_segments(batch, spec)

@@ -37,12 +37,14 @@ ADAPT = tl.constexpr(int(Task.ADAPT))
 SKIP_FIRST = tl.constexpr(int(Task.SKIP_FIRST))
 APART = tl.constexpr(int(Scalar.APART))
 FIRST_APART = tl.constexpr(int(Scalar.FIRST_APART))
+LOSS = tl.constexpr(int(Scalar.LOSS))
+RATE = tl.constexpr(int(Scalar.RATE))
 
 
 @triton.jit
 def _store_apart(scalars, found, usable, gamma):
     """What a rule has beside the base, where it has something."""
-    if len(found) > 2:
+    if len(found) > 3:
         scale = gamma * tl.load(scalars + INVERSE_SCALE)
         first_scale = tl.load(scalars + FIRST_INVERSE_SCALE)
         tl.store(scalars + APART, tl.where(usable, found[2] * scale, 0.0))
@@ -60,7 +62,7 @@ def finish_ascent(hyper, scalars, direction_squared, grad_squared, sum2, sum3, s
         total = tl.load(scalars + ACCUMULATED)
         tl.store(scalars + NEXT_ACCUMULATED, ACCUMULATES(total, grad_squared))
     if COEFFICIENTS is not None:  # which depend on no sums
-        state = tl.load(scalars + DESCENT0), tl.load(scalars + DESCENT1)
+        state = tl.load(scalars + DESCENT0), tl.load(scalars + DESCENT1), tl.load(scalars + LOSS)
         found = COEFFICIENTS(state, 0.0, 0.0, 0.0, hyper + DESCENT)
         usable = is_finite(grad_squared)
         tl.store(scalars + COEFFICIENT, tl.where(usable, found[0], 1.0))
@@ -88,9 +90,11 @@ def finish_descent(hyper, scalars, measured_squared, plain_squared, sharpness, p
     if COEFFICIENTS is not None:
         used = tl.load(scalars + DESCENT0)
         tl.store(scalars + USED_DESCENT0, used)
-        found = COEFFICIENTS((used, tl.load(scalars + DESCENT1)), first_squared,
-                             gamma * gamma * plain_squared, gamma * product,
+        state = used, tl.load(scalars + DESCENT1), tl.load(scalars + LOSS)
+        found = COEFFICIENTS(state, first_squared, gamma * gamma * plain_squared, gamma * product,
                              hyper + DESCENT)  # fmt: skip
+        if len(found) == 3:
+            tl.store(scalars + RATE, found[2])
         # a first gradient that is not finite stays out of u, as it stayed out of the perturbation
         usable = is_finite(n) & is_finite(first_squared)  # n is that of what is perturbed
         coefficient = tl.where(usable, found[0] * gamma, gamma)
@@ -135,6 +139,15 @@ def finish_descent(hyper, scalars, measured_squared, plain_squared, sharpness, p
                 new = ADAPTED(old, sharpness, hyper + DESCENT)
                 tl.store(scalars + DESCENT0, tl.where(valid, new[0], old[0]))
                 tl.store(scalars + DESCENT1, tl.where(valid, new[1], old[1]))
+
+
+@triton.jit
+def finish_rise(hyper, scalars, measured_squared, plain_squared, rise, product, first_squared,
+                tasks, ACCUMULATES: tl.constexpr, COEFFICIENTS: tl.constexpr,
+                ADAPTED: tl.constexpr):  # fmt: skip
+    """The same for a rule that asks for ``<g~, e>``, which takes the place of the product."""
+    finish_descent(hyper, scalars, measured_squared, plain_squared, rise, rise, first_squared,
+                   tasks, ACCUMULATES, COEFFICIENTS, ADAPTED)  # fmt: skip
 
 
 @triton.jit

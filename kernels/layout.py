@@ -159,6 +159,8 @@ class Scalar(IntEnum):
     FIRST_APART = 26
     NOISE_STEP = 27  # steps perturbed by noise so far
     SAMPLE = 28  # the number of the present perturbation in its step, where there are several
+    LOSS = 29  # at w + e, where the descent rule takes it
+    RATE = 30  # the step size that such a rule gives to the base
 
 
 class Task(IntFlag):

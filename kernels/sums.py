@@ -37,6 +37,13 @@ def of_both(here, present, d, g, e, perturbed, delta):
 
 
 @triton.jit
+def of_rise(here, present, d, g, e, perturbed, delta):
+    """The same with ``g~ e`` in the place of the third."""
+    a = (here * present) * (here * present)
+    return a, present * present, present * e, g * present, g * g
+
+
+@triton.jit
 def of_diagonal(here, present, d, g, e, perturbed, delta):
     """LETS's hypergradient with ``g~^2`` for the Hessian's diagonal."""
     a = delta * (present * present * e)

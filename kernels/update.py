@@ -7,7 +7,15 @@ file in ``base/``.
 import triton
 import triton.language as tl
 
-from .finish import ACCEPTED, APART, COEFFICIENT, FIRST_APART, FIRST_COEFFICIENT, SQUARED_NORMS
+from .finish import (
+    ACCEPTED,
+    APART,
+    COEFFICIENT,
+    FIRST_APART,
+    FIRST_COEFFICIENT,
+    RATE,
+    SQUARED_NORMS,
+)
 from .layout import Hyper
 from .perturb import FIRST_INVERSE_SCALE
 from .rounding import pass_key, round_weight
@@ -49,7 +57,8 @@ def _update(table, columns, tensor, start, offsets, mask, h, scalars, origin, co
             P: tl.constexpr, G: tl.constexpr, S: tl.constexpr, ACC: tl.constexpr,
             UPDATE: tl.constexpr, COUNTS: tl.constexpr, STARTS: tl.constexpr,
             STATES: tl.constexpr, SCALE: tl.constexpr, MIX: tl.constexpr, BESIDE: tl.constexpr,
-            KEEPS: tl.constexpr, SKIP: tl.constexpr, BY_NORM: tl.constexpr, FIRST: tl.constexpr,
+            KEEPS: tl.constexpr, SKIP: tl.constexpr, BY_NORM: tl.constexpr, BY_RATE: tl.constexpr,
+            FIRST: tl.constexpr,
             ASCENT_STATES: tl.constexpr, HAS_MASTER: tl.constexpr, STOCHASTIC: tl.constexpr,
             ALIGNED: tl.constexpr):  # fmt: skip
     # all addresses, then all loads, then what is computed of them, then all stores: a load after a
@@ -110,6 +119,8 @@ def _update(table, columns, tensor, start, offsets, mask, h, scalars, origin, co
     squared_norms = 0.0
     if BY_NORM:  # a compiler would drop the load where it is ignored, the interpreter would not
         squared_norms = tl.load(scalars + SQUARED_NORMS)
+    if BY_RATE:
+        squared_norms = tl.load(scalars + RATE)
     if FIRST:
         first = g.to(ACC) * tl.load(scalars + FIRST_INVERSE_SCALE).to(ACC)
         new, later = UPDATE(w, u, state, h, step, fresh, squared_norms, first)
@@ -171,7 +182,8 @@ def update_kernel(table, chunks, columns, hyper, scalars, arrivals, origin, P: t
                   UPDATE: tl.constexpr, COUNTS: tl.constexpr, STARTS: tl.constexpr,
                   STATES: tl.constexpr, SCALE: tl.constexpr, MIX: tl.constexpr,
                   BESIDE: tl.constexpr, KEEPS: tl.constexpr, SKIP: tl.constexpr,
-                  BY_NORM: tl.constexpr, FIRST: tl.constexpr, ASCENT_STATES: tl.constexpr,
+                  BY_NORM: tl.constexpr, BY_RATE: tl.constexpr, FIRST: tl.constexpr,
+                  ASCENT_STATES: tl.constexpr,
                   HAS_MASTER: tl.constexpr, STOCHASTIC: tl.constexpr,
                   CHUNK: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
     """Restore, ``u = coefficient * g~ + first coefficient * g``, base update: a chunk per program.
@@ -190,6 +202,7 @@ def update_kernel(table, chunks, columns, hyper, scalars, arrivals, origin, P: t
         KEEPS: With MIX, whether such a part takes the first gradient's place instead.
         SKIP: Whether a step may be rejected on the device.
         BY_NORM: Whether the base update takes the sum of squared norms.
+        BY_RATE: Whether it takes the descent rule's step size, in the place of that.
         FIRST: With MIX, whether it takes the first gradient.
         ASCENT_STATES: With SKIP, number of the ascent rule's state tensors, to be rejected too.
 
@@ -205,12 +218,12 @@ def update_kernel(table, chunks, columns, hyper, scalars, arrivals, origin, P: t
         offsets = tl.arange(0, CHUNK)
         _update(table, columns, tensor, start, offsets, offsets < vector, h, scalars, origin, count,
                 P, G, S, ACC, UPDATE, COUNTS, STARTS, STATES, SCALE, MIX, BESIDE, KEEPS, SKIP,
-                BY_NORM, FIRST, ASCENT_STATES, HAS_MASTER, STOCHASTIC, True)  # fmt: skip
+                BY_NORM, BY_RATE, FIRST, ASCENT_STATES, HAS_MASTER, STOCHASTIC, True)  # fmt: skip
     for first in range(vector, size, LANES):
         offsets = first + tl.arange(0, LANES)
         _update(table, columns, tensor, start, offsets, offsets < size, h, scalars, origin, count,
                 P, G, S, ACC, UPDATE, COUNTS, STARTS, STATES, SCALE, MIX, BESIDE, KEEPS, SKIP,
-                BY_NORM, FIRST, ASCENT_STATES, HAS_MASTER, STOCHASTIC, False)  # fmt: skip
+                BY_NORM, BY_RATE, FIRST, ASCENT_STATES, HAS_MASTER, STOCHASTIC, False)  # fmt: skip
     if COUNTS:
         # Every chunk of a tensor reads its step count, so only the last to finish may write it. The
         # arrivals order nothing else, and need no fence: a program's stores are computed from the

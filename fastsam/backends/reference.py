@@ -113,7 +113,8 @@ def update_one(
         on_cpu = stored["step"].device.type == "cpu"
         step = state["step"].item() if on_cpu else state["step"].double()
     fresh = batch.fresh is not None and batch.fresh[k]
-    given = [step, fresh, scalars[Scalar.SQUARED_NORMS]]
+    number = Scalar.RATE if base.takes_rate else Scalar.SQUARED_NORMS
+    given = [step, fresh, scalars[number]]
     if base.takes_first:
         first = None if batch.firsts is None else batch.firsts[k]
         given.append(torch.zeros_like(w) if first is None else wide(first).to(w.dtype))

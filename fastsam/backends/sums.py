@@ -151,12 +151,15 @@ def descent_sums(
         second = signed(grad, spec.groups[i])
         found = [torch.linalg.vector_norm(g, dtype=scalars.dtype).square()]
         found.append((g.to(scalars.dtype) * second).sum())
-        if rule.needs_perturbation:
+        if "rise" in rule.sums:
+            found.append((second * e).sum(dtype=scalars.dtype))
+        elif rule.needs_perturbation:
             found.append(((g + second) * e).sum(dtype=scalars.dtype) / 2)
         parts.append(torch.stack(found).to(scalars.device))
     sums = total(parts, batch.shardings)
     yield sums
-    return dict(zip(("first", "product", "sharpness"), sums.unbind(), strict=False))
+    names = "first", "product", "rise" if "rise" in rule.sums else "sharpness"
+    return dict(zip(names, sums.unbind(), strict=False))
 
 
 def finish_descent(
@@ -186,6 +189,7 @@ def finish_descent(
         state = _scalars_of(rule, scalars)
         scalars[Scalar.USED_DESCENT0] = scalars[Scalar.DESCENT0]
         given = sums | {"second": norm.square(), "product": gamma * sums["product"]}
+        given |= {"rise": gamma * sums.get("rise", 0.0), "loss": scalars[Scalar.LOSS].clone()}
         given = {name: x for name, x in given.items() if name in rule.sums}
         found = rule.coefficients(state, given, rule.columns(spec.groups[0]))
         c, c1, *beside = (x + torch.zeros_like(n) for x in found)  # they may be numbers
@@ -193,6 +197,8 @@ def finish_descent(
         usable = n.isfinite() & sums["first"].isfinite()  # n is that of what is perturbed
         first = torch.where(usable, c1, 0.0)
         coefficient = torch.where(usable, c * gamma, gamma)
+        if rule.rate:
+            scalars[Scalar.RATE] = beside.pop()
         for slot, x, scale in zip(BESIDE, beside, (gamma, 1.0), strict=False):
             scalars[slot] = torch.where(usable, x * scale, 0.0)
         squared = (coefficient * plain).square() + 2 * first * coefficient * sums["product"]

@@ -6,6 +6,7 @@ from torch.optim.optimizer import Optimizer
 from fastsam.step.spec import Base
 
 from .adagrad_norm import ADAGRAD_NORM, AdaGradNorm
+from .polyak import POLYAK, PolyakSteps
 from .torch_optim import ADAGRAD, ADAM, SGD
 from .uncorrected import (
     UNCORRECTED_ADAGRAD,
@@ -27,6 +28,7 @@ BASES: dict[type, Base] = {
     UncorrectedAdagrad: UNCORRECTED_ADAGRAD,
     UncorrectedAdaGradNorm: ADAGRAD_NORM,
     Variational: VARIATIONAL,
+    PolyakSteps: POLYAK,
 }
 
 

@@ -89,6 +89,7 @@ class InFlight:
         perturbed: Copies of the perturbed weights, while the unperturbed are in their place.
         owners: The parameters that it has perturbed.
         of: Whose it is, and the name of that.
+        loss: At w + e, where the descent rule takes it.
         stream: A device, and the stream on it of the pass that perturbed the weights.
     """
 
@@ -108,6 +109,7 @@ class InFlight:
     perturbed: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     owners: list[Tensor] = field(default_factory=list)
     of: tuple[object, str] = None, ""
+    loss: Tensor | None = None
     stream: tuple[torch.device, int] | None = None
 
     def begin(self, of: object, name: str, batch: Batch) -> None:

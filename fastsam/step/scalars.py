@@ -79,7 +79,11 @@ class DeviceScalars:
             names["skipped"] = Scalar.SKIPPED
         if spec.descent is not None:
             names |= dict.fromkeys(list(spec.descent.scalars)[:1], Scalar.USED_DESCENT0)
-            if spec.descent.needs_perturbation:
+            if spec.descent.rate:
+                names["step_size"] = Scalar.RATE
+            if "loss" in spec.descent.sums:
+                names["perturbed_loss"] = Scalar.LOSS
+            if "sharpness" in spec.descent.sums:
                 names["sharpness"] = Scalar.SHARPNESS
         values = {name: self.vector[slot].clone() for name, slot in names.items()}
         rho, like = spec.groups[0]["rho"], self.vector[0]

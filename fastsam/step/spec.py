@@ -20,9 +20,9 @@ from .arguments import Argument
 Group = dict[str, Any]
 #: Hyper-parameters of a rule by the names that its kernel file gives to columns.
 Columns = dict[str, Any]
-#: Sums over all elements that a descent rule may ask for: squared norms of both gradients, their
-#: dot product, and <g + g~, e> / 2.
-SUMS = ("first", "second", "product", "sharpness")
+#: What a descent rule may ask for: sums over all elements, of squares of both gradients, of their
+#: products, <g + g~, e> / 2 and <g~, e>; and the loss at w + e.
+SUMS = ("first", "second", "product", "sharpness", "rise", "loss")
 
 #: Numbers that an optimizer keeps of its own, and that no descent rule may call its scalars.
 RESERVED = ("t", "squared_norms", "ascent_squared_norms", "rounding_step", "noise_step", "method",
@@ -256,10 +256,14 @@ class Descent(Rule):
             rule that is ``apart`` to :math:`c, c_1, a` and :math:`a_1`. Where the first gradient is
             not finite they are not used: :math:`u = \tilde g` then.
         sums: Which of ``SUMS`` the rule is given: ``"first"``, ``"second"`` and ``"product"`` for
-            the coefficients, ``"sharpness"`` for ``adapt``. :math:`\tilde g` counts as rescaled
+            the coefficients, or ``"rise"`` without ``"product"``, and ``"loss"``; ``"sharpness"``
+            for ``adapt``. :math:`\tilde g` counts as rescaled
             where ``renormalize`` asks for that. Of a rule without sums the coefficients are known
             after the first pass, and no gradient is read for them.
         apart: Whether it has a part beside the base. Clipping leaves that as it is.
+        mixes: Whether :math:`c_1` may be other than 0. Else the update does not read the first
+            gradient.
+        rate: Whether ``coefficients`` gives a third number, the step size that the base takes.
         keeps: Whether :math:`a\, \tilde g + a_1\, g`, of further coefficients :math:`a` and
             :math:`a_1`, is kept in the memory of the first gradient: as the state that the ascent
             names as ``keeps``. A step that is rejected leaves that as it was.
@@ -287,6 +291,8 @@ class Descent(Rule):
     coefficients: Callable[[dict[str, Tensor], dict[str, Tensor], Columns], tuple[Any, Any]]
     sums: Sequence[str] = ()
     apart: bool = False
+    mixes: bool = True
+    rate: bool = False
     keeps: bool = False
     reuses: bool = False
     columns: Callable[[Group], Columns] = _no_columns
@@ -305,6 +311,12 @@ class Descent(Rule):
                 f"sums of descent {self.name!r} must be among {', '.join(map(repr, SUMS))}, got "
                 f"{unknown[0]!r}"
             )
+        if "rise" in self.sums and {"product", "sharpness"} & set(self.sums):
+            raise ValueError(
+                f"descent {self.name!r} must not ask for 'rise' and for 'product' or 'sharpness'"
+            )
+        if self.rate and (self.apart or not self.sums):
+            raise ValueError(f"descent {self.name!r} has rate and needs sums, and not apart")
         if len(self.scalars) > DESCENT_SCALARS:
             raise ValueError(
                 f"descent {self.name!r} may have {DESCENT_SCALARS} scalars, got "
@@ -328,7 +340,7 @@ class Descent(Rule):
     @property
     def needs_perturbation(self) -> bool:
         """Whether its sums need the perturbation once more."""
-        return "sharpness" in self.sums
+        return bool({"sharpness", "rise"} & set(self.sums))
 
 
 @dataclass(frozen=True, eq=False)
@@ -341,7 +353,8 @@ class Base(Rule):
         update: ``(w, u, state, group, step, fresh, squared_norms)``: changes ``w`` and the tensors
             in ``state`` in place, in the dtype of the arithmetic. ``step`` is the count from 1,
             ``fresh`` whether ``starts_from_gradient`` is new, ``squared_norms`` the sum of the
-            squared norms of ``u`` so far; each for updates that declare it.
+            squared norms of ``u`` so far, or with ``takes_rate`` the descent rule's step size; each
+            for updates that declare it.
         columns: ``(group)`` to its hyper-parameters, at most twelve.
         states: ``(group)`` to the names of state tensors, at most three, each with its start, named
             as ``torch.optim`` does.
@@ -350,6 +363,7 @@ class Base(Rule):
         counts_steps: Whether parameters carry torch's ``step`` count.
         accumulator: Where the sum of the squared norms of ``u`` starts, if the update takes it:
             ``(group)``, of the first group, to a number.
+        takes_rate: Whether the update takes a step size of the descent rule's.
         wide: Whether state is in float32 whatever the parameter's dtype (float64 for float64).
         takes_first: Whether the update is given the first gradient, too, as its last argument:
             zeros where there is none. The optimizer has to have a descent rule.
@@ -372,6 +386,7 @@ class Base(Rule):
     starts_from_gradient: str = ""
     counts_steps: bool = False
     accumulator: Callable[[Group], float] | None = None
+    takes_rate: bool = False
     wide: bool = False
     takes_first: bool = False
     arguments: Mapping[str, Argument] = field(default_factory=dict)

@@ -9,6 +9,10 @@ of two: the rule's scalars, in the order of their declaration.
 | ``coefficients(state, first, second, product, h)`` | ``c, c1`` (and ``a, a1``) | always |
 | ``adapt(state, sharpness, h)`` | the scalars after this step, a tuple of two | with ``adapt`` |
 
+``coefficients`` finds the loss at ``w + e`` as a third entry of ``state``, where the declaration
+asks for it, and ``<g~, e>`` in the place of ``product``, where it asks for ``"rise"``. With
+``rate`` it gives a third number, the step size.
+
 ``first`` is the first gradient's squared norm, ``second`` the second's, after SSAM's rescaling if
 that is asked for, and ``product`` their dot product. ``sharpness`` is ``<g + g~, e> / 2``. Of a
 rule that is ``apart``, ``lr * (a * g~ + a1 * g)`` is taken away beside what the base does; of one

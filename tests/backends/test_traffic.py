@@ -14,6 +14,7 @@ import fastsam
 from fastsam.kernels.layout import CHUNK
 
 import launches
+from registry import FixedLoss
 
 pytestmark = pytest.mark.skipif(
     not triton.knobs.runtime.interpret, reason="counts in Triton's interpreter, not on a GPU"
@@ -73,6 +74,8 @@ CASES = {
     "LookSAM + SGD": Case(fastsam.LookSAM, kernels=TWO_NORMS, floor=56),
     "MSAM + SGD": Case(fastsam.MSAM),  # v instead of g
     "SAMAR + SGD": Case(fastsam.SAMAR, kernels=TWO_NORMS, floor=52),  # SAM's; g~ and g, and g again
+    # SAM's without momentum, and both gradients once more
+    "SAMSPS": Case(FixedLoss, None, {}, TWO_NORMS),
     # SAM's, and the variance: read, read, written; and the mean: read, written
     "PreconditionedSAM + SGD": Case(fastsam.PreconditionedSAM, floor=60),
     # w, backup, w | backup, g~, g, w, and the momentum: no gradient is read for the perturbation
@@ -215,7 +218,8 @@ def test_traffic(name):
     elements = sum(p.numel() for p in params)
     assert elements >= (1_000_000 if name in WHOLE else 100_000)
     log = count_step(case, [{"params": params}])
-    kept = 24 if case.method is fastsam.PreconditionedSAM else 0  # a number on the device
+    # a number on the device; a loss from the host
+    kept = {fastsam.PreconditionedSAM: 24, FixedLoss: 32}.get(case.method, 0)
     check_traffic(name, log, case, case.floor, elements, kept)
 
 

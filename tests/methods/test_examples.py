@@ -17,7 +17,7 @@ from fastsam.testing import check_method
 
 import launches
 import oracles
-from registry import BACKENDS, DEVICE, diagonal
+from registry import BACKENDS, DEVICE, FixedLoss, diagonal
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "docs" / "examples"
 sys.path.insert(0, str(EXAMPLES))  # a user's files, imported by name
@@ -270,6 +270,7 @@ OURS = [
     (fastsam.PreconditionedSAM, (SGD,), MOMENTUM),
     (fastsam.PreconditionedSAM, (torch.optim.AdamW,), {"preconditioner": diagonal}),
     (fastsam.MSAM, (SGD,), MOMENTUM), (fastsam.LookSAM, (SGD,), MOMENTUM),
+    (FixedLoss, (), {}),
     *((fastsam.LightSAM, (), LIGHT | {"rule": r}) for r in ("adagrad_norm", "adagrad", "adam")),
 ]  # fmt: skip
 #: Triton's interpreter takes ten seconds for each; the others differ from them little there.
@@ -290,7 +291,8 @@ def test_every_class_of_ours_is_checked():
     classes = {x for x in public if isinstance(x, type) and issubclass(x, common)}
     # the places of parameters count for noise, and their order is one of the things checked
     noisy = {x for x in classes if issubclass(x, (fastsam.UniversalSAM, fastsam.BSAM))}
-    assert classes - noisy == {cls for cls, *_ in OURS}
+    ours = {fastsam.SAMSPS if cls is FixedLoss else cls for cls, *_ in OURS}
+    assert classes - noisy == ours
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,8 @@ RANGES = {
     "rho_max": [*NO_NUMBER, None],
     **dict.fromkeys(("variant", "form"), NO_NAME),
     "preconditioner": [3, None, "sgd", [], True],
+    "lr_max": [*NO_NUMBER, None],
+    "loss_min": [math.nan, math.inf, -math.inf, "0.1", True, 10**400, None, *NO_TENSOR],
     "beta": [*NO_NUMBER, None, 1, *NO_TENSOR],
     "damping": [*NO_NUMBER, None, 0, *NO_TENSOR],
     "smoothing": [*NO_NUMBER, None, 1, *NO_TENSOR],
@@ -79,6 +81,7 @@ RANGES = {
 #: Those that are something else in some class.
 OWN = {
     ("UnifiedSAM", "lam"): [*NO_NUMBER, None, 1.1, "t", *NO_TENSOR],
+    ("SAMSPS", "lam"): [*NO_NUMBER, None, 1.1, "t", *NO_TENSOR],
     ("SSAM", "lam"): [*NO_NUMBER, None, 1.1, "t", *NO_TENSOR],
     ("SAMAR", "lam"): [*NO_NUMBER, None, *NO_TENSOR],
     ("SAMAR", "rule"): [3, "adam", [], True],
@@ -96,7 +99,13 @@ def create(name, **kwargs):
         return cls(kwargs.pop("optimizer", fastsam.SAM(params(), **SGD)), **kwargs)
     if name == "SharpnessRatio":
         return cls(**kwargs)
-    own = {} if name == "AdaGradNorm" else LIGHT if name in ("LightSAM", "AdaSAM") else SGD
+    own = (
+        {}
+        if name in ("AdaGradNorm", "SAMSPS")
+        else LIGHT
+        if name in ("LightSAM", "AdaSAM")
+        else SGD
+    )
     return cls(params(), **own | kwargs)
 
 
@@ -105,7 +114,7 @@ def arguments():
     common = [key for key in inspect.signature(fastsam.SAM).parameters if key in RANGES]
     for name in ("SAM", "ASAM", "USAM", "UnifiedSAM", "SSAM", "VaSSO", "SAMAR", "FriendlySAM",
                  "LESAM", "GSAM", "WSAM", "GNP", "MSAM", "LookSAM",
-                 "PreconditionedSAM", "LightSAM",
+                 "PreconditionedSAM", "SAMSPS", "LightSAM",
                  "AdaSAM", "AdaGradNorm", "LETS", "SharpnessRatio"):  # fmt: skip
         parameters = inspect.signature(getattr(fastsam, name)).parameters
         for key, parameter in parameters.items():
@@ -117,7 +126,7 @@ def arguments():
                 fixed = (name == "ASAM" and key == "adaptive") or key in parameters
                 fixed = fixed or (name == "LESAM" and key == "rho")  # its rho_max
                 fixed = fixed or (name == "LookSAM" and key == "perturb_every")  # its k
-                if not fixed and not (name in ("LightSAM", "AdaSAM") and key in light):
+                if not fixed and not (name in ("LightSAM", "AdaSAM", "SAMSPS") and key in light):
                     yield name, key, {}
     for rule in ("adagrad_norm", "adagrad"):
         for key in ("lr", "rho", "eps", "betas", "weight_decay"):

@@ -61,7 +61,8 @@ def states(*names):
         (partial(ascent, accumulator=one), "ascent 'mine' has accumulator and needs accumulate"),
         (partial(ascent, states=states("ascent_a")), "has states and needs advance with them"),
         (partial(descent, sums=("first", "third")),
-         "sums of descent 'mine' must be among 'first', 'second', 'product', 'sharpness', got "
+         "sums of descent 'mine' must be among 'first', 'second', 'product', 'sharpness', 'rise', "
+         "'loss', got "
          "'third'"),
         (partial(descent, scalars=dict.fromkeys("abc", 0.0)),
          "descent 'mine' may have 2 scalars, got a, b, c"),

@@ -110,6 +110,12 @@ def _decayed(w: Array, h: Group) -> Array:
     return (1 - h["lr"] * h["weight_decay"]) * w
 
 
+def _sps(w: Array, u: Array, state: State, h: Group) -> tuple[Array, State]:
+    """Of the size that `Oracle.descend` has found; one of 0 leaves the weights alone."""
+    size = min(h.get("rate", np.inf), h["lr"])
+    return (w - size * (u + h["weight_decay"] * w) if size != 0 else w), {}
+
+
 _SGD = {"lr": 1e-3, "momentum": 0.0, "dampening": 0.0, "nesterov": False, "weight_decay": 0.0}
 _ADAM = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "amsgrad": False}
 _ADAGRAD = {"lr": 1e-2, "lr_decay": 0.0, "eps": 1e-10, "weight_decay": 0.0}
@@ -125,6 +131,7 @@ BASES: dict[str, tuple[Callable[..., tuple[Array, State]], Group]] = {
     "uncorrected_amsgrad": (_uncorrected_amsgrad, _UNCORRECTED),
     "light_adagrad": (_light_adagrad, _LIGHT),
     "light_adagrad_norm": (_light_adagrad_norm, _LIGHT),
+    "sps": (_sps, {"lr": 1.0, "weight_decay": 5e-4, "loss_min": 0.0}),
 }
 
 # Those to which `Oracle.descend` hands u divided by the square root of its scalar b2.

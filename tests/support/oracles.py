@@ -129,6 +129,8 @@ class Oracle:
         lam: Unified SAM's, a number or a function of the step t = 1, 2, ...
         warmup, normalized: Of "second_moment".
         constrained, diagonal: Of the preconditioned ascents.
+        loss: At w + e, of the base "sps", whose step size is, for min(size, lr) to be taken,
+            [loss - loss_min - <e, u>]+ / ||u||^2, 0 where that is NaN (Oikonomou & Loizou 2026).
         mix: SAMAR's rule for its lam: a `Ratio`, or any function of lam_k, s_k and s_{k-1}. It is
             asked from the second sharpness on; the first lam is its `lam`, or 1.
         renormalize, max_grad_norm: Use SSAM's gamma; clip u to this plain norm.
@@ -168,6 +170,7 @@ class Oracle:
         normalized: bool = True,
         constrained: bool = False,
         diagonal: Callable[[Array], Array] | None = None,
+        loss: float | None = None,
         mix: Callable[[float, float, float], float] | None = None,
         renormalize: bool = False,
         max_grad_norm: float | None = None,
@@ -186,7 +189,7 @@ class Oracle:
         self.groups: list[Group] = [defaults | group for group in groups]
         self._group = {i: group for group in self.groups for i in group["params"]}
         self._ascent, self._unified_lam, self._mix = ascent, lam, mix
-        self._descent = descent
+        self._descent, self.loss = descent, loss
         self.of_second, self.terms = 1.0, {}
         self._warmup, self._normalized = warmup, normalized
         self._constrained, self._diagonal = constrained, diagonal
@@ -414,6 +417,12 @@ class Oracle:
                 i: self._group[i]["lr"] * (k * np.abs(x) + k1 * np.abs(first[i]))
                 for i, x in second.items()
             }
+        rate = {}
+        if self.loss is not None:
+            rise = sum(float(np.sum(self.e.get(i, 0.0) * u)) for i, u in us.items())
+            gap = np.maximum(self.loss - self.groups[0]["loss_min"] - rise, 0.0)
+            size = gap / np.square(_norm(us.values()))
+            rate = {"rate": 0.0 if np.isnan(size) else float(size)}
         if self._max_grad_norm is not None:
             clip = np.minimum(1.0, self._max_grad_norm / (_norm(us.values()) + CLIP_EPS))
             us = {i: clip * u for i, u in us.items()}
@@ -426,7 +435,7 @@ class Oracle:
                 return
             us = {i: u / math.sqrt(self.b2) for i, u in us.items()}
         for i, u in us.items():
-            h = self._group[i]
+            h = self._group[i] | rate
             w, state = self._update(self.weights[i], u, self.state[i], h)
             w = w - h["lr"] * past.get(i, 0.0)
             self.weights[i] = self._store(w)

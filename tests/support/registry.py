@@ -59,9 +59,25 @@ OWN_UPDATES = {
     "light_adagrad": Base(None, "light_adagrad", LIGHT),
     "uncorrected_adam": Base(None, "uncorrected_adam", LIGHT | {"betas": (0.8, 0.99)}),
     "uncorrected_amsgrad": Base(None, "uncorrected_amsgrad", LIGHT),
+    "sps": Base(None, "sps", {}),
     "needed-adamw": Base(torch.optim.AdamW, "adamw", ADAM | {"weight_decay": 0.1}),
     "needed-amsgrad": BASES["adam-amsgrad"],
 }
+
+
+class FixedLoss(fastsam.SAMSPS):
+    """With one loss in every step, whatever the loop gives, so that all kinds of loops serve."""
+
+    LOSS = 0.7
+
+    def __init__(self, params: Any, **kwargs: Any):
+        if "lr" in kwargs:
+            kwargs["lr_max"] = kwargs.pop("lr")
+        super().__init__(params, **kwargs)
+
+    def _take(self, loss: Any, call: str) -> Tensor:
+        self._returned = self.LOSS
+        return super()._take(self.LOSS, call)
 
 
 @dataclass(frozen=True)
@@ -215,6 +231,16 @@ METHODS = {
         {"rho": 0.5, "eta": 0.1} | ADAPTIVE,
         {"ascent": "diagonal", "constrained": True, "diagonal": diagonal_of} | ALL, TWO,
     ),
+    "sps": Method(
+        FixedLoss, {"rho": 0.05, "lr_max": 0.3, "loss_min": -100.0},
+        {"lr": 0.3, "loss_min": -100.0}, {"loss": FixedLoss.LOSS}, ("sps",),
+    ),
+    "sps-all": Method(
+        FixedLoss,
+        {"rho": 0.05, "lam": "1/t", "lr_max": 0.2, "loss_min": -100.0, "weight_decay": 0.1} | ALL,
+        {"lr": 0.2, "loss_min": -100.0, "weight_decay": 0.1},
+        {"loss": FixedLoss.LOSS, "lam": lambda t: 1 / t} | ALL, ("sps",),
+    ),
     "adasam": Method(fastsam.AdaSAM, {"rho": 0.05}, {}, {}, ("uncorrected_amsgrad",)),
 }  # fmt: skip
 #: Methods of whose steps some have one pass, so that what others are tested by has no use for them:
@@ -237,19 +263,17 @@ ONE_PASS = {
 #: every case runs (``conftest.py``).
 RELATIVES = ("gsam", "gsam-first-all", "wsam-all", "wsam-coupled", "gnp", "gnp-unit", "lesam",
              "sam-amplified", "friendly-all", "functional-adam-all", "preconditioned-all",
-             "preconditioned-callable", "trace")  # fmt: skip
+             "preconditioned-callable", "sps-all", "trace")  # fmt: skip
 #: The classes of these that have no other row.
 RELATIVE_CLASSES = ("GSAM", "GNP", "LESAM", "TraceSAM", "DetSAM", "FrobSAM", "UniversalSAM", "BSAM")
 #: Classes without a row, whose passes need losses, or noise around them; they are tested in
 #: test_universal.py and test_bsam.py.
 APART = (fastsam.DetSAM, fastsam.FrobSAM, fastsam.UniversalSAM, fastsam.BSAM)
-#: Those whose radius LETS learns with either Hessian: the second gradient is that of the loss, and
-#: the perturbation follows from nothing that the update changes, nor from noise.
-LEARNING = [
-    name
-    for name, method in METHODS.items()
-    if method.cls not in (fastsam.FunctionalSAM, fastsam.PreconditionedSAM, fastsam.TraceSAM)
-]
+#: Those whose radius LETS learns with either Hessian: the second gradient is that of the loss, the
+#: step size no other's, and the perturbation follows from nothing that the update changes, nor from
+#: noise.
+NOT_LEARNING = (fastsam.FunctionalSAM, fastsam.PreconditionedSAM, fastsam.TraceSAM, FixedLoss)
+LEARNING = [name for name, method in METHODS.items() if method.cls not in NOT_LEARNING]
 #: Every method with every base that it is tested with.
 COMBINATIONS = [(name, base) for name, method in METHODS.items() for base in method.bases]
 

@@ -221,7 +221,7 @@ def descent_sums(
     if apart or any(leaves_float32(n.square()) for n in norms):
         return (yield from sums.descent_sums(batch, backup, spec, scalars))
     squared = torch.zeros_like(plain)  # of the first gradient
-    product, sharpness = squared, squared
+    product, sharpness, rise = squared, squared, squared
     by_radius: dict[float, list[int]] = defaultdict(list)
     for part in parts:
         if part.mixed:
@@ -241,4 +241,5 @@ def descent_sums(
         cross = total(chain.from_iterable(dots(g, g_) for g, g_ in pairs), plain)
         squared, product = squared + own, product + cross
         sharpness = sharpness + scale * (own + cross) / 2
-    return {"first": squared, "product": product, "sharpness": sharpness}
+        rise = rise + scale * cross
+    return {"first": squared, "product": product, "sharpness": sharpness, "rise": rise}

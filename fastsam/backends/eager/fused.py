@@ -91,6 +91,7 @@ class Update(ABC):
             lr = float(group["lr"]) * sign_of(group)
             self.beside = [lr * float(scalars[slot]) for slot in (Scalar.APART, Scalar.FIRST_APART)]
         self.squared_norms = float(scalars[Scalar.SQUARED_NORMS])
+        self.rate = float(scalars[Scalar.RATE])
         names = list(base.states(group))
         self.steps = part.column(batch.states, "step") if base.counts_steps else []
         streams = [part.of(batch.params), part.of(batch.grads)]
@@ -228,6 +229,18 @@ class AdaGradNorm(Update):
         scale = self.hyper["lr"] / self.squared_norms**0.5 if self.squared_norms != 0 else 0.0
         scale = bounded(scale, weights[0])
         torch._foreach_add_(weights, u, alpha=-sign_of(self.group) * scale)
+
+
+class Polyak(Update):
+    """SAM-SPS's: a step of size 0 leaves the weights alone, whatever ``u`` is."""
+
+    def update(self, weights: Tensors, u: Tensors, states: list[Tensors], steps: Tensors) -> None:
+        size = min(self.rate, self.hyper["lr"])
+        if size == 0:
+            return
+        if self.weight_decay != 0:
+            torch._foreach_mul_(weights, 1 - size * self.weight_decay)
+        torch._foreach_add_(weights, u, alpha=-bounded(size, weights[0]))
 
 
 class Uncorrected(Update):

@@ -116,9 +116,11 @@ def update_constants(
     assert base is not None
     return {
         "UPDATE": functions_of(base, BASE)["update"], "COUNTS": base.counts_steps,
-        "STARTS": starts, "SCALE": spec.rescales, "MIX": spec.descent is not None,
+        "STARTS": starts, "SCALE": spec.rescales,
+        "MIX": spec.descent is not None and spec.descent.mixes,
         "BESIDE": spec.has_part_apart, "KEEPS": spec.keeps, "SKIP": spec.skip_nonfinite,
-        "BY_NORM": base.needs_norm, "FIRST": base.takes_first, "ASCENT_STATES": ascent_states,
+        "BY_NORM": base.needs_norm, "BY_RATE": base.takes_rate, "FIRST": base.takes_first,
+        "ASCENT_STATES": ascent_states,
     }  # fmt: skip
 
 
@@ -177,9 +179,11 @@ def descent_sums(spec: StepSpec) -> Sums:
         own: dict[str, Any] = {"TERMS": sums.of_descent, "SUMS": number}
         return Sums(NO_RULE | common | own, int(tasks), several=False)
     rule = functions_of(spec.descent, DESCENT)
+    rises = "rise" in spec.descent.sums
+    common["FINISH"] = finish.finish_rise if rises else finish.finish_descent
     own = {
-        "TERMS": sums.of_both, "SUMS": 5, "COEFFICIENTS": rule["coefficients"],
-        "ADAPTED": rule["adapt"],
+        "TERMS": sums.of_rise if rises else sums.of_both, "SUMS": 5,
+        "COEFFICIENTS": rule["coefficients"], "ADAPTED": rule["adapt"],
     }  # fmt: skip
     if spec.descent.needs_perturbation:
         own |= _perturbation(spec)
