@@ -36,8 +36,9 @@ def normalization_groups(model: nn.Module, more: Sequence[type] = ()) -> list[di
     momentum about 20 bytes per element in float32, where :class:`SAM` moves 40.
 
     The useful radius is larger than SAM's, as few weights move: the authors run :class:`ASAM`'s
-    element-wise scale at ``rho=10``. Their two other forms of it are not served: the layer-wise
-    scale :math:`\|w_l\| (1 + \eta)`, and :math:`e = \rho\, T\, \mathrm{sign}(g)`.
+    element-wise scale at ``rho=10``. Of their other forms of it :math:`e = \rho\, T\,
+    \mathrm{sign}(g)` is ``ASAM(groups, ..., p=float("inf"))``; the layer-wise scale
+    :math:`\|w_l\| (1 + \eta)` is not served.
 
     Args:
         model: Whose parameters they are, all of them.

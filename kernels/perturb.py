@@ -136,7 +136,10 @@ def _perturb(table, columns, tensor, start, offsets, mask, row, scalars, origin,
     if ACCUMULATES is not None:
         seen = (tl.load(scalars + ACCUMULATED),) + seen
     d = DIRECTION(g, seen, row + ASCENT)
-    e = tl.where(scale != 0, scale * (t * (t * d)), 0.0)
+    scaled = t * d
+    if ADAPTIVE != 2:
+        scaled = t * scaled
+    e = tl.where(scale != 0, scale * scaled, 0.0)
     if STATES > 0:
         usable = USABLE(new, norm)
         e = tl.where(usable, e, 0.0)
@@ -176,7 +179,7 @@ def perturb_kernel(table, chunks, columns, hyper, scalars, origin, P: tl.constex
         FROM_OLD: Whether the direction is given the state of before this gradient.
         NOISE: Whether it is given random numbers in the place of the gradient, which is not read.
         READ: Dtype of the base's state that the rule reads; None where it reads none.
-        ADAPTIVE: Whether some group has ASAM's element-wise scale.
+        ADAPTIVE: Whether some group has ASAM's element-wise scale; 2 where it counts once.
         SEGMENTS: Whether the norm is that of the tensor's segment.
         BACKS_UP: Whether the weights are copied; an earlier ascent of the step may have done it.
         MOVES: Whether some parameters will point at other memory, to which their perturbed weights

@@ -158,7 +158,10 @@ def _terms(table, columns, tensor, start, offsets, mask, row, scalars, origin, f
             if ACCUMULATES is not None:
                 later = (tl.load(scalars + ACCUMULATED),) + later
             e = DIRECTION(g, later, row + ASCENT)
-            e = tl.where(scale != 0, scale * (t * (t * e)), 0.0)
+            e = t * e
+            if ADAPTIVE != 2:
+                e = t * e
+            e = tl.where(scale != 0, scale * e, 0.0)
     else:
         g = present
     if LETS:
@@ -322,7 +325,7 @@ def reduce_kernel(table, chunks, columns, hyper, scalars, partials, arrivals, ta
         STATES: Number of the ascent rule's state tensors, where the sums depend on them.
         FROM_OLD: Whether its direction is given the state of before the step.
         READ: Dtype of the base's state that the direction depends on; None where it does on none.
-        ADAPTIVE: Whether the perturbation that is made once more has ``T``.
+        ADAPTIVE: Whether the perturbation that is made once more has ``T``; 2: once.
         SEGMENTS: Whether its norm is that of the tensor's segment.
         SCALED: Whether the norm of this pass has ``T``.
         HAS_MASTER: Whether ``T`` is that of master weights.

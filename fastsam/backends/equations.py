@@ -70,8 +70,11 @@ def radius(spec: StepSpec, group: Group, scalars: Sequence[float] | Tensor) -> A
     return found
 
 
-def perturbation(w: Tensor, d: Tensor, group: Group, scale: Tensor) -> Tensor:
-    """``e = scale T^2 d``, with ``scale`` from :func:`radius` and ``d`` the direction."""
+def perturbation(w: Tensor, d: Tensor, group: Group, scale: Tensor, once: bool = False) -> Tensor:
+    """``e = scale T^2 d``, with ``scale`` from :func:`radius` and ``d`` the direction; or with
+    ``T`` once."""
     t, d = element_scale(w, group), wide(d)
+    if not once:
+        d = t * d
     # a cast, because two 0-dim tensors would be promoted to the wider of their dtypes
-    return torch.where(scale != 0, scale.to(d) * (t * (t * d)), 0.0)
+    return torch.where(scale != 0, scale.to(d) * (t * d), 0.0)

@@ -77,7 +77,8 @@ def perturb_one(batch: Batch, k: int, d: Tensor, spec: StepSpec, scalars: Tensor
     """Perturb parameter ``k`` along ``d``, and drop the next ascent state where it is unusable."""
     w, group = weight(batch, k), spec.groups[batch.groups[k]]
     scalars = scalars_of(batch, k, scalars)
-    e = perturbation(w, d, group, radius(spec, group, scalars))
+    scale = radius(spec, group, scalars)
+    e = perturbation(w, d, group, scale, spec.ascent.scales_once)
     old, new = state_of(batch, k)
     if spec.ascent.usable is not None and new:
         good = spec.ascent.usable(new, scalars[Scalar.ASCENT_NORM])

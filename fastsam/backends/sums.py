@@ -124,7 +124,8 @@ def first_passes(
         g = signed(first, group)
         state = seen_by(spec.ascent, state or {}, batch, k, scalars)
         d = spec.ascent.direction(g, state, columns_of(spec, group))
-        yield g, perturbation(w, d, group, radius(spec, group, scalars_of(batch, k, scalars)))
+        scale = radius(spec, group, scalars_of(batch, k, scalars))
+        yield g, perturbation(w, d, group, scale, spec.ascent.scales_once)
 
 
 @contextmanager

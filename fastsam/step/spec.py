@@ -125,6 +125,7 @@ class Ascent(Rule):
             not read: uniform in (-1, 1), one for each element, others in every step and every
             perturbation of a step, and the same on every backend.
         scales: Whether ASAM's element-wise scale is defined for it.
+        scales_once: Whether the perturbation has the scale once, :math:`e = r\, T d`, not squared.
         arguments: What the hyper-parameters may be, by group key (``fastsam.rules.Number`` and
             ``Flag``): checked where they are given, and in a step where they have changed.
         check: Raises ValueError for a group whose hyper-parameters are out of range, in what
@@ -157,6 +158,7 @@ class Ascent(Rule):
     norm: str | None = "gradient"
     noise: bool = False
     scales: bool = True
+    scales_once: bool = False
     arguments: Mapping[str, Argument] = field(default_factory=dict)
     check: Callable[[Mapping[str, Any]], None] | None = None
     eager: str = ""

@@ -88,6 +88,7 @@ HALVED = ["SAM + SGD", "SAM + AdamW", "SSAM + SGD", "ASAM + SGD", "LightSAM I", 
           "TraceSAM + SGD", "FunctionalSAM + AdamW"]  # fmt: skip
 OTHER_CASES = {
     "USAM + SGD": Case(fastsam.USAM),
+    "ASAM + SGD, p=inf": Case(fastsam.ASAM, SGD, {"p": float("inf")}, NO_NORM, 36),
     "UnifiedSAM + AdamW": Case(fastsam.UnifiedSAM, ADAMW, {"lam": "1/t"}, floor=48),
     "SAM + SGD, clipped": Case(fastsam.SAM, SGD, {"max_grad_norm": 1.0}, TWO_NORMS, 44),
     "SAM + SGD, skipping": Case(fastsam.SAM, SGD, {"skip_nonfinite": True}, TWO_NORMS, 44),

@@ -69,6 +69,7 @@ RANGES = {
     "preconditioner": [3, None, "sgd", [], True],
     "lr_max": [*NO_NUMBER, None],
     "loss_min": [math.nan, math.inf, -math.inf, "0.1", True, 10**400, None, *NO_TENSOR],
+    "p": [*NO_NUMBER[:2], None, 1, 0, "2", True],
     "beta": [*NO_NUMBER, None, 1, *NO_TENSOR],
     "damping": [*NO_NUMBER, None, 0, *NO_TENSOR],
     "smoothing": [*NO_NUMBER, None, 1, *NO_TENSOR],

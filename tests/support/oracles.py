@@ -28,6 +28,7 @@ ASCENTS: dict[str, Group] = {
     "unified": {},
     "vasso": {"theta": 0.9},
     "lesam": {"sigma": 0.35},
+    "sign": {},
     "friendly": {"sigma": 1.0, "lmbda": 0.9},
     "adagrad_norm": {"eps": 1e-8},
     "adagrad": {"eps": 1e-8},
@@ -86,6 +87,7 @@ class Oracle:
     - "vasso" (Li & Giannakis 2023): s = (1-theta) s + theta g, where a weight's first s is its
       first g; e = rho T^2 s / (||T s|| + 1e-7).
     - "lesam" (Wang et al. 2026): e = min(sigma / n, rho) T^2 g / n, n = ||T g||.
+    - "sign" (ASAM with p = inf): e = rho T sign(g), 0 where g is not finite.
     - "friendly" (Li et al. 2024): d = g - sigma m, e = rho T^2 d / ||T d||, then
       m = lmbda m + (1-lmbda) g. A weight's first d and first m are its first g.
     - LightSAM (arXiv 2505.24399), where T = 1, a starts at eps^2 and r at 0:
@@ -234,7 +236,7 @@ class Oracle:
         self._new_a2 = self.a2
         self._n = self.metrics["grad_norm"] = self._scaled_norm(self.weights, gs)
         rules = {"unified": self._unified, "vasso": self._vasso, "adagrad_norm": self._light_norm,
-                 "lesam": self._lesam, "friendly": self._friendly,
+                 "lesam": self._lesam, "friendly": self._friendly, "sign": self._sign,
                  "second_moment": self._second_moment, "variance": self._variance,
                  "diagonal": self._by_diagonal, "momentum": self._momentum,
                  "normal": self._normal}  # fmt: skip
@@ -273,6 +275,11 @@ class Oracle:
         lengths = {i: min(self._group[i]["sigma"] / n, self._group[i]["rho"]) for i in gs}
         squares = {i: self._scale(self.weights[i], i) ** 2 for i in gs}
         return {i: lengths[i] * squares[i] * g / n for i, g in gs.items()}
+
+    def _sign(self, gs: dict[int, Array]) -> dict[int, Array]:
+        ts = {i: self._scale(self.weights[i], i) for i in gs}
+        signs = {i: np.where(np.isfinite(g), np.sign(g), 0.0) for i, g in gs.items()}
+        return {i: self._group[i]["rho"] * ts[i] * sign for i, sign in signs.items()}
 
     def _friendly(self, gs: dict[int, Array]) -> dict[int, Array]:
         ds, ms = {}, {}

@@ -124,6 +124,10 @@ RATIO = {"c": 1.2, "lam_min": 0.3, "lam_max": 1.5, "smoothing": 0.4}
 METHODS = {
     "sam": Method(fastsam.SAM),
     "asam": Method(fastsam.ASAM, {}, {"rho": 0.5, "eta": 0.01} | ADAPTIVE),
+    "asam-max": Method(
+        fastsam.ASAM, {"rho": 0.05, "p": float("inf")},
+        {"rho": 0.05, "eta": 0.01} | ADAPTIVE, {"ascent": "sign"}, TWO,
+    ),
     "usam": Method(fastsam.USAM, {}, {}, {"lam": 0.0}),
     "unified-1/t": Method(fastsam.UnifiedSAM, {"lam": "1/t"}, {}, {"lam": lambda t: 1 / t}, TWO),
     "unified-1-1/t": Method(
@@ -261,8 +265,8 @@ ONE_PASS = {
 #: Methods that differ from another by an equation alone, and share with it whatever else a step
 #: has. Their equations are tested as all are; other tests are given them one by one only where
 #: every case runs (``conftest.py``).
-RELATIVES = ("gsam", "gsam-first-all", "wsam-all", "wsam-coupled", "gnp", "gnp-unit", "lesam",
-             "sam-amplified", "friendly-all", "functional-adam-all", "preconditioned-all",
+RELATIVES = ("asam-max", "gsam", "gsam-first-all", "wsam-all", "wsam-coupled", "gnp", "gnp-unit",
+             "lesam", "sam-amplified", "friendly-all", "functional-adam-all", "preconditioned-all",
              "preconditioned-callable", "sps-all", "trace")  # fmt: skip
 #: The classes of these that have no other row.
 RELATIVE_CLASSES = ("GSAM", "GNP", "LESAM", "TraceSAM", "DetSAM", "FrobSAM", "UniversalSAM", "BSAM")

@@ -178,7 +178,7 @@ class ByEquations(AlongGradient):
                     state = old if spec.ascent.from_old else new
                     seen = {**state, **more, name: read} if name else {**state, **more}
                     d = spec.ascent.direction(g, seen, h)
-                e = perturbation(w, d, group, scale)
+                e = perturbation(w, d, group, scale, spec.ascent.scales_once)
                 if names and spec.ascent.usable is not None:
                     good = spec.ascent.usable(new, scalars[Scalar.ASCENT_NORM])
                     e = torch.where(good, e, 0.0)

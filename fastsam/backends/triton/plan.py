@@ -85,6 +85,11 @@ def states_of(spec: StepSpec) -> int:
     return len(spec.ascent.states(spec.groups[0]))
 
 
+def _scale_of(spec: StepSpec) -> int:
+    """Whether the perturbation has ``T``: 2 where it has it once, True where it is squared."""
+    return 2 if spec.adaptive and spec.ascent.scales_once else spec.adaptive
+
+
 def perturb_constants(spec: StepSpec, backs_up: bool = True, moves: bool = False) -> dict[str, Any]:
     """What the perturbation is specialised for, but for dtypes.
 
@@ -96,7 +101,7 @@ def perturb_constants(spec: StepSpec, backs_up: bool = True, moves: bool = False
         "ADVANCE": rule["advance"], "DIRECTION": rule["direction"], "RADIUS": rule["radius"],
         "USABLE": rule["usable"], "ACCUMULATES": rule["accumulate"], "STATES": states_of(spec),
         "FROM_OLD": spec.ascent.from_old, "NOISE": spec.ascent.noise,
-        "ADAPTIVE": spec.adaptive, "SEGMENTS": spec.norm != "global", "BACKS_UP": backs_up,
+        "ADAPTIVE": _scale_of(spec), "SEGMENTS": spec.norm != "global", "BACKS_UP": backs_up,
         "MOVES": moves,
     }  # fmt: skip
 
@@ -209,7 +214,7 @@ def _perturbation(spec: StepSpec) -> dict[str, Any]:
     rule = functions_of(spec.ascent, ASCENT)
     return {
         "DIRECTION": rule["direction"], "RADIUS": rule["radius"],
-        "ACCUMULATES": rule["accumulate"], "STATES": states_of(spec), "ADAPTIVE": spec.adaptive,
+        "ACCUMULATES": rule["accumulate"], "STATES": states_of(spec), "ADAPTIVE": _scale_of(spec),
         "SEGMENTS": spec.norm != "global", "FROM_OLD": spec.ascent.from_old,
     }  # fmt: skip
 
