@@ -10,7 +10,7 @@ from .frozen import frozen_updates
 from .graphs import graphed
 from .methods.adasam import AdaSAM
 from .methods.bsam import BSAM
-from .methods.esam import select_samples
+from .methods.esam import ESAM, select_samples
 from .methods.friendly import FriendlySAM
 from .methods.functional import FunctionalSAM, functional_closures
 from .methods.gsam import GSAM
@@ -32,10 +32,11 @@ from .replicas import per_replica
 from .schedules import LambdaRho, ProportionalRho, RhoScheduler, tail
 
 __version__ = "0.1.0"
-__all__ = ["ASAM", "BSAM", "GNP", "GSAM", "LESAM", "LETS", "MSAM", "SAM", "SAMAR", "SAMSPS",
-           "SSAM", "USAM", "WSAM", "AdaGradNorm", "AdaSAM", "DetSAM", "FriendlySAM", "FrobSAM",
-           "FunctionalSAM", "LambdaRho", "Landscape", "LightSAM", "LookSAM", "PreconditionedSAM",
-           "ProportionalRho", "RhoScheduler", "SharpnessRatio", "TraceSAM", "UnifiedSAM",
-           "UniversalSAM", "VaSSO", "compare_ranks", "frozen_batch_norm", "frozen_updates",
-           "functional_closures", "graphed", "loss_landscape", "normalization_groups",
-           "per_replica", "rules", "select_samples", "sharpness", "tail", "theory"]  # fmt: skip
+__all__ = ["ASAM", "BSAM", "ESAM", "GNP", "GSAM", "LESAM", "LETS", "MSAM", "SAM", "SAMAR",
+           "SAMSPS", "SSAM", "USAM", "WSAM", "AdaGradNorm", "AdaSAM", "DetSAM", "FriendlySAM",
+           "FrobSAM", "FunctionalSAM", "LambdaRho", "Landscape", "LightSAM", "LookSAM",
+           "PreconditionedSAM", "ProportionalRho", "RhoScheduler", "SharpnessRatio", "TraceSAM",
+           "UnifiedSAM", "UniversalSAM", "VaSSO", "compare_ranks", "frozen_batch_norm",
+           "frozen_updates", "functional_closures", "graphed", "loss_landscape",
+           "normalization_groups", "per_replica", "rules", "select_samples", "sharpness", "tail",
+           "theory"]  # fmt: skip

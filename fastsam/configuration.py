@@ -263,7 +263,7 @@ class Configured(SharedState):
             names = zip(self.descent.scalars, (Scalar.DESCENT0, Scalar.DESCENT1), strict=False)
             slots |= dict(names)
             self.kept |= self.descent.scalars
-        if self.rounding == "stochastic":
+        if self.rounding == "stochastic" or self.ascent.chooses:
             slots["rounding_step"] = Scalar.ROUNDING_STEP
             self.kept["rounding_step"] = 0.0
         if self.ascent.noise:

@@ -432,6 +432,7 @@ class ExplicitPasses(Configured):
             is_static=self._is_static,
             seed=self.seed if stochastic or noise else None,
             stochastic=stochastic,
+            choice_seed=self.seed,
             norm=self.norm,
             keeps_weights=recording is not None and recording.hessian == "diag",
             scratch=self._passes.scratch and self.scratch,

@@ -101,6 +101,8 @@ class Passes:
             ascent = find_ascent_state(spec.ascent, batch, spec.groups, states)
         if spec.ascent.base_state and spec.ascent.computes is None:
             find_base_state_read(batch, spec, states)
+        if spec.ascent.chooses:
+            batch.choices = backends.find_choices(batch, spec.groups, spec.choice_seed)
         if not momentum and (flight.scale is not None or self.scalars.carries_scale):
             batch = self._scale(batch, Scalar.FIRST_INVERSE_SCALE, spec, flight, backend)
         if spec.ascent.computes is not None and batch.params:
@@ -284,7 +286,9 @@ class Passes:
         if spec.ascent.accumulate is not None and spec.perturbs and not spec.needs_descent_norm:
             # else what finishes the second norm has done it
             scalars[Scalar.ACCUMULATED].copy_(scalars[Scalar.NEXT_ACCUMULATED])
-        if spec.stochastic:
+        if spec.ascent.chooses and spec.skip_nonfinite:
+            scalars[Scalar.ROUNDING_STEP].add_(scalars[Scalar.ACCEPTED])
+        elif spec.ascent.chooses or spec.stochastic:
             scalars[Scalar.ROUNDING_STEP].add_(1)
         if spec.ascent.noise and flight.perturbs:
             scalars[Scalar.NOISE_STEP].add_(1)

@@ -102,12 +102,13 @@ class Row(IntEnum):
     MASTER = 16  # float32 weights behind 16-bit ones
     KEY = 17  # not an address: what the tensor's random bits depend on, rounding or noise
     NORM = 18  # the squared norm of the tensor's segment, where the ascent's norm is not global
+    CHOICE = 20  # not an address: what decides at random whether the tensor is perturbed
     PERTURBED = 19  # where w + e goes: scratch memory, or the parameter; only where some is scratch
 
 
 #: Rows that say where element streams are: these decide whether a tensor is aligned. An address of
 #: 0 stands for zeros in the last pass's optional streams (first, validation and training).
-STREAMS = tuple(set(Row) - {Row.STEP, Row.FRESH, Row.CHUNKS, Row.KEY, Row.NORM})
+STREAMS = tuple(set(Row) - {Row.STEP, Row.FRESH, Row.CHUNKS, Row.KEY, Row.NORM, Row.CHOICE})
 
 
 class Hyper(IntEnum):
@@ -154,7 +155,7 @@ class Scalar(IntEnum):
     FIRST_INVERSE_SCALE = 21  # 1 / loss scale of the first pass's gradients, and the second's
     INVERSE_SCALE = 22
     FOUND_INF = 23  # not 0 where somebody else found the gradients to overflow
-    ROUNDING_STEP = 24  # steps rounded stochastically so far
+    ROUNDING_STEP = 24  # steps with random bits so far: of stochastic rounding, or of ESAM's choice
     APART = 25  # w <- base(w, u) - lr (apart * g~ + first apart * g)
     FIRST_APART = 26
     NOISE_STEP = 27  # steps perturbed by noise so far

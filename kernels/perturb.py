@@ -9,6 +9,7 @@ from its file in ``ascent/``.
 import triton
 import triton.language as tl
 
+from .choice import takes_part
 from .layout import Hyper, Scalar
 from .noise import draw, noise_key
 from .rounding import pass_key, round_weight
@@ -81,7 +82,7 @@ def _perturb(table, columns, tensor, start, offsets, mask, row, scalars, origin,
              ACCUMULATES: tl.constexpr, STATES: tl.constexpr, FROM_OLD: tl.constexpr,
              NOISE: tl.constexpr, READ: tl.constexpr, ADAPTIVE: tl.constexpr,
              SEGMENTS: tl.constexpr, BACKS_UP: tl.constexpr, MOVES: tl.constexpr,
-             HAS_MASTER: tl.constexpr, STOCHASTIC: tl.constexpr,
+             CHOOSES: tl.constexpr, HAS_MASTER: tl.constexpr, STOCHASTIC: tl.constexpr,
              ALIGNED: tl.constexpr):  # fmt: skip
     # all addresses, then all loads, then what is computed of them, then all stores: a load after a
     # store would wait for that, and one after a use for everything before it
@@ -103,7 +104,10 @@ def _perturb(table, columns, tensor, start, offsets, mask, row, scalars, origin,
         ascent1 = stream(table, ASCENT1, columns, tensor, start, ACC, ALIGNED) + offsets
         next1 = stream(table, NEXT1, columns, tensor, start, ACC, ALIGNED) + offsets
     stored = tl.load(param, mask=mask)
-    if not NOISE:
+    if CHOOSES:  # else it has none to go along
+        chosen = only_if(takes_part(table, columns, tensor, scalars, row), mask)
+        g = tl.load(grad, mask=chosen, other=0.0)
+    elif not NOISE:
         g = tl.load(grad, mask=mask)
     if HAS_MASTER:
         held = tl.load(master, mask=mask)
@@ -161,7 +165,7 @@ def perturb_kernel(table, chunks, columns, hyper, scalars, origin, P: tl.constex
                    ACCUMULATES: tl.constexpr, STATES: tl.constexpr,
                    FROM_OLD: tl.constexpr, NOISE: tl.constexpr, READ: tl.constexpr,
                    ADAPTIVE: tl.constexpr, SEGMENTS: tl.constexpr,
-                   BACKS_UP: tl.constexpr, MOVES: tl.constexpr,
+                   BACKS_UP: tl.constexpr, MOVES: tl.constexpr, CHOOSES: tl.constexpr,
                    HAS_MASTER: tl.constexpr, STOCHASTIC: tl.constexpr,
                    CHUNK: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
     """``e = radius * T^2 * direction``, one chunk per program.
@@ -184,6 +188,7 @@ def perturb_kernel(table, chunks, columns, hyper, scalars, origin, P: tl.constex
         BACKS_UP: Whether the weights are copied; an earlier ascent of the step may have done it.
         MOVES: Whether some parameters will point at other memory, to which their perturbed weights
             go; these are not copied.
+        CHOOSES: Whether tensors take part at random.
         HAS_MASTER: Whether the parameters have master weights, in ``ACC``.
         STOCHASTIC: Whether bfloat16 parameters are rounded stochastically.
     """
@@ -194,11 +199,11 @@ def perturb_kernel(table, chunks, columns, hyper, scalars, origin, P: tl.constex
         offsets = tl.arange(0, CHUNK)
         _perturb(table, columns, tensor, start, offsets, offsets < vector, row, scalars, origin,
                  P, G, ACC, ADVANCE, DIRECTION, RADIUS, USABLE, ACCUMULATES, STATES, FROM_OLD,
-                 NOISE, READ, ADAPTIVE, SEGMENTS, BACKS_UP, MOVES, HAS_MASTER, STOCHASTIC,
-                 True)  # fmt: skip
+                 NOISE, READ, ADAPTIVE, SEGMENTS, BACKS_UP, MOVES, CHOOSES, HAS_MASTER,
+                 STOCHASTIC, True)  # fmt: skip
     for first in range(vector, size, LANES):
         offsets = first + tl.arange(0, LANES)
         _perturb(table, columns, tensor, start, offsets, offsets < size, row, scalars, origin,
                  P, G, ACC, ADVANCE, DIRECTION, RADIUS, USABLE, ACCUMULATES, STATES, FROM_OLD,
-                 NOISE, READ, ADAPTIVE, SEGMENTS, BACKS_UP, MOVES, HAS_MASTER, STOCHASTIC,
-                 False)  # fmt: skip
+                 NOISE, READ, ADAPTIVE, SEGMENTS, BACKS_UP, MOVES, CHOOSES, HAS_MASTER,
+                 STOCHASTIC, False)  # fmt: skip

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import is_finite
+from .choice import takes_part
 from .finish import APART, COEFFICIENT, INVERSE_SCALE
 from .layout import WINDOW as PARTIALS
 from .layout import Hyper, Scalar, Task
@@ -44,6 +45,7 @@ from .stream import (
     hyper_row,
     known_base,
     newest,
+    only_if,
     read_chunk,
     stream,
     where_present,
@@ -69,12 +71,14 @@ def _terms(table, columns, tensor, start, offsets, mask, row, scalars, origin, f
            ASCENDS: tl.constexpr, BOTH: tl.constexpr, LETS: tl.constexpr, ADVANCE: tl.constexpr,
            DIRECTION: tl.constexpr, RADIUS: tl.constexpr, ACCUMULATES: tl.constexpr,
            STATES: tl.constexpr, FROM_OLD: tl.constexpr, READ: tl.constexpr, ADAPTIVE: tl.constexpr,
-           SEGMENTS: tl.constexpr, SCALED: tl.constexpr, HAS_MASTER: tl.constexpr,
-           ALIGNED: tl.constexpr):  # fmt: skip
+           SEGMENTS: tl.constexpr, SCALED: tl.constexpr, CHOOSES: tl.constexpr,
+           HAS_MASTER: tl.constexpr, ALIGNED: tl.constexpr):  # fmt: skip
     """What is summed, element by element: the streams that ``TERMS`` combines.
 
     What has the gradients' size is multiplied by ``factor``, if there is one.
     """
+    if CHOOSES:
+        mask = only_if(takes_part(table, columns, tensor, scalars, row), mask)
     # all addresses and loads, then what is computed of them (see update.py)
     grad = stream(table, GRAD, columns, tensor, start, G, ALIGNED) + offsets
     present = tl.load(grad, mask=mask, other=0.0)
@@ -181,7 +185,7 @@ def _sums(table, chunks, columns, hyper, scalars, origin, factor, P: tl.constexp
           LETS: tl.constexpr, ADVANCE: tl.constexpr, DIRECTION: tl.constexpr, RADIUS: tl.constexpr,
           ACCUMULATES: tl.constexpr, STATES: tl.constexpr, FROM_OLD: tl.constexpr,
           READ: tl.constexpr, ADAPTIVE: tl.constexpr, SEGMENTS: tl.constexpr, SCALED: tl.constexpr,
-          HAS_MASTER: tl.constexpr, SUMS: tl.constexpr, CHUNK: tl.constexpr,
+          CHOOSES: tl.constexpr, HAS_MASTER: tl.constexpr, SUMS: tl.constexpr, CHUNK: tl.constexpr,
           LANES: tl.constexpr):  # fmt: skip
     """The sums over this program's chunk."""
     tensor, group, index, size, vector = read_chunk(chunks, tl.program_id(0))
@@ -197,7 +201,7 @@ def _sums(table, chunks, columns, hyper, scalars, origin, factor, P: tl.constexp
         a, b, c, d, f = _terms(table, columns, tensor, start, offsets, offsets < vector, row,
                                scalars, origin, factor, P, G, ACC, TERMS, ASCENDS, BOTH, LETS,
                                ADVANCE, DIRECTION, RADIUS, ACCUMULATES, STATES, FROM_OLD, READ,
-                               ADAPTIVE, SEGMENTS, SCALED, HAS_MASTER, True)  # fmt: skip
+                               ADAPTIVE, SEGMENTS, SCALED, CHOOSES, HAS_MASTER, True)  # fmt: skip
         sum0 += tl.sum(a)
         if SUMS > 1:
             sum1 += tl.sum(b)
@@ -216,7 +220,8 @@ def _sums(table, chunks, columns, hyper, scalars, origin, factor, P: tl.constexp
             a, b, c, d, f = _terms(table, columns, tensor, start, offsets, offsets < size, row,
                                    scalars, origin, factor, P, G, ACC, TERMS, ASCENDS, BOTH, LETS,
                                    ADVANCE, DIRECTION, RADIUS, ACCUMULATES, STATES, FROM_OLD, READ,
-                                   ADAPTIVE, SEGMENTS, SCALED, HAS_MASTER, False)  # fmt: skip
+                                   ADAPTIVE, SEGMENTS, SCALED, CHOOSES, HAS_MASTER,
+                                   False)  # fmt: skip
             lanes0 += a
             lanes1 += b
             lanes2 += c
@@ -303,8 +308,8 @@ def reduce_kernel(table, chunks, columns, hyper, scalars, partials, arrivals, ta
                   RADIUS: tl.constexpr, ACCUMULATES: tl.constexpr, COEFFICIENTS: tl.constexpr,
                   ADAPTED: tl.constexpr, STATES: tl.constexpr, FROM_OLD: tl.constexpr,
                   READ: tl.constexpr, ADAPTIVE: tl.constexpr, SEGMENTS: tl.constexpr,
-                  SCALED: tl.constexpr, HAS_MASTER: tl.constexpr, SUMS: tl.constexpr,
-                  CHUNK: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
+                  SCALED: tl.constexpr, CHOOSES: tl.constexpr, HAS_MASTER: tl.constexpr,
+                  SUMS: tl.constexpr, CHUNK: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
     """Sums over one bucket.
 
     Args:
@@ -328,6 +333,7 @@ def reduce_kernel(table, chunks, columns, hyper, scalars, partials, arrivals, ta
         ADAPTIVE: Whether the perturbation that is made once more has ``T``; 2: once.
         SEGMENTS: Whether its norm is that of the tensor's segment.
         SCALED: Whether the norm of this pass has ``T``.
+        CHOOSES: Whether tensors take part in it at random.
         HAS_MASTER: Whether ``T`` is that of master weights.
         SUMS: How many are taken: 1, 2 or 5.
 
@@ -338,7 +344,7 @@ def reduce_kernel(table, chunks, columns, hyper, scalars, partials, arrivals, ta
     sum0, sum1, sum2, sum3, sum4 = _sums(
         table, chunks, columns, hyper, scalars, origin, None, P, G, ACC, TERMS, ASCENDS, BOTH,
         LETS, ADVANCE, DIRECTION, RADIUS, ACCUMULATES, STATES, FROM_OLD, READ, ADAPTIVE,
-        SEGMENTS, SCALED, HAS_MASTER, SUMS, CHUNK, LANES)  # fmt: skip
+        SEGMENTS, SCALED, CHOOSES, HAS_MASTER, SUMS, CHUNK, LANES)  # fmt: skip
     length = _padded(programs)
     mine = partials + program + tl.arange(0, 1)
     _write(mine, length, sum0, sum1, sum2, sum3, sum4, SUMS)
@@ -360,7 +366,7 @@ def reduce_kernel(table, chunks, columns, hyper, scalars, partials, arrivals, ta
             again0, again1, again2, again3, again4 = _sums(
                 table, chunks, columns, hyper, scalars, origin, factor, P, G, ACC, TERMS, ASCENDS,
                 BOTH, LETS, ADVANCE, DIRECTION, RADIUS, ACCUMULATES, STATES, FROM_OLD, READ,
-                ADAPTIVE, SEGMENTS, SCALED, HAS_MASTER, SUMS, CHUNK, LANES)  # fmt: skip
+                ADAPTIVE, SEGMENTS, SCALED, CHOOSES, HAS_MASTER, SUMS, CHUNK, LANES)  # fmt: skip
             a = tl.where(lost != 0, is_finite(sum0) == 0, sum0 < SMALL)
             tl.store(mine, _seen_again(sum0, again0, a, back))
             if SUMS > 1:

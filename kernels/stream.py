@@ -32,6 +32,7 @@ VALIDATION = tl.constexpr(int(Row.VALIDATION))
 TRAINING = tl.constexpr(int(Row.TRAINING))
 MASTER = tl.constexpr(int(Row.MASTER))
 KEY = tl.constexpr(int(Row.KEY))
+CHOICE = tl.constexpr(int(Row.CHOICE))
 PERTURBED = tl.constexpr(int(Row.PERTURBED))
 COLUMNS = tl.constexpr(WIDTH)
 

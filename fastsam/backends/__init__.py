@@ -11,11 +11,12 @@ import torch
 from fastsam.step.batch import Batch
 
 from .base import Backend, DeviceBackend
+from .choice import find_choices
 from .devices import SeveralDevices
 from .reference import keep_rejected, write_grads
 from .sums import settle, undone_if_it_fails
 
-__all__ = ["Backend", "Backends", "create", "keep_rejected", "resolve", "settle",
+__all__ = ["Backend", "Backends", "create", "find_choices", "keep_rejected", "resolve", "settle",
            "undone_if_it_fails", "write_grads"]  # fmt: skip
 
 NAMES = ("auto", "triton", "torch", "reference")

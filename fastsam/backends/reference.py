@@ -17,6 +17,7 @@ from fastsam.step.sharding import total
 from fastsam.step.spec import StepSpec, sign_of
 
 from .base import DeviceBackend, Pass, Stop
+from .choice import chosen
 from .equations import columns_of, learning_rate, perturbation, radius, seen_by, signed
 from .noise import drawn
 from .rounding import rounded
@@ -239,6 +240,7 @@ class ReferenceBackend(DeviceBackend):
         self, batch: Batch, spec: StepSpec, scalars: Tensor, kept: ListBackup | None = None
     ) -> Pass[ListBackup]:
         everyone = range(len(batch.params))
+        batch = chosen(batch, spec, scalars)
         follow_parameters(batch, None)
         weights = at_weights(batch)
         directions = [advance_one(batch, k, spec, scalars) for k in everyone]

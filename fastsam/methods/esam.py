@@ -1,10 +1,99 @@
-"""ESAM's selection of samples: a second pass over those whose loss the perturbation raised."""
+"""ESAM: parameters take part in the perturbation at random, and samples in the second pass."""
 
 import math
+from typing import Any
 
 from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
 
-from fastsam.step.arguments import Number, shown
+from fastsam.arithmetic import EPS, gives_direction, where
+from fastsam.optimizer import SharpnessAwareOptimizer
+from fastsam.step.arguments import FLAG, Number, setting, shown
+from fastsam.step.spec import Ascent, Columns, Group
+
+
+def _columns(group: Group, lam: float) -> Columns:
+    return {"BETA": group["beta"]}
+
+
+def _radius(rho: Any, norm: Any, total: Any, h: Columns) -> Any:
+    return where(gives_direction(norm), rho / (h["BETA"] * (norm + EPS)))
+
+
+AT_RANDOM = Ascent(
+    name="esam", kernel="fastsam.kernels.ascent.esam", radius=_radius, columns=_columns,
+    chooses=True,
+    arguments={"beta": Number(high=1.0, with_low=False, with_high=True, tensors=None)},
+    eager="fastsam.backends.eager.ascents:along_gradient",
+)  # fmt: skip
+
+
+def _whole_norms(optimizer: Any, renormalize: bool) -> None:
+    if renormalize:
+        raise ValueError(
+            "renormalize must be False with ESAM, whose first norm is of what takes part alone, "
+            "got True"
+        )
+
+
+class ESAM(SharpnessAwareOptimizer):
+    r"""Efficient SAM: in every step a part of the parameters is perturbed, chosen at random.
+
+    .. math:: e_l = z_l\, \frac{\rho}{\beta}\, \frac{g_l}{\|z g\| + 10^{-12}}, \qquad
+              z_l = \begin{cases} 1 & \text{with probability } \beta \\ 0 & \text{else}
+              \end{cases}
+
+    with one :math:`z_l` for each parameter :math:`l` and step: its stochastic weight perturbation.
+    The norm is over the parameters that take part, and where none does nothing is perturbed.
+    ``beta=1`` is :class:`SAM`. All parameters are updated. The other part of ESAM, a second pass
+    over the samples whose loss has risen most, is :func:`select_samples`; both together are the
+    paper's method.
+
+    The choice follows from ``seed``, the parameter's place in the optimizer and the number of steps
+    so far, and from nothing else: ranks choose alike, the shards of a parameter together, backends
+    the same, and a run that is resumed goes on with the choices that it would have made. The number
+    is ``kept["rounding_step"]``, on the device, and saved with the state; a step that is skipped,
+    as by ``skip_nonfinite``, does not count. With ``ascent_steps`` all ascents of a step have the
+    same choice.
+
+    In ``adaptive`` groups, which the paper has not, :math:`g` becomes :math:`T^2 g` and its norm
+    :math:`\|T g\|`, as in :class:`SAM`. ``metrics["grad_norm"]`` is the norm over what took part.
+
+    Cost: that of :class:`SAM` in passes, and less in bytes: of parameters that do not take part no
+    first gradient is read, with SGD and momentum :math:`32 + 8 \beta` bytes per element in float32
+    on average, in three launches. Both passes compute all gradients; it is :func:`select_samples`
+    that saves time there. No state but that number.
+
+    Args:
+        params, base_optimizer: As in :class:`SAM`. Groups may set ``beta`` for themselves, too.
+        rho: Radius, at least 0. Default 0.05.
+        beta: :math:`\beta`, in (0, 1]. Default 0.6.
+        **kwargs: The other arguments of :class:`SAM`, and the base optimizer's. Not
+            ``renormalize``.
+
+    Raises:
+        TypeError, ValueError, ImportError, RuntimeError: As :class:`SAM`; ValueError also for a
+            ``beta`` out of range, or ``renormalize=True``. :class:`LETS` needs
+            ``hessian="difference"``.
+
+    Reference: Du, Yan, Feng, Zhou, Zhen, Goh and Tan, "Efficient sharpness-aware minimization for
+    improved training of neural networks", ICLR 2022, arXiv 2110.03141.
+    """
+
+    ascent = AT_RANDOM
+
+    renormalize: bool = setting(FLAG, then=_whole_norms)
+
+    def __init__(
+        self,
+        params: ParamsT,
+        base_optimizer: type[Optimizer],
+        rho: float | Tensor = 0.05,
+        beta: float = 0.6,
+        **kwargs: Any,
+    ):
+        super().__init__(params, base_optimizer, rho=rho, own={"beta": beta}, **kwargs)
+
 
 _FRACTION = Number(0, 1, with_low=False, with_high=True, tensors=None)
 
@@ -29,7 +118,7 @@ def select_samples(before: Tensor, after: Tensor, fraction: float) -> Tensor:
 
     Nothing is waited for: how many samples there will be is known on the host. Under DDP each rank
     selects among its own. A loss that is NaN counts as risen, and is not hidden. The other part of
-    ESAM, parameters that take part in the perturbation at random, is not here.
+    ESAM, parameters that take part in the perturbation at random, is :class:`ESAM`.
 
     Args:
         before: Losses of the samples at :math:`w`, of one dimension.

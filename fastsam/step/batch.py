@@ -46,6 +46,7 @@ class Layout:
         room: Memory for copies of the gradients (``gradients.py``).
         read: The base's state that the ascent reads (``base_state.py``).
         places: Every parameter's place among all.
+        choices: A seed, and what the choices that follow from it depend on (``precision.py``).
         segments: The segment of each parameter (``segments.py``).
         after: Token of the first pass's layout whose parameters are all here, unchanged; in a
             further ascent, of one that has all that are here.
@@ -76,6 +77,7 @@ class Layout:
     room: Any = None
     read: Any = None
     places: list[int] | None = None
+    choices: tuple[int, list[int]] | None = None
     segments: list[int] | None = None
     after: object = None
 
@@ -92,7 +94,7 @@ class Layout:
         return replace(
             self, **picked, members={device: list(range(len(positions)))}, token=object(),
             operators={}, plans={}, parts={}, prepared=None, held=None, read=None, masters=None,
-            room=None, after=None,
+            room=None, choices=None, after=None,
         )  # fmt: skip
 
 
@@ -118,6 +120,7 @@ class Batch:
         validation, training: LETS's gradients at the updated weights.
         masters: Float32 weights behind 16-bit parameters.
         places: Every parameter's place among all, which its random bits depend on.
+        choices: What decides at random whether a parameter is perturbed.
         segments, squares: Where the ascent's norm is not global, each parameter's segment, and the
             squared norms of all segments.
         layout: Where equal ones mean that what was worked out from them still holds.
@@ -145,6 +148,7 @@ class Batch:
     training: list[Tensor | None] | None = None
     masters: list[Tensor | None] | None = None
     places: list[int] | None = None
+    choices: list[int] | None = None
     segments: list[int] | None = None
     squares: Tensor | None = None
     layout: Layout | None = None

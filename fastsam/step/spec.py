@@ -124,6 +124,8 @@ class Ascent(Rule):
         noise: Whether ``direction`` is given random numbers in the place of the gradient, which is
             not read: uniform in (-1, 1), one for each element, others in every step and every
             perturbation of a step, and the same on every backend.
+        chooses: Whether parameters take part in it at random, with the probability that is the
+            first of its columns. The others count as having no gradient.
         scales: Whether ASAM's element-wise scale is defined for it.
         scales_once: Whether the perturbation has the scale once, :math:`e = r\, T d`, not squared.
         arguments: What the hyper-parameters may be, by group key (``fastsam.rules.Number`` and
@@ -157,6 +159,7 @@ class Ascent(Rule):
     keeps: str = ""
     norm: str | None = "gradient"
     noise: bool = False
+    chooses: bool = False
     scales: bool = True
     scales_once: bool = False
     arguments: Mapping[str, Argument] = field(default_factory=dict)
@@ -216,7 +219,7 @@ class Ascent(Rule):
     @property
     def sees_past(self) -> bool:
         """Whether the direction follows from what the update changes."""
-        return bool(self.base_state) or self.sees_accumulator
+        return bool(self.base_state) or self.sees_accumulator or self.chooses
 
     def state_names(self, group: Group) -> dict[str, float]:
         """The state of a group's parameters, checked.
@@ -465,6 +468,7 @@ class StepSpec:
         is_static: Whether the host decides nothing anew in every step.
         seed: Of random bits; None where the step needs none.
         stochastic: Whether bfloat16 parameters are rounded by them.
+        choice_seed: Of an ascent that chooses at random.
         keeps_weights: Whether the copy of the weights is needed after the update (LETS).
         scratch: Whether parameters may point at scratch memory between the passes; "auto" is where
             that is known to be faster.
@@ -490,6 +494,7 @@ class StepSpec:
     is_static: bool = True
     seed: int | None = None
     stochastic: bool = False
+    choice_seed: int = 0
     keeps_weights: bool = False
     scratch: bool | str = "auto"
     norm: str = "global"

@@ -1,4 +1,6 @@
-"""ESAM's selection of samples."""
+"""ESAM's selection of samples, and which parameters take part in the perturbation."""
+
+import copy
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from torch.nn.functional import cross_entropy
 import fastsam
 
 from networks import bits
-from registry import DEVICE
+from registry import BACKENDS, DEVICE, takes_part
 
 
 @pytest.mark.parametrize(
@@ -75,3 +77,112 @@ def test_a_loss_that_is_nan_is_not_hidden():
 def test_bad_input(arguments, error, message):
     with pytest.raises(error, match=message):
         fastsam.select_samples(*arguments)
+
+
+SGD = {"base_optimizer": torch.optim.SGD, "lr": 0.1}
+COUNT = 40
+
+
+def parameters():
+    return [torch.nn.Parameter(torch.zeros(1 + k % 3, device=DEVICE)) for k in range(COUNT)]
+
+
+def give(params, step):
+    for k, param in enumerate(params):
+        param.grad = torch.full_like(param, 1.0 + k % 5 + 0.1 * step)
+
+
+def choices(optimizer, params, steps, first=0):
+    """Which parameters each step perturbs; the weights are put back to 0."""
+    found = []
+    for step in range(first, first + steps):
+        with torch.no_grad():
+            for param in params:
+                param.zero_()
+        give(params, step)
+        optimizer.first_step()
+        found.append([bool((param != 0).any()) for param in params])
+        give(params, step)
+        optimizer.second_step()
+    return found
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_each_parameter_takes_part_with_its_probability(backend):
+    """As the hash says, in every step anew, and with as much length as if all did."""
+    params, seed = parameters(), 7
+    optimizer = fastsam.ESAM(params, **SGD, rho=0.3, beta=0.4, seed=seed, backend=backend)
+    give(params, 0)
+    optimizer.first_step()
+    part = [k for k in range(COUNT) if takes_part(k, 0.4, 0, seed)]
+    assert 0 < len(part) < COUNT
+    n = sum(p.grad.square().sum() for k, p in enumerate(params) if k in part) ** 0.5
+    assert optimizer.metrics["grad_norm"].item() == pytest.approx(n.item(), rel=1e-6)
+    for k, param in enumerate(params):
+        e = 0.3 / 0.4 * param.grad / n if k in part else torch.zeros_like(param)
+        torch.testing.assert_close(param.detach(), e)
+    optimizer.restore()
+    assert all(not p.any() for p in params)
+    found = choices(optimizer, params, 25)
+    assert found == [[takes_part(k, 0.4, t, seed) for k in range(COUNT)] for t in range(25)]
+    assert np.mean(found) == pytest.approx(0.4, abs=4 * (0.24 / COUNT / 25) ** 0.5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_choices_go_on_where_they_were(backend):
+    """In copies, from a state dict, and with the steps of the base alone counted."""
+    params = parameters()
+    optimizer = fastsam.ESAM(params, **SGD, beta=0.5, backend=backend)
+    expected = choices(optimizer, params, 3)
+    give(params, 0)
+    optimizer.plain_step()
+    others, twin = copy.deepcopy([params, optimizer])
+    fresh = parameters()
+    resumed = fastsam.ESAM(fresh, **SGD, beta=0.5, backend=backend)
+    resumed.load_state_dict(optimizer.state_dict())
+    later = choices(optimizer, params, 2)
+    assert later == choices(twin, others, 2) == choices(resumed, fresh, 2)
+    assert later[0] == [takes_part(k, 0.5, 4) for k in range(COUNT)] not in expected
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_takes_no_part_is_not_looked_at(backend):
+    """A gradient that is not finite there neither perturbs nor stops anything."""
+    params = parameters()
+    optimizer = fastsam.ESAM(params, **SGD, beta=0.5, backend=backend)
+    give(params, 0)
+    out = next(k for k in range(COUNT) if not takes_part(k, 0.5, 0))
+    params[out].grad.fill_(float("nan"))
+    optimizer.first_step()
+    assert [bool(p.any()) for p in params] == [takes_part(k, 0.5, 0) for k in range(COUNT)]
+    inside = next(k for k in range(COUNT) if takes_part(k, 0.5, 0))
+    optimizer.restore()
+    params[inside].grad.fill_(float("inf"))
+    optimizer.first_step()
+    assert not any(p.any() for p in params)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_all_of_it_is_sam(backend):
+    ours, theirs = parameters(), parameters()
+    esam = fastsam.ESAM(ours, **SGD, rho=0.5, beta=1.0, backend=backend)
+    sam = fastsam.SAM(theirs, **SGD, rho=0.5, backend=backend)
+    for optimizer, params in ((esam, ours), (sam, theirs)):
+        give(params, 0)
+        optimizer.first_step()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=3e-7, atol=0)
+
+
+def test_esam_refuses():
+    params = parameters()
+    with pytest.raises(ValueError, match="renormalize must be False with ESAM"):
+        fastsam.ESAM(params, **SGD, renormalize=True)
+    with pytest.raises(ValueError, match=r"beta must be in \(0, 1\], got 0.0"):
+        fastsam.ESAM(params, **SGD, beta=0.0)
+    optimizer = fastsam.ESAM(params, **SGD)
+    with pytest.raises(ValueError, match="renormalize must be False with ESAM"):
+        optimizer.renormalize = True
+    lets = fastsam.LETS(optimizer, hessian="diag")
+    with pytest.raises(RuntimeError, match="LETS needs hessian='difference' with ESAM"):
+        lets.step(lambda: None, lambda: None)

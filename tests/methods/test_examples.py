@@ -270,7 +270,7 @@ OURS = [
     (fastsam.PreconditionedSAM, (SGD,), MOMENTUM),
     (fastsam.PreconditionedSAM, (torch.optim.AdamW,), {"preconditioner": diagonal}),
     (fastsam.MSAM, (SGD,), MOMENTUM), (fastsam.LookSAM, (SGD,), MOMENTUM),
-    (FixedLoss, (), {}),
+    (FixedLoss, (), {}), (fastsam.ESAM, (SGD,), MOMENTUM),
     *((fastsam.LightSAM, (), LIGHT | {"rule": r}) for r in ("adagrad_norm", "adagrad", "adam")),
 ]  # fmt: skip
 #: Triton's interpreter takes ten seconds for each; the others differ from them little there.

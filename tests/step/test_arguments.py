@@ -81,6 +81,8 @@ RANGES = {
 }  # fmt: skip
 #: Those that are something else in some class.
 OWN = {
+    ("ESAM", "beta"): [*NO_NUMBER, None, 0, 1.5, *NO_TENSOR],
+    ("ESAM", "renormalize"): [*NO_BOOL, True],
     ("UnifiedSAM", "lam"): [*NO_NUMBER, None, 1.1, "t", *NO_TENSOR],
     ("SAMSPS", "lam"): [*NO_NUMBER, None, 1.1, "t", *NO_TENSOR],
     ("SSAM", "lam"): [*NO_NUMBER, None, 1.1, "t", *NO_TENSOR],
@@ -115,7 +117,7 @@ def arguments():
     common = [key for key in inspect.signature(fastsam.SAM).parameters if key in RANGES]
     for name in ("SAM", "ASAM", "USAM", "UnifiedSAM", "SSAM", "VaSSO", "SAMAR", "FriendlySAM",
                  "LESAM", "GSAM", "WSAM", "GNP", "MSAM", "LookSAM",
-                 "PreconditionedSAM", "SAMSPS", "LightSAM",
+                 "PreconditionedSAM", "SAMSPS", "ESAM", "LightSAM",
                  "AdaSAM", "AdaGradNorm", "LETS", "SharpnessRatio"):  # fmt: skip
         parameters = inspect.signature(getattr(fastsam, name)).parameters
         for key, parameter in parameters.items():

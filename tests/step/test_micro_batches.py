@@ -15,7 +15,7 @@ from registry import BACKENDS, BASES, DEVICE, METHODS, create, numpy
 
 SGD = {"base_optimizer": torch.optim.SGD, "lr": 0.1, "momentum": 0.9}
 SERVED = ["sam", "asam", "sam-clip", "usam", "unified-1/t", "unified-1-1/t", "unified-callable"]
-OTHERS = ("adasam", "asam-max", "lesam", "functional-adam")
+OTHERS = ("adasam", "asam-max", "esam", "lesam", "functional-adam")
 REFUSED = [name for name in METHODS if name not in (*SERVED, *OTHERS)]
 FOREIGN = {"base_optimizer": torch.optim.RMSprop, "lr": 0.01, "eps": 1e-3}
 

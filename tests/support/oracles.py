@@ -29,6 +29,7 @@ ASCENTS: dict[str, Group] = {
     "vasso": {"theta": 0.9},
     "lesam": {"sigma": 0.35},
     "sign": {},
+    "esam": {"beta": 0.6},
     "friendly": {"sigma": 1.0, "lmbda": 0.9},
     "adagrad_norm": {"eps": 1e-8},
     "adagrad": {"eps": 1e-8},
@@ -88,6 +89,8 @@ class Oracle:
       first g; e = rho T^2 s / (||T s|| + 1e-7).
     - "lesam" (Wang et al. 2026): e = min(sigma / n, rho) T^2 g / n, n = ||T g||.
     - "sign" (ASAM with p = inf): e = rho T sign(g), 0 where g is not finite.
+    - "esam" (Du et al. 2022): e = rho / beta T^2 z g / (||z T g|| + eps), with z = 1 for the
+      weights that take part in the step and z = 0 for the others.
     - "friendly" (Li et al. 2024): d = g - sigma m, e = rho T^2 d / ||T d||, then
       m = lmbda m + (1-lmbda) g. A weight's first d and first m are its first g.
     - LightSAM (arXiv 2505.24399), where T = 1, a starts at eps^2 and r at 0:
@@ -131,6 +134,8 @@ class Oracle:
         lam: Unified SAM's, a number or a function of the step t = 1, 2, ...
         warmup, normalized: Of "second_moment".
         constrained, diagonal: Of the preconditioned ascents.
+        takes_part: Of "esam": of a weight's place in the groups, beta and the number of steps so
+            far, whether it takes part.
         loss: At w + e, of the base "sps", whose step size is, for min(size, lr) to be taken,
             [loss - loss_min - <e, u>]+ / ||u||^2, 0 where that is NaN (Oikonomou & Loizou 2026).
         mix: SAMAR's rule for its lam: a `Ratio`, or any function of lam_k, s_k and s_{k-1}. It is
@@ -172,6 +177,7 @@ class Oracle:
         normalized: bool = True,
         constrained: bool = False,
         diagonal: Callable[[Array], Array] | None = None,
+        takes_part: Callable[[int, float, int], bool] | None = None,
         loss: float | None = None,
         mix: Callable[[float, float, float], float] | None = None,
         renormalize: bool = False,
@@ -194,7 +200,7 @@ class Oracle:
         self._descent, self.loss = descent, loss
         self.of_second, self.terms = 1.0, {}
         self._warmup, self._normalized = warmup, normalized
-        self._constrained, self._diagonal = constrained, diagonal
+        self._constrained, self._diagonal, self._takes_part = constrained, diagonal, takes_part
         self._renormalize, self._by_norm = renormalize, base in BY_NORM
         self._max_grad_norm, self._skip_nonfinite = max_grad_norm, skip_nonfinite
         self._store, self._store_grad = storage, grad_storage
@@ -237,6 +243,7 @@ class Oracle:
         self._n = self.metrics["grad_norm"] = self._scaled_norm(self.weights, gs)
         rules = {"unified": self._unified, "vasso": self._vasso, "adagrad_norm": self._light_norm,
                  "lesam": self._lesam, "friendly": self._friendly, "sign": self._sign,
+                 "esam": self._esam,
                  "second_moment": self._second_moment, "variance": self._variance,
                  "diagonal": self._by_diagonal, "momentum": self._momentum,
                  "normal": self._normal}  # fmt: skip
@@ -280,6 +287,19 @@ class Oracle:
         ts = {i: self._scale(self.weights[i], i) for i in gs}
         signs = {i: np.where(np.isfinite(g), np.sign(g), 0.0) for i, g in gs.items()}
         return {i: self._group[i]["rho"] * ts[i] * sign for i, sign in signs.items()}
+
+    def _esam(self, gs: dict[int, Array]) -> dict[int, Array]:
+        assert self._takes_part is not None
+        places = {i: place for place, i in enumerate(self._group)}
+        part = {
+            i: g for i, g in gs.items()
+            if self._takes_part(places[i], self._group[i]["beta"], self.t - 1)
+        }  # fmt: skip
+        n = self._n = self.metrics["grad_norm"] = self._scaled_norm(self.weights, part)
+        if n == 0 or not np.isfinite(n):
+            return {}
+        hs = {i: self._group[i]["rho"] / self._group[i]["beta"] / (n + NORM_EPS) for i in part}
+        return {i: hs[i] * self._scale(self.weights[i], i) ** 2 * g for i, g in part.items()}
 
     def _friendly(self, gs: dict[int, Array]) -> dict[int, Array]:
         ds, ms = {}, {}

@@ -65,6 +65,19 @@ OWN_UPDATES = {
 }
 
 
+def murmur(x: int) -> int:
+    """The finalizer of the 32-bit hash of that name."""
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = (x ^ x >> shift) * factor % 2**32
+    return x ^ x >> 16
+
+
+def takes_part(place: int, beta: float, step: int, seed: int = 0) -> bool:
+    """ESAM's choice, with 24 bits of a hash."""
+    key = murmur(murmur(seed) ^ place * 0x9E3779B1 % 2**32) ^ 0x5BD1E995
+    return (murmur(key ^ murmur(step)) >> 8) / 2**24 < float(np.float32(beta))
+
+
 class FixedLoss(fastsam.SAMSPS):
     """With one loss in every step, whatever the loop gives, so that all kinds of loops serve."""
 
@@ -235,6 +248,10 @@ METHODS = {
         {"rho": 0.5, "eta": 0.1} | ADAPTIVE,
         {"ascent": "diagonal", "constrained": True, "diagonal": diagonal_of} | ALL, TWO,
     ),
+    "esam": Method(
+        fastsam.ESAM, {"beta": 0.8, "eta": 0.1} | ADAPTIVE, {"beta": 0.8, "eta": 0.1} | ADAPTIVE,
+        {"ascent": "esam", "takes_part": takes_part}, TWO,
+    ),
     "sps": Method(
         FixedLoss, {"rho": 0.05, "lr_max": 0.3, "loss_min": -100.0},
         {"lr": 0.3, "loss_min": -100.0}, {"loss": FixedLoss.LOSS}, ("sps",),
@@ -265,18 +282,20 @@ ONE_PASS = {
 #: Methods that differ from another by an equation alone, and share with it whatever else a step
 #: has. Their equations are tested as all are; other tests are given them one by one only where
 #: every case runs (``conftest.py``).
-RELATIVES = ("asam-max", "gsam", "gsam-first-all", "wsam-all", "wsam-coupled", "gnp", "gnp-unit",
-             "lesam", "sam-amplified", "friendly-all", "functional-adam-all", "preconditioned-all",
-             "preconditioned-callable", "sps-all", "trace")  # fmt: skip
+RELATIVES = ("asam-max", "esam", "gsam", "gsam-first-all", "wsam-all", "wsam-coupled", "gnp",
+             "gnp-unit", "lesam", "sam-amplified", "friendly-all", "functional-adam-all",
+             "preconditioned-all", "preconditioned-callable", "sps-all", "trace")  # fmt: skip
 #: The classes of these that have no other row.
-RELATIVE_CLASSES = ("GSAM", "GNP", "LESAM", "TraceSAM", "DetSAM", "FrobSAM", "UniversalSAM", "BSAM")
+RELATIVE_CLASSES = ("ESAM", "GSAM", "GNP", "LESAM", "TraceSAM", "DetSAM", "FrobSAM",
+                    "UniversalSAM", "BSAM")  # fmt: skip
 #: Classes without a row, whose passes need losses, or noise around them; they are tested in
 #: test_universal.py and test_bsam.py.
 APART = (fastsam.DetSAM, fastsam.FrobSAM, fastsam.UniversalSAM, fastsam.BSAM)
 #: Those whose radius LETS learns with either Hessian: the second gradient is that of the loss, the
 #: step size no other's, and the perturbation follows from nothing that the update changes, nor from
 #: noise.
-NOT_LEARNING = (fastsam.FunctionalSAM, fastsam.PreconditionedSAM, fastsam.TraceSAM, FixedLoss)
+NOT_LEARNING = (fastsam.FunctionalSAM, fastsam.PreconditionedSAM, fastsam.TraceSAM, fastsam.ESAM,
+                FixedLoss)  # fmt: skip
 LEARNING = [name for name, method in METHODS.items() if method.cls not in NOT_LEARNING]
 #: Every method with every base that it is tested with.
 COMBINATIONS = [(name, base) for name, method in METHODS.items() for base in method.bases]

@@ -262,6 +262,8 @@ fastsam_db = [
     info(fastsam.LESAM, PLAIN | {"close by": MOMENTUM | {"sigma": 0.1, "rho_max": 0.2}},
          [({"sigma": -1.0}, ValueError, "sigma must be at least 0 and finite, got -1.0"),
           ({"rho_max": -1.0}, ValueError, "rho_max must be at least 0 and finite, got -1.0")]),
+    info(fastsam.ESAM, PLAIN | {"half": MOMENTUM | {"beta": 0.5}},
+         [*SAM_ERRORS, ({"beta": 0.0}, ValueError, r"beta must be in \(0, 1\], got 0.0")]),
     info(fastsam.FriendlySAM, PLAIN | {"of half": MOMENTUM | {"sigma": 0.5, "lmbda": 0.6}},
          [*SAM_ERRORS, ({"lmbda": 1.5}, ValueError, r"lmbda must be in \[0, 1\], got 1.5")]),
     info(

@@ -21,6 +21,7 @@ from fastsam.step.spec import Base, StepSpec
 
 from .. import reference, sums
 from ..base import Pass, Stop
+from ..choice import chosen
 from ..equations import signed
 from ..weights import ListBackup, at_weights, follow_parameters
 from . import cpu
@@ -60,6 +61,7 @@ class TorchBackend(reference.ReferenceBackend):
         plain = path_of(spec.ascent) is along_gradient and batch.squares is None
         if kept is not None or not plain:
             return (yield from super().ascent_pass(batch, spec, scalars, kept))
+        batch = chosen(batch, spec, scalars)
         follow_parameters(batch, None)
         weights = at_weights(batch)
         if spec.adaptive:

@@ -21,6 +21,7 @@ from fastsam.step.spec import StepSpec
 
 from .. import reference, sums
 from ..base import Pass, Stop
+from ..choice import chosen
 from ..equations import radius
 from ..weights import at_weights, follow_parameters
 from .ascents import along_gradient, path_of
@@ -110,6 +111,7 @@ def ascend(
     batch: Batch, spec: StepSpec, scalars: Tensor, memory: Memory, kept: ScratchBackup | None
 ) -> Pass[ScratchBackup]:
     """See ``Backend.ascend``."""
+    batch = chosen(batch, spec, scalars)
     known, rule = known_of(batch), path_of(spec.ascent)
     parts, others = split(batch, spec, known, descends=False)
     follow_parameters(batch, None)

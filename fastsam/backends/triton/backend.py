@@ -111,6 +111,8 @@ class TritonBackend(Launcher, DeviceBackend):
                 rows |= read_rows(bucket, batch)
             if batch.squares is not None and not bucket.described:
                 rows |= norm_rows(bucket, batch)
+            if batch.choices is not None:
+                rows[Row.CHOICE] = of(batch.choices, bucket.members)
             if bucket.moves:
                 rows |= bucket.perturbed_row
             bucket.locate(batch, backup if kept is None else None, rows)

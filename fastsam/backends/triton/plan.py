@@ -102,7 +102,7 @@ def perturb_constants(spec: StepSpec, backs_up: bool = True, moves: bool = False
         "USABLE": rule["usable"], "ACCUMULATES": rule["accumulate"], "STATES": states_of(spec),
         "FROM_OLD": spec.ascent.from_old, "NOISE": spec.ascent.noise,
         "ADAPTIVE": _scale_of(spec), "SEGMENTS": spec.norm != "global", "BACKS_UP": backs_up,
-        "MOVES": moves,
+        "MOVES": moves, "CHOOSES": spec.ascent.chooses,
     }  # fmt: skip
 
 
@@ -156,6 +156,7 @@ def ascent_sums(spec: StepSpec) -> Sums:
             "SEGMENTS": False,
             "STATES": states if along else 0, "FROM_OLD": along and spec.ascent.from_old,
             "SUMS": 2 if along else 1,
+            "CHOOSES": spec.ascent.chooses,
         },
         several=along,
     )  # fmt: skip
@@ -174,8 +175,8 @@ def descent_sums(spec: StepSpec) -> Sums:
     )
     common = {
         "FINISH": finish.finish_descent, "ASCENDS": False, "BOTH": spec.descent is not None,
-        "LETS": False, "SCALED": scaled, "ADAPTIVE": False, "SEGMENTS": False, "STATES": 0,
-        "FROM_OLD": False,
+        "LETS": False, "SCALED": scaled, "CHOOSES": False, "ADAPTIVE": False, "SEGMENTS": False,
+        "STATES": 0, "FROM_OLD": False,
     }  # fmt: skip
     if spec.descent is None:
         # the plain norm is a sum of its own only where T makes the other one different
@@ -201,8 +202,8 @@ def hypergradient_sums(spec: StepSpec, hessian: str) -> Sums:
     """LETS's sum, by the approximation of the Hessian."""
     common = {
         "FINISH": finish.finish_hypergradient, "ASCENDS": False, "BOTH": True, "LETS": True,
-        "SCALED": False, "ADAPTIVE": False, "SEGMENTS": False, "STATES": 0, "SUMS": 1,
-        "FROM_OLD": False,
+        "SCALED": False, "CHOOSES": False, "ADAPTIVE": False, "SEGMENTS": False, "STATES": 0,
+        "SUMS": 1, "FROM_OLD": False,
     }  # fmt: skip
     if hessian == "diag":
         return Sums(NO_RULE | common | {"TERMS": sums.of_diagonal} | _perturbation(spec))
