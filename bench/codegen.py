@@ -205,7 +205,7 @@ def _reads(
     """Dtypes of the base's state that the rule reads, with these of parameter and gradient."""
     if not ascent.base_state:
         return [None]
-    if ascent.computes is not None:
+    if ascent.is_computed:
         return ["fp64" if types[0] == "fp64" else "fp32"]
     if storage["HAS_MASTER"]:
         return ["fp32"]

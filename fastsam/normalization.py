@@ -36,9 +36,9 @@ def normalization_groups(model: nn.Module, more: Sequence[type] = ()) -> list[di
     momentum about 20 bytes per element in float32, where :class:`SAM` moves 40.
 
     The useful radius is larger than SAM's, as few weights move: the authors run :class:`ASAM`'s
-    element-wise scale at ``rho=10``. Of their other forms of it :math:`e = \rho\, T\,
-    \mathrm{sign}(g)` is ``ASAM(groups, ..., p=float("inf"))``; the layer-wise scale
-    :math:`\|w_l\| (1 + \eta)` is not served.
+    element-wise scale at ``rho=10``. Their other forms of it are ``ASAM(groups, ...,
+    form="layerwise")``, with the scale :math:`\|w_l\| (1 + \eta)`, and ``p=float("inf")``,
+    :math:`e = \rho\, T\, \mathrm{sign}(g)`, of either form.
 
     Args:
         model: Whose parameters they are, all of them.

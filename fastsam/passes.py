@@ -99,13 +99,13 @@ class Passes:
         ascent = None
         if spec.ascent.advance is not None:
             ascent = find_ascent_state(spec.ascent, batch, spec.groups, states)
-        if spec.ascent.base_state and spec.ascent.computes is None:
+        if spec.ascent.base_state and not spec.ascent.is_computed:
             find_base_state_read(batch, spec, states)
         if spec.ascent.chooses:
             batch.choices = backends.find_choices(batch, spec.groups, spec.choice_seed)
         if not momentum and (flight.scale is not None or self.scalars.carries_scale):
             batch = self._scale(batch, Scalar.FIRST_INVERSE_SCALE, spec, flight, backend)
-        if spec.ascent.computes is not None and batch.params:
+        if spec.ascent.is_computed and batch.params:
             # the backend has unscaled the gradients, or takes them as they are
             scaled = flight.scale is not None and self.backends.serving(backend, batch).takes_scaled
             inverse = scalars[Scalar.FIRST_INVERSE_SCALE] if scaled else None

@@ -8,10 +8,19 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from fastsam.arithmetic import EPS, gives_direction, where
 from fastsam.optimizer import SharpnessAwareOptimizer
-from fastsam.step.arguments import Context, as_float, refuse, setting, unified_lam
+from fastsam.step.arguments import (
+    FLAG,
+    Choice,
+    Context,
+    as_float,
+    refuse,
+    setting,
+    unified_lam,
+)
 from fastsam.step.checks import check_lam
-from fastsam.step.spec import Ascent, Columns
+from fastsam.step.spec import Ascent, Columns, Group
 from fastsam.unified import UNIFIED
 
 
@@ -193,11 +202,46 @@ def _constant(rho: Any, norm: Any, total: Any, h: Columns) -> Any:
     return torch.ones_like(norm) * rho if isinstance(norm, Tensor) else rho
 
 
+def _layer_scale(norm: Tensor, group: Group) -> Any:
+    return norm * (1 + group["eta"]) if group["layerwise"] else torch.ones_like(norm)
+
+
+def _scaled(g: Tensor, state: dict[str, Tensor], h: Columns) -> Tensor:
+    return state["layer_scale"] * g
+
+
+def _scaled_twice(g: Tensor, state: dict[str, Tensor], h: Columns) -> Tensor:
+    return state["layer_scale"] * (state["layer_scale"] * g)
+
+
+def _scaled_sign(g: Tensor, state: dict[str, Tensor], h: Columns) -> Tensor:
+    return state["layer_scale"] * _sign(g, state, h)
+
+
+def _radius(rho: Any, norm: Any, total: Any, h: Columns) -> Any:
+    return where(gives_direction(norm), rho / (norm + EPS))
+
+
 #: Of the ball that the maximum norm makes.
 SIGN = Ascent(
     name="sign", kernel="fastsam.kernels.ascent.sign", direction=_sign, radius=_constant,
     norm=None, scales_once=True,
 )  # fmt: skip
+#: The same two with one scale for each parameter.
+LAYERWISE = Ascent(
+    name="layerwise", kernel="fastsam.kernels.ascent.diagonal_constraint", direction=_scaled_twice,
+    measured=_scaled, radius=_radius, base_state="layer_scale", layer_scale=_layer_scale,
+    norm="direction", scales=False, arguments={"layerwise": FLAG},
+)  # fmt: skip
+LAYERWISE_SIGN = Ascent(
+    name="layer_sign", kernel="fastsam.kernels.ascent.layer_sign", direction=_scaled_sign,
+    radius=_constant, base_state="layer_scale", layer_scale=_layer_scale, norm=None, scales=False,
+    arguments={"layerwise": FLAG},
+)  # fmt: skip
+FORMS = {
+    ("elementwise", 2.0): UNIFIED, ("elementwise", math.inf): SIGN,
+    ("layerwise", 2.0): LAYERWISE, ("layerwise", math.inf): LAYERWISE_SIGN,
+}  # fmt: skip
 
 
 class ASAM(SAM):
@@ -213,6 +257,13 @@ class ASAM(SAM):
     where each weight moves by the share :math:`\rho` of itself and no norm is taken: ``rho`` has to
     be far smaller. An element whose gradient is not finite is not perturbed.
 
+    With ``form="layerwise"`` every element of a parameter :math:`w_l` has the scale
+    :math:`T = \|w_l\|\,(1 + \eta)`, with either ``p``. A group key ``layerwise=False`` is
+    :math:`T = 1` then, as ``adaptive=False`` is for the element-wise form. It is meant for few
+    weights, as those of :func:`normalization_groups`: the norms are taken by torch, of shards over
+    all ranks, and the scale is written out for every element, into memory that is kept.
+    :class:`LETS` needs ``hessian="difference"`` with it.
+
     :class:`SAM` with ``adaptive=True`` and the paper's defaults. The authors take :math:`T = 1` for
     every parameter whose name lacks "weight": put those into a group with ``adaptive=False``.
     ``SAM(..., adaptive=True)``, with ``eta=0`` on every parameter, is the other definition in use.
@@ -224,11 +275,13 @@ class ASAM(SAM):
         p: Of the norm that bounds the perturbation, 2 (the default) or inf. Cost with inf: two
             launches and 36 bytes per element with SGD and momentum; ``norm`` has to be
             ``"global"``, and ``metrics`` has no ``grad_norm`` unless something else needs it.
+        form: Of :math:`T`, ``"elementwise"`` (the default) or ``"layerwise"``. Cost of the latter
+            with ``p=2``, of what is perturbed: 48 bytes with SGD and momentum, and 8 by torch.
         **kwargs: The other arguments of :class:`SAM`, and the base optimizer's.
 
     Raises:
         TypeError, ValueError, ImportError, RuntimeError: As :class:`SAM`; ValueError also for
-            another ``p``.
+            another ``p`` or ``form``, and for ``adaptive=True`` in a group with the layer-wise one.
 
     Reference: Kwon, Kim, Park and Choi, "ASAM: adaptive sharpness-aware minimization for
     scale-invariant learning of deep neural networks", ICML 2021.
@@ -241,17 +294,29 @@ class ASAM(SAM):
         rho: float | Tensor = 0.5,
         eta: float = 0.01,
         p: float = 2,
+        form: str = "elementwise",
         **kwargs: Any,
     ):
-        if as_float(p) not in (2.0, math.inf):
+        self._p, self._form = as_float(p), Choice(("elementwise", "layerwise"))("form", form)
+        if self._p not in (2.0, math.inf):
             raise refuse("p", "2 or inf", p)
-        self.ascent = UNIFIED if as_float(p) == 2.0 else SIGN
-        super().__init__(params, base_optimizer, rho, adaptive=True, eta=eta, **kwargs)
+        self.ascent = FORMS[self._form, self._p]
+        layerwise = self._form == "layerwise"
+        if layerwise:
+            kwargs["own"] = {"layerwise": True}
+        super().__init__(params, base_optimizer, rho, adaptive=not layerwise, eta=eta, **kwargs)
 
     @property
     def p(self) -> float:
-        """Of the norm that bounds the perturbation: 2 or inf."""
-        return math.inf if self.ascent is not UNIFIED and self.ascent.scales_once else 2.0
+        """Which norm bounds the perturbation, 2 or inf."""
+        p: float = vars(self).get("_p", 2.0)  # one that was pickled before there was another
+        return p
+
+    @property
+    def form(self) -> str:
+        """Which scale it has, ``"elementwise"`` or ``"layerwise"``."""
+        form: str = vars(self).get("_form", "elementwise")
+        return form
 
 
 class UnifiedSAM(SharpnessAwareOptimizer):

@@ -269,7 +269,7 @@ COMMON: dict[str, Argument] = {
     "lr": Number(tensors="one element", keeps_shape=True, others=True),
 }  # fmt: skip
 UNSCALED: dict[str, Argument] = {
-    "adaptive": Flag(only=False, why=": LightSAM has no element-wise scale")
+    "adaptive": Flag(only=False, why=": the perturbation has no element-wise scale")
 }
 FUSED: dict[str, Argument] = {
     "differentiable": Flag(only=False, why=" with a fused base optimizer")

@@ -15,7 +15,7 @@ from fastsam.arithmetic import wide, wide_dtype
 from .arguments import shown
 from .batch import Batch, identical
 from .precision import MASTER
-from .sharding import check_shards, is_sharded, local
+from .sharding import add_up, check_shards, is_sharded, local
 from .spec import StepSpec, sign_of
 from .state import States, refuse_shape
 
@@ -155,7 +155,8 @@ class Computed:
 def compute_what_is_read(
     batch: Batch, spec: StepSpec, states: States, inverse_scale: Tensor | None
 ) -> None:
-    """Give the batch what the ascent's function computes of gradients and the base's state.
+    """Give the batch what the ascent's function computes: of gradients and the base's state, or of
+    norms of the weights.
 
     Args:
         inverse_scale: Of the gradients, where they carry a loss scale.
@@ -164,8 +165,23 @@ def compute_what_is_read(
         TypeError, ValueError: If it gives something else than a tensor of the gradient's shape.
     """
     rule, layout = spec.ascent, batch.layout
+    by = _by_functions if rule.layer_scale is None else _by_norms
+    values = by(batch, spec, states, inverse_scale)
+    found = None if layout is None else layout.read
+    if not (isinstance(found, Computed) and found.fits(batch)):
+        found = Computed(batch)
+        if layout is not None:
+            layout.read = found
+    for room, value in zip(found.tensors, values, strict=True):
+        room.copy_(value)
+    batch.read, batch.prepared = list(found.tensors), found
+
+
+def _by_functions(
+    batch: Batch, spec: StepSpec, states: States, inverse_scale: Tensor | None
+) -> list[Tensor]:
+    rule, values = spec.ascent, []
     assert rule.computes is not None
-    values = []
     for param, owner, grad, i in zip(
         batch.params, batch.owners, batch.grads, batch.groups, strict=True
     ):
@@ -178,14 +194,32 @@ def compute_what_is_read(
             if key != MASTER
         }
         values.append(_check_computed(rule.base_state, rule.computes(g, held), param))
-    found = None if layout is None else layout.read
-    if not (isinstance(found, Computed) and found.fits(batch)):
-        found = Computed(batch)
-        if layout is not None:
-            layout.read = found
-    for room, value in zip(found.tensors, values, strict=True):
-        room.copy_(value)
-    batch.read, batch.prepared = list(found.tensors), found
+    return values
+
+
+def _by_norms(
+    batch: Batch, spec: StepSpec, states: States, inverse_scale: Tensor | None
+) -> list[Tensor]:
+    scale = spec.ascent.layer_scale
+    assert scale is not None
+    shardings = batch.shardings or [()] * len(batch.params)
+    device = batch.params[0].device
+    squares = {x: torch.zeros(len(batch.params), dtype=_wide(device), device=device)
+               for x in shardings}  # fmt: skip
+    for k, (param, sharding) in enumerate(zip(batch.params, shardings, strict=True)):
+        master = None if batch.masters is None else batch.masters[k]
+        w = param if master is None else torch.where(master.to(param.dtype) == param, master, param)
+        norm = torch.linalg.vector_norm(w, dtype=squares[sharding].dtype)
+        squares[sharding][k] = norm.square().to(device, non_blocking=True)
+    norms = add_up(squares).sqrt()
+    return [
+        torch.as_tensor(scale(norms[k], spec.groups[i])).to(param.device, wide_dtype(param))
+        for k, (param, i) in enumerate(zip(batch.params, batch.groups, strict=True))
+    ]
+
+
+def _wide(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _check_computed(name: str, value: Any, param: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ def check_capture(
     if not has_stepped:
         raise refuse(name, "it has taken no step outside, which creates its state")
     names = []
-    reads = spec.perturbs and spec.ascent.computes is None
+    reads = spec.perturbs and not spec.ascent.is_computed
     for i, group in enumerate(spec.groups):
         own = []
         if is_perturbed(group):

@@ -182,7 +182,7 @@ def check_base_state(
 
     Of one that is not fused nobody knows before its first step.
     """
-    read = ascent.momentum or ("" if ascent.computes is not None else ascent.base_state)
+    read = ascent.momentum or ("" if ascent.is_computed else ascent.base_state)
     if not read or not is_perturbed(group):
         return
     if base is None and ascent.momentum:

@@ -116,6 +116,8 @@ class Ascent(Rule):
             perturbed. The step then has one pass, which begins with the perturbation, and gradients
             at ``w`` are not looked at. ``g`` has its sign changed as a gradient's is where a group
             maximizes, though a momentum is of what is minimised already. Default: none.
+        layer_scale: ``(norm, group)`` to a number in the same way, one for a whole parameter: of
+            the norm of its weights, a 0-dim tensor.
         keeps: Name of a state tensor that the descent rule ``keeps``, and that this rule does not
             see. Begins with ``ascent_``. Default: none.
         norm: ``"gradient"`` or ``"direction"``: of which the global norm is taken, with ``T``.
@@ -155,6 +157,7 @@ class Ascent(Rule):
     states: Callable[[Group], dict[str, float]] = _no_states
     base_state: str = ""
     computes: Callable[[Tensor, dict[str, Any]], Any] | None = None
+    layer_scale: Callable[[Tensor, Group], Any] | None = None
     momentum: str = ""
     keeps: str = ""
     norm: str | None = "gradient"
@@ -196,8 +199,10 @@ class Ascent(Rule):
             raise ValueError(
                 f"ascent {self.name!r} has sees_accumulator and needs accumulate with it"
             )
-        if self.computes is not None and not self.base_state:
-            raise ValueError(f"ascent {self.name!r} has computes and needs base_state with it")
+        if self.is_computed and not self.base_state:
+            raise ValueError(
+                f"ascent {self.name!r} has computes or layer_scale and needs base_state with it"
+            )
         if not isinstance(self.base_state, str) or self.base_state.startswith("ascent_"):
             raise ValueError(
                 f"base_state of ascent {self.name!r} must name a state of the base optimizer, got "
@@ -208,6 +213,11 @@ class Ascent(Rule):
                 f"ascent {self.name!r} follows the base's {self.momentum!r}, and may have no "
                 "base_state, advance or accumulate"
             )
+
+    @property
+    def is_computed(self) -> bool:
+        """Whether what the direction reads is computed in every step, and none of the base's."""
+        return self.computes is not None or self.layer_scale is not None
 
     @property
     def divides(self) -> bool:

@@ -227,11 +227,15 @@ def test_traffic(name):
 
 
 def test_traffic_of_a_preconditioner_of_ones_own():
-    """What the function gave is read twice; torch makes it, copies it and nothing else."""
+    """What the function gave is read twice; torch makes it, copies it and nothing else. So it is
+    with ASAM's layer-wise scale."""
     given = {"preconditioner": lambda g, state: g}
     case, elements = Case(fastsam.PreconditionedSAM, SGD, given), 256 * 128 + 1024
     log = count_step(case, [{"params": parameters([(256, 128), (1024,)])}])
     check_traffic("PreconditionedSAM, a function", log, case, 48, elements, counters=24 * elements)
+    case = Case(fastsam.ASAM, SGD, {"form": "layerwise"})
+    log = count_step(case, [{"params": parameters([(256, 128), (1024,)])}])
+    check_traffic("ASAM, layer-wise", log, case, 48, elements, counters=12 * elements)
 
 
 @pytest.mark.parametrize("name", OTHER_CASES)

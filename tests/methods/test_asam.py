@@ -5,6 +5,7 @@ import torch
 
 import fastsam
 
+import processes
 from registry import BACKENDS, DEVICE
 
 INF = float("inf")
@@ -68,3 +69,105 @@ def test_other_norms_are_refused(p):
     assert optimizer.p == INF
     with pytest.raises(ValueError, match="norm must be 'global' with ASAM"):
         fastsam.ASAM([weights(1.0)], **SGD, p=INF, norm="layer")
+
+
+def layerwise(ws, gs, rho, eta, p):
+    """w + e by numpy-like formulas in float64."""
+    ts = [w.double().norm() * (1 + eta) for w in ws]
+    if p == INF:
+        return [w + rho * t * g.sign() for w, t, g in zip(ws, ts, gs, strict=True)]
+    n = sum((t * g.double()).square().sum() for t, g in zip(ts, gs, strict=True)) ** 0.5
+    return [w + rho * t * t * g / n for w, t, g in zip(ws, ts, gs, strict=True)]
+
+
+@pytest.mark.parametrize("p", [2, INF])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_scale_for_each_parameter(backend, p):
+    """Also in a second step, with other weights; T = 1 in groups that say so."""
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(shape, device=DEVICE)) for shape in ((5, 7), (3,), ())]
+    groups = [{"params": params[:2]}, {"params": params[2:], "layerwise": False}]
+    optimizer = fastsam.ASAM(
+        groups, **SGD, rho=0.1, eta=0.5, p=p, form="layerwise", backend=backend
+    )
+    assert optimizer.form == "layerwise" and optimizer.p == p
+    for _ in range(2):
+        before = [w.detach().clone() for w in params]
+        gs = [torch.randn_like(w) for w in params]
+        for param, g in zip(params, gs, strict=True):
+            param.grad = g.clone()
+        optimizer.first_step()
+        # a parameter of norm 1 / 1.5 has T = 1
+        seen = [*before[:2], torch.full_like(before[2], 1 / 1.5)]
+        moved = layerwise(seen, gs, 0.1, 0.5, p)
+        for w, old, x, y in zip(params, before, seen, moved, strict=True):
+            torch.testing.assert_close(w.detach(), (old + (y - x)).float(), rtol=2e-6, atol=1e-6)
+        for param in params:
+            param.grad = torch.ones_like(param)
+        optimizer.second_step()
+        for w, old in zip(params, before, strict=True):
+            torch.testing.assert_close(w.detach(), old - 0.5, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_scale_is_that_of_master_weights(backend):
+    """And of the parameter where somebody has written to it."""
+    param = torch.nn.Parameter(torch.full((4,), 1.0, dtype=torch.bfloat16, device=DEVICE))
+    optimizer = fastsam.ASAM(
+        [param], torch.optim.SGD, lr=0.001, rho=0.5, eta=0.0, p=INF, form="layerwise",
+        master_weights=True, backend=backend,
+    )  # fmt: skip
+
+    def move():
+        """T, twice, of a gradient of ones."""
+        param.grad = torch.ones_like(param)
+        optimizer.first_step()
+        master = optimizer.state[param]["master_weight"]
+        found = param.detach().float() - master
+        param.grad = torch.ones_like(param)
+        optimizer.second_step()
+        return found[0].item()
+
+    assert move() == pytest.approx(1.0, rel=2e-2)  # 0.5 * 2
+    with torch.no_grad():
+        param.fill_(4.0)
+    assert move() == pytest.approx(4.0, rel=2e-2)
+
+
+def sharded(rank, size):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    found = []
+    for p in (2, INF):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4)).double()
+        before = [w.detach().clone() for w in model.parameters()]
+        x = torch.randn(4, 3, dtype=torch.float64)
+        gs = torch.autograd.grad(model(x).pow(4).mean(), list(model.parameters()))
+        fully_shard(model, mesh=init_device_mesh("cpu", (size,)))
+        optimizer = fastsam.ASAM(model.parameters(), **SGD, rho=0.1, p=p, form="layerwise")
+        model(x).pow(4).mean().backward()
+        optimizer.first_step()
+        moved = layerwise(before, gs, 0.1, 0.01, p)
+        whole = [w.full_tensor() for w in model.parameters()]
+        found.append(max(float((a - b).abs().max()) for a, b in zip(whole, moved, strict=True)))
+        optimizer.restore()
+    return found
+
+
+def test_norms_of_sharded_parameters_are_those_of_all_shards():
+    for found in processes.run(2, sharded):
+        assert max(found) < 1e-13
+
+
+def test_what_the_layerwise_form_refuses():
+    param = weights(1.0, 2.0)
+    with pytest.raises(ValueError, match="form must be one of 'elementwise', 'layerwise', got 'l'"):
+        fastsam.ASAM([param], **SGD, form="l")
+    with pytest.raises(ValueError, match="adaptive must be False: the perturbation has no element"):
+        fastsam.ASAM([{"params": [param], "adaptive": True}], **SGD, form="layerwise")
+    optimizer = fastsam.ASAM([param], **SGD, form="layerwise")
+    lets = fastsam.LETS(optimizer, hessian="diag")
+    with pytest.raises(RuntimeError, match="LETS needs hessian='difference' with ASAM"):
+        lets.step(lambda: None, lambda: None)
