@@ -33,6 +33,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 #: their cases are many of. They take a covering set of them: every two values meet in some case.
 #: With FASTSAM_EVERY_CASE=1 all cases run.
 PRODUCTS = {
+    "test_amplify": "bases and dtypes",
     "test_ascent_state": "methods with state, and ways of losing it",
     "test_bases": "bases",
     "test_contexts": "contexts of both passes",

@@ -15,7 +15,7 @@ import fastsam
 import codegen
 import launches
 from covered_kernels import covering_variants
-from registry import COMBINATIONS, DTYPES, LEARNING, ONE_PASS, create, parameters, torch_dtype
+from registry import COMBINATIONS, DTYPES, LEARNING, OTHERS, create, parameters, torch_dtype
 
 ROOT = Path(__file__).resolve().parents[2]
 BROKEN = "tests/support/broken_kernels.py"
@@ -142,8 +142,8 @@ def take_steps(optimizer, params, grads) -> None:
 def test_all_launches_are_known_variants(dtype):
     dtypes = DTYPES[dtype]
     known = set(codegen.variants())
-    one_pass = [(name, base) for name, method in ONE_PASS.items() for base in method.bases]
-    for method, base in [*COMBINATIONS, *one_pass]:
+    others = [(name, base) for name, method in OTHERS.items() for base in method.bases]
+    for method, base in [*COMBINATIONS, *others]:
         params = parameters([torch.ones(3).numpy()], dtypes)
         grads = [torch.ones(3, dtype=torch_dtype(dtypes.grad))]
         optimizer = create(method, params, "triton", base)

@@ -17,7 +17,7 @@ from registry import (
     DEVICE,
     DTYPES,
     METHODS,
-    ONE_PASS,
+    OTHERS,
     create,
     numpy,
     parameters,
@@ -164,7 +164,7 @@ def test_bad_arguments(build, error, message):
 
 
 def test_every_class_is_in_the_registry():
-    rows = (METHODS | ONE_PASS).values()
+    rows = (METHODS | OTHERS).values()
     tested = {cls for method in rows for cls in method.cls.__mro__[:2]} | set(APART)
     classes = {getattr(fastsam, name) for name in fastsam.__all__}
     base = fastsam.optimizer.SharpnessAwareOptimizer

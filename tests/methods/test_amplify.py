@@ -6,9 +6,19 @@ import torch
 import fastsam
 
 from networks import bits, closure_of, model_and_data, same
-from registry import BACKENDS, DEVICE
+from registry import BACKENDS, DEVICE, DTYPES, OTHERS
+from trajectories import check_trajectory
 
 SGD = {"base_optimizer": torch.optim.SGD, "lr": 0.1, "momentum": 0.9}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("base", OTHERS["sam-amplified"].bases)
+@pytest.mark.filterwarnings("ignore:some parameters are float16 or bfloat16")
+def test_trajectory(base, dtype, backend):
+    shapes, groups = [(1031,), (6, 7)], [{"params": [0]}, {"params": [1], "rho": 0.1}]
+    check_trajectory("sam-amplified", base, DTYPES[dtype], backend, shapes, groups, 5)
 
 
 def final_gradient(first, second, backend="torch", **kwargs):

@@ -11,14 +11,14 @@ import fastsam
 from graphs import captured
 from networks import bits, closure_of, loss_of, model_and_data, same
 from reads import Reads
-from registry import BACKENDS, DEVICE, DTYPES, ONE_PASS
+from registry import BACKENDS, DEVICE, DTYPES, OTHERS
 from trajectories import check_master_trajectory, check_trajectory
 
 SGD = {"base_optimizer": torch.optim.SGD, "lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
 ADAMW = {"base_optimizer": torch.optim.AdamW, "lr": 0.02, "eps": 1e-3, "weight_decay": 0.1}
 EACH = pytest.mark.parametrize("base", [SGD, ADAMW], ids=["sgd", "adamw"])
 ON_EACH = pytest.mark.parametrize("backend", BACKENDS)
-CASES = [(name, base) for name in ("msam", "msam-all") for base in ONE_PASS[name].bases]
+CASES = [(name, base) for name in ("msam", "msam-all") for base in OTHERS[name].bases]
 
 
 def problem(base, backend="torch", **kwargs):

@@ -185,10 +185,6 @@ METHODS = {
     ),
     "gnp": Method(fastsam.GNP, {}, {}, {"descent": "gnp"}, TWO),
     "gnp-unit": Method(fastsam.GNP, {"unit": True}, {}, {"descent": "gnp-unit"}, THREE),
-    # GNP's equation, with the weight of the setting
-    "sam-amplified": Method(
-        fastsam.SAM, {"amplify": 1.7}, {"alpha": 1.7}, {"descent": "gnp"}, THREE
-    ),
     "lesam": Method(
         fastsam.LESAM, {"sigma": 0.1, "rho_max": 0.2}, {"sigma": 0.1, "rho": 0.2},
         {"ascent": "lesam"}, TWO,
@@ -264,9 +260,14 @@ METHODS = {
     ),
     "adasam": Method(fastsam.AdaSAM, {"rho": 0.05}, {}, {}, ("uncorrected_amsgrad",)),
 }  # fmt: skip
-#: Methods of whose steps some have one pass, so that what others are tested by has no use for them:
-#: they have tests of their own (``test_msam.py``, ``test_looksam.py``).
-ONE_PASS = {
+#: What tests that take all methods have no use for: methods of whose steps some have one pass, and
+#: a setting whose equation depends on another's. Each has tests of its own (``test_msam.py``,
+#: ``test_looksam.py``, ``test_amplify.py``).
+OTHERS = {
+    # GNP's equation, with the weight of the setting
+    "sam-amplified": Method(
+        fastsam.SAM, {"amplify": 1.7}, {"alpha": 1.7}, {"descent": "gnp"}, THREE
+    ),
     "msam": Method(
         fastsam.MSAM, {}, {"rho": 0.3}, {"ascent": "momentum"},
         ("sgd-nesterov", "sgd-dampening", "adam-amsgrad", "adamw"),
@@ -283,7 +284,7 @@ ONE_PASS = {
 #: has. Their equations are tested as all are; other tests are given them one by one only where
 #: every case runs (``conftest.py``).
 RELATIVES = ("asam-max", "esam", "gsam", "gsam-first-all", "wsam-all", "wsam-coupled", "gnp",
-             "gnp-unit", "lesam", "sam-amplified", "friendly-all", "functional-adam-all",
+             "gnp-unit", "lesam", "friendly-all", "functional-adam-all",
              "preconditioned-all", "preconditioned-callable", "sps-all", "trace")  # fmt: skip
 #: The classes of these that have no other row.
 RELATIVE_CLASSES = ("ESAM", "GSAM", "GNP", "LESAM", "TraceSAM", "DetSAM", "FrobSAM",
@@ -354,13 +355,13 @@ def create(
     method: str, params: Any, backend: str, base: str = "sgd-momentum", **kwargs: Any
 ) -> fastsam.optimizer.SharpnessAwareOptimizer:
     """A method by name, on this base unless it has an update of its own; ``kwargs`` go first."""
-    spec = (METHODS | ONE_PASS)[method]
+    spec = (METHODS | OTHERS)[method]
     return build(spec, base_of(method, base), params, None, backend, **kwargs)
 
 
 def base_of(method: str, base: str = "sgd-momentum") -> Base:
     """The base of this name, or the one that the method has of its own, or needs."""
-    own = (METHODS | ONE_PASS)[method].bases[0]
+    own = (METHODS | OTHERS)[method].bases[0]
     return OWN_UPDATES[own] if own in OWN_UPDATES else BASES[base]
 
 

@@ -18,7 +18,7 @@ from registry import (
     BASES,
     DTYPES,
     METHODS,
-    ONE_PASS,
+    OTHERS,
     OWN_UPDATES,
     Dtypes,
     arithmetic,
@@ -121,7 +121,7 @@ def check_trajectory(
     for k, place in (places or {}).items():
         params[k] = torch.nn.Parameter(place(params[k].detach()))
         params[k].grad_dtype = torch_dtype(dtypes.grad)
-    spec = (METHODS | ONE_PASS)[method], (BASES | OWN_UPDATES)[base]
+    spec = (METHODS | OTHERS)[method], (BASES | OWN_UPDATES)[base]
     # what is maximised is the negative: f has minima alone
     sign = -1.0 if spec[1].kwargs.get("maximize") else 1.0
 
@@ -205,7 +205,7 @@ def check_master_trajectory(
     """
     problem = oracles.Problem(shapes, seed=3)
     params, dtypes = make(stored, problem.initial())
-    spec = (METHODS | ONE_PASS)[method], base_of(method, base)
+    spec = (METHODS | OTHERS)[method], base_of(method, base)
     optimizer = build(*spec, params, groups, backend, master_weights=True, **settings)
     oracle = build_oracle(*spec, params, groups, FP32)
     for step in range(steps):
