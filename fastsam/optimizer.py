@@ -57,6 +57,8 @@ class SharpnessAwareOptimizer(ExplicitPasses):
 
     ascent: Ascent = UNIFIED
     descent: Descent | None = None
+    #: Whether two closures have the same gradient where nothing is perturbed.
+    _closures_agree_at_w = False
 
     _TRANSIENT: tuple[str, ...] = (*ExplicitPasses._TRANSIENT, "_first_look", "_mode")
 
@@ -87,7 +89,9 @@ class SharpnessAwareOptimizer(ExplicitPasses):
                 above 1. One that leaves no gradient is warned of, once.
             second_closure: Is called in its place for the second pass, where the gradient that
                 updates the weights is to be another function's than the one that perturbs them: of
-                another loss, of other samples. Default: the same.
+                another loss, of other samples. Both are called in a step of the base, too, which
+                takes the second one's gradient; where ``perturbs_next`` is False you may leave the
+                first one out. Default: the same.
             grad_scaler: A ``torch.amp.GradScaler`` with which the closure scales the loss that it
                 calls ``backward`` on. A gradient that is not finite in either pass restores the
                 weights and skips the step; ``grad_scaler.update()`` is to be called after it, and
@@ -289,6 +293,8 @@ class SharpnessAwareOptimizer(ExplicitPasses):
         loss = self._call(closure, context, repeats)
         self._first_look.after(self._warnings, whole=context is None)
         if not perturbs:
+            if second_closure is not closure and not self._closures_agree_at_w:
+                self._call(second_closure, self.descent_context)
             self.plain_step(grad_scaler=scaler)
             return loss
         self.first_step(zero_grad=True, grad_scaler=scaler)

@@ -145,6 +145,8 @@ class FunctionalSAM(SharpnessAwareOptimizer):
         "_has_two",
     )
 
+    _closures_agree_at_w = True
+
     warmup: int = setting(Integer(0))
     by_hand: bool = setting(FLAG)
     ascent_steps: int = setting(Integer(1), then=_one_ascent)

@@ -709,7 +709,7 @@ def test_the_second_closure_may_be_another_function():
     marking_nothing(theirs, *two)()
     twin.second_step()
     assert same(bits(ours), bits(theirs))
-    optimizer.step(closure(0), closure(1))  # the base's, of the first alone
-    assert calls == [0, 1, 0]
+    optimizer.step(closure(0), closure(1))  # the base's, with the second one's gradient
+    assert calls == [0, 1, 0, 1]
     with pytest.raises(TypeError, match="closure must be a function"):
         optimizer.step(closure(0), 3)
