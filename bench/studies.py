@@ -23,6 +23,8 @@ from tqdm import tqdm
 
 from claims import (
     study_lambda,
+    study_language,
+    study_normalization,
     study_radius,
     study_regularisation,
     study_robustness,
@@ -39,6 +41,8 @@ STUDIES: dict[str, Study] = {
     "radius": study_radius.STUDY,
     "lambda": study_lambda.STUDY,
     "regularisation": study_regularisation.STUDY,
+    "language": study_language.STUDY,
+    "normalization": study_normalization.STUDY,
 }
 OUTPUT = Path(__file__).resolve().parent / "results" / "studies"
 CPU_JOBS = 2
@@ -87,11 +91,12 @@ def report(study: Study, results: list[Result]) -> str:
 
 def describe(name: str, size: Size, runs: list[Run]) -> str:
     """Return what is run, in a line."""
-    noises = sorted({100 * run.label_noise for run in runs if run.data == size.data})
-    return (
-        f"{name}: {size.data}, {' and '.join(f'{noise:g}' for noise in noises)} % of the training "
-        f"labels wrong, {size.epochs} epochs, {size.seeds} seed(s)"
-    )
+    labels = ""
+    if size.data != "text":
+        noises = sorted({100 * run.label_noise for run in runs if run.data == size.data})
+        percent = " and ".join(f"{noise:g}" for noise in noises)
+        labels = f"{percent} % of the training labels wrong, "
+    return f"{name}: {size.data}, {labels}{size.epochs} epochs, {size.seeds} seed(s)"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -127,29 +127,39 @@ def accuracy_cell(results: list[Result]) -> str:
 
 
 class Difference(NamedTuple):
-    """Accuracy of one method less another's, in points, over the seeds that both have."""
+    """A number of one method less another's, over the seeds that both have."""
 
     mean: float
     error: float  # standard error of the mean; 0 for a single seed
 
     @property
-    def better(self) -> bool:
+    def higher(self) -> bool:
+        """Whether it is above 0 by more than its error: better, of an accuracy."""
         return self.mean > self.error
 
     @property
-    def worse(self) -> bool:
+    def lower(self) -> bool:
+        """Whether it is below 0 by more than its error: better, of a loss."""
         return self.mean < -self.error
 
     def __str__(self) -> str:
-        return f"{self.mean:+.2f} ± {self.error:.2f}"
+        digits = 2 if max(abs(self.mean), self.error) >= 0.1 else 4
+        return f"{self.mean:+.{digits}f} ± {self.error:.{digits}f}"
+
+
+def difference(
+    first: list[Result], second: list[Result], value: Callable[[Result], float]
+) -> Difference:
+    """Compare seed by seed: runs of one seed share weights and batches, so that noise cancels."""
+    other = {result.run.seed: value(result) for result in second}
+    gaps = [value(r) - other[r.run.seed] for r in first if r.run.seed in other]
+    error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else 0.0
+    return Difference(statistics.fmean(gaps), error)
 
 
 def compare(first: list[Result], second: list[Result]) -> Difference:
-    """Compare seed by seed: runs of one seed share weights and batches, so that noise cancels."""
-    other = {result.run.seed: accuracy(result) for result in second}
-    gaps = [accuracy(r) - other[r.run.seed] for r in first if r.run.seed in other]
-    error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else 0.0
-    return Difference(statistics.fmean(gaps), error)
+    """Compare accuracies, in points."""
+    return difference(first, second, accuracy)
 
 
 def mean_and_std(

@@ -73,7 +73,7 @@ def judge(results: list[Result]) -> list[Verdict]:
         between = max((x for x in LAMS if x not in ENDS), key=lambda lam: mean_accuracy(at[lam]))
         end = max(ENDS, key=lambda lam: mean_accuracy(at[lam]))
         over_end, over_sgd = compare(at[between], at[end]), compare(at[between], sgd)
-        wins += over_end.better and over_sgd.better
+        wins += over_end.higher and over_sgd.higher
         told.append(f"rho {rho:g}: best in between {between}, {over_end} against lam = {end:g}, "
                     f"{over_sgd} against SGD")  # fmt: skip
     outcome = "reproduced" if wins >= 3 else "partly reproduced" if wins else "not reproduced"

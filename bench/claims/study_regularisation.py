@@ -101,10 +101,10 @@ def judge(results: list[Result]) -> list[Verdict]:
             f"with {100 * noise:g} % wrong labels (rho {best['samar'][0].get('rho'):g}): "
             + ", ".join(f"{gap} against {rival}" for rival, gap in gaps.items())
         )
-    if all(gap.better for gaps in settings for gap in gaps.values()):
+    if all(gap.higher for gaps in settings for gap in gaps.values()):
         outcome = "reproduced"
     elif any(
-        any(gap.better for gap in gaps.values()) and not any(gap.worse for gap in gaps.values())
+        any(gap.higher for gap in gaps.values()) and not any(gap.lower for gap in gaps.values())
         for gaps in settings
     ):
         outcome = "partly reproduced"

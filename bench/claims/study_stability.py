@@ -77,7 +77,7 @@ def winning_lrs(results: list[Result], method: str) -> list[float]:
     return [
         lr
         for lr in lrs
-        if trains(cells[method, lr]) and compare(cells[method, lr], cells["sgd", lr]).better
+        if trains(cells[method, lr]) and compare(cells[method, lr], cells["sgd", lr]).higher
     ]
 
 

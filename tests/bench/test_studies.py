@@ -13,19 +13,25 @@ import pytest
 import torch
 from tqdm import tqdm
 
+import fastsam
+
 import studies
 from claims import (
     study_core,
     study_lambda,
+    study_language,
+    study_normalization,
     study_radius,
     study_regularisation,
     study_robustness,
     study_saddle,
     study_stability,
     study_training,
+    text_training,
 )
 from claims.study_core import Result, Run, Size
 from claims.study_training import train_network
+from common.text import PARTS, Decoder, Text, load_text, windows
 
 TINY = {
     study_robustness: {"GRID": (1e-3, 1e-1)},
@@ -34,6 +40,8 @@ TINY = {
     study_radius: {"STARTS": (0.01, 0.1), "FIXED": (0.1,)},
     study_lambda: {"RADII": (0.1,)},
     study_regularisation: {"RADII": (0.1,)},
+    study_normalization: {"RADII": dict.fromkeys(study_normalization.RADII, (0.1,)) | {"sgd": ()}},
+    study_language: {"RADII": dict.fromkeys(study_language.RADII, (0.1,)) | {"adamw": ()}},
 }
 
 
@@ -42,6 +50,9 @@ def tiny(monkeypatch):
     for module, values in TINY.items():
         for name, value in values.items():
             monkeypatch.setattr(module, name, value)
+    text = text_training.load()
+    few = [part[:2200] for part in text[:3]]
+    monkeypatch.setattr(text_training, "load", lambda: Text(*few, text.characters))
 
 
 def run_main(folder: Path, name: str, *options: str) -> list[dict[str, str]]:
@@ -91,9 +102,10 @@ def test_every_grid_is_as_large_as_the_study_promises():
     lrs = {run.settings["lr"] for run in sizes["stability"] if run.data == "digits"}
     assert len(lrs) >= 10 and min(lrs) < 0.02 and max(lrs) > 3
     for name, runs in sizes.items():
-        assert len({run.seed for run in runs if run.data == "digits"}) >= 3, name
+        assert len({run.seed for run in runs if run.data != "saddle"}) >= 3, name
         assert all(run.epochs >= 15 for run in runs if run.data == "digits"), name
-    assert all(study.full.data == "mnist5k" for study in studies.STUDIES.values())
+    assert {study.full.data for study in studies.STUDIES.values()} == {"mnist5k", "text"}
+    assert {run.data for run in sizes["language"]} == {"text"}
 
 
 # --- runs ---
@@ -172,6 +184,57 @@ def test_lets_gets_a_validation_batch_and_the_gap_batch_of_its_settings(monkeypa
     assert "validation_accuracy_percent" in same.measured
 
 
+# --- text ---
+
+
+def test_text_is_split_by_topics():
+    from pydoc_data.topics import topics
+
+    text = load_text()
+    lengths = [len(topics[name]) for name in sorted(topics)]
+    assert len(text.test) == sum(lengths[::PARTS]) + len(lengths[::PARTS]) - 1
+    assert len(text.validation) == sum(lengths[1::PARTS]) + len(lengths[1::PARTS]) - 1
+    total = sum(map(len, (text.training, text.validation, text.test)))
+    assert total == sum(lengths) + len(lengths) - 3  # newlines between topics
+    assert int(text.training.min()) == 1 and int(text.training.max()) == text.characters - 1
+
+
+def test_windows_follow_each_other():
+    cut = windows(torch.arange(20), 5, start=3)
+    assert cut.tolist() == [list(range(i, i + 6)) for i in (3, 8, 13)]
+    assert len(windows(torch.arange(21), 5)) == 4 and len(windows(torch.arange(20), 5)) == 3
+
+
+def test_decoder_sees_no_character_to_come():
+    torch.manual_seed(0)
+    model = Decoder(10, length=8, width=16, heads=2).double()
+    x = torch.randint(10, (2, 8))
+    changed = x.clone()
+    changed[:, 5:] = (changed[:, 5:] + 1) % 10
+    before, after = model(x), model(changed)
+    torch.testing.assert_close(after[:, :5], before[:, :5], rtol=0, atol=1e-12)
+    assert not torch.allclose(after[:, 5:], before[:, 5:])
+    torch.testing.assert_close(model(x[:, :3]), before[:, :3], rtol=0, atol=1e-12)
+
+
+def test_text_methods_share_weights_and_batches_at_a_seed(tiny):
+    def train(method: str, seed: int = 0, **settings) -> dict[str, float]:
+        run = Run(method, {"lr": 3e-3, **settings}, seed, epochs=1, data="text")
+        return text_training.train_decoder(run).measured
+
+    adamw = train("adamw")
+    assert adamw.pop("passes") == 1.0
+    for method in ("sam", "asam", "sam-on", "functional"):
+        found = train(method, rho=0.0)
+        assert found.pop("passes") == 2.0
+        assert found == pytest.approx(adamw, rel=1e-4), method
+    other = train("adamw", seed=1)
+    assert other["train_loss"] != pytest.approx(adamw["train_loss"], rel=1e-4)
+    assert text_training.train_decoder(
+        Run("sam", {"lr": 1e20, "rho": 0.1}, 0, epochs=1, data="text")
+    ).diverged
+
+
 # --- the saddle ---
 
 
@@ -230,7 +293,10 @@ def make_up(
             "train_loss": made["loss"],
             "test_accuracy_percent": made["accuracy"],
             "validation_accuracy_percent": made["accuracy"],
+            "optimizer_us": 100.0,
         }
+        if run.data == "text":
+            measured = dict.fromkeys(("train_loss", "validation_loss", "test_loss"), made["loss"])
         if run.data == "saddle":
             left = made["steps"] < study_saddle.STEPS
             measured = {"steps_to_leave": made["steps"], "left": int(left)}
@@ -259,9 +325,9 @@ def test_difference_is_taken_seed_by_seed():
     gap = study_core.compare(rho, by_method["sgd"])
     assert gap.mean == pytest.approx(1.1)
     assert gap.error == pytest.approx(0.1 / math.sqrt(3))  # not the seeds' spread of 2 points
-    assert gap.better and not gap.worse
+    assert gap.higher and not gap.lower
     back = study_core.compare(by_method["sgd"], rho)
-    assert back.worse and not back.better
+    assert back.lower and not back.higher
     assert study_core.compare(rho[:1], by_method["sgd"]).error == 0
 
 
@@ -413,6 +479,64 @@ def test_mean_lam_of_the_first_and_last_quarter():
     )
     first, last = study_regularisation.quarters(results[:1])
     assert (first, last) == ([1.5], [3.5])
+
+
+@pytest.mark.parametrize(
+    "losses, expected",
+    [
+        ({"sam": 2.2, "functional": 1.9}, ["reproduced", "reproduced"]),
+        ({"sam": 2.2, "functional-p": 1.9}, ["reproduced", "reproduced"]),
+        ({"sam": 2.2, "functional": 2.1, "functional-p": 2.1}, ["reproduced", "partly"]),
+        ({"functional": 2.1}, ["partly", "not"]),
+        ({"sam": 1.9}, ["not", "not"]),
+    ],
+)
+def test_verdicts_of_language(losses, expected):
+    def outcome(run):
+        at_best = run.settings.get("rho") == study_language.RADII["sam"][1]
+        low = losses.get(run.method, 2.0) if at_best or run.method == "adamw" else 2.5
+        return {"loss": low + 0.1 * run.seed}
+
+    assert outcomes(study_language.STUDY, outcome) == expected
+
+
+def test_radius_of_language_is_chosen_by_validation():
+    def run(rho, seed, validation, test, diverged=False):
+        measured = {} if diverged else {"validation_loss": validation, "test_loss": test}
+        return Result(Run("sam", {"rho": rho}, seed, 3, "text"), measured, diverged)
+
+    results = [run(0.1, 0, 2.0, 3.0), run(0.1, 1, 2.2, 3.0), run(0.2, 0, 2.15, 1.0)]
+    results += [run(0.2, 1, 2.15, 1.0), run(0.3, 0, 1.0, 1.0), run(0.3, 1, 0, 0, diverged=True)]
+    best = study_language.pick_best(results)["sam", 3]
+    assert [r.run.settings["rho"] for r in best] == [0.1, 0.1]
+    assert study_language.test_loss(results[-1]) == math.log(100)
+
+
+@pytest.mark.parametrize(
+    "gains, expected",
+    [
+        ({"batch": 1, "layer": 1}, ["reproduced", "reproduced"]),
+        ({"batch": 0, "layer": 0}, ["partly", "reproduced"]),
+        ({"batch": -1, "layer": -1}, ["not", "not"]),
+    ],
+)
+@pytest.mark.parametrize("form", ["sam-on", "asam-on"])
+def test_verdicts_of_normalization(form, gains, expected):
+    def outcome(run):
+        best = run.settings.get("rho") in study_normalization.RADII[run.method][1:2]
+        gain = gains[run.settings["network"]] if run.method == form else -5 * ("on" in run.method)
+        return noisy(run, 90 + gain + best)
+
+    assert outcomes(study_normalization.STUDY, outcome) == expected
+
+
+def test_networks_of_the_normalization_study_are_as_they_are_said_to_be():
+    for kind, counts in {"batch": (26_090, 224), "layer": (43_402, 768)}.items():
+        network = study_normalization.make_network(kind, 8)
+        groups = fastsam.normalization_groups(network)
+        sizes = [sum(p.numel() for p in group["params"]) for group in groups]
+        assert (sum(sizes), sizes[0]) == counts
+        assert network(torch.randn(3, 1, 8, 8)).shape == (3, 10)
 
 
 def test_table_of_lambda_is_mean_and_std_of_the_csv(tiny, tmp_path, capsys):

@@ -1,0 +1,113 @@
+"""Training a small transformer on text for a study."""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+import fastsam
+
+from .study_core import Result, Run
+from common.text import Decoder, Text, load_text, windows
+
+LENGTH = 64  # characters of a window
+BATCH_SIZE = 32  # windows
+
+ON_ADAMW = {"base_optimizer": torch.optim.AdamW}
+
+
+def on_normalization(model: nn.Module, **settings: Any) -> fastsam.SAM:
+    """SAM-ON: the normalization layers alone are perturbed."""
+    return fastsam.SAM(fastsam.normalization_groups(model), torch.optim.AdamW, **settings)
+
+
+def on_parameters(build: Callable[..., Any], **fixed: Any) -> Callable[..., Any]:
+    """What builds an optimizer from the model, by a class that takes its parameters."""
+
+    def make(model: nn.Module, **settings: Any) -> Any:
+        return build(model.parameters(), **fixed, **settings)
+
+    return make
+
+
+# name -> what builds the optimizer from the model and the run's settings
+METHODS: dict[str, Callable[..., Any]] = {
+    "adamw": on_parameters(torch.optim.AdamW),
+    "sam": on_parameters(fastsam.SAM, **ON_ADAMW),
+    "asam": on_parameters(fastsam.ASAM, **ON_ADAMW),
+    "sam-on": on_normalization,
+    "functional": on_parameters(fastsam.FunctionalSAM, **ON_ADAMW),
+    "functional-p": on_parameters(fastsam.FunctionalSAM, preconditioned=True, **ON_ADAMW),
+    "msam": on_parameters(fastsam.MSAM, **ON_ADAMW),
+}
+ONE_PASS = ("adamw", "msam")  # the others take two passes a step
+
+
+@functools.lru_cache(maxsize=1)  # once a process
+def load() -> Text:
+    return load_text()
+
+
+def loss_of(model: nn.Module, batch: Tensor, mark: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return the mean cross entropy of the next character, in nats.
+
+    ``mark`` is given the logits, and gives them back: FunctionalSAM has to see them.
+    """
+    logits = mark(model(batch[:, :-1]))
+    return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, text: Tensor) -> float:
+    """Return the mean loss over all windows of a text, in nats per character."""
+    return loss_of(model, windows(text, LENGTH), lambda logits: logits).item()
+
+
+def train_decoder(run: Run) -> Result:
+    """Train one network. At a given seed every method gets the same weights and batches.
+
+    The learning rate falls to 0 along a cosine. The windows of an epoch begin at another character
+    in each epoch.
+    """
+    text = load()
+    torch.manual_seed(run.seed)
+    model = Decoder(text.characters, LENGTH).to(run.device)
+    order = torch.Generator().manual_seed(run.seed)
+    training = text.training.to(run.device)
+    optimizer = METHODS[run.method](model, **run.settings)
+    mark = getattr(optimizer, "outputs", lambda logits: logits)
+    count = len(windows(training, LENGTH, LENGTH - 1))  # in every epoch, wherever it begins
+    schedule = CosineAnnealingLR(optimizer, T_max=run.epochs * math.ceil(count / BATCH_SIZE))
+    start = time.perf_counter()
+    for _ in range(run.epochs):
+        shift = int(torch.randint(LENGTH, (1,), generator=order))
+        cut = windows(training, LENGTH, shift)[:count]
+        for chosen in torch.randperm(count, generator=order).split(BATCH_SIZE):
+            batch = cut[chosen.to(run.device)]
+
+            def closure(batch: Tensor = batch) -> Tensor:
+                optimizer.zero_grad()
+                loss = loss_of(model, batch, mark)
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
+            schedule.step()
+    seconds = time.perf_counter() - start
+    measured = {
+        "passes": run.epochs * (1.0 if run.method in ONE_PASS else 2.0),
+        "train_loss": evaluate(model, training[: len(text.test)]),
+        "validation_loss": evaluate(model, text.validation.to(run.device)),
+        "test_loss": evaluate(model, text.test.to(run.device)),
+    }
+    if not all(map(math.isfinite, measured.values())):
+        return Result(run, {"passes": measured["passes"]}, True, seconds)
+    return Result(run, measured, False, seconds)
