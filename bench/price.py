@@ -1,0 +1,165 @@
+"""What does sharpness cost, and what does it give: time against test accuracy, for each method.
+
+    python bench/price.py                     # three tasks, two CPU cores, about 30 minutes
+    python bench/price.py --tasks digits      # one of them
+    python bench/price.py --full              # more epochs and seeds, sized for a GPU
+
+Times of steps are medians of turns that all contenders take in one process, split into forward and
+backward passes, the optimizer's own, and the rest. Then each contender trains at three radii for as
+many epochs as the base, and at the best of them for as long as SAM takes. It writes price.txt,
+price.csv and price.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.util
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from claims.study_training import execute_all
+from prices.contenders import CONTENDERS
+from prices.measure import Split, Training, time_steps, train
+from prices.report import Found, draw, radii_table, table, verdicts, write_csv
+from prices.tasks import TASKS, Task
+from train import OneLineParser, number
+
+OUTPUT = Path(__file__).resolve().parent / "results" / "price"
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line; a bad option ends the program with status 2."""
+    count = number(int, "an integer of at least 1", lambda v: v >= 1)
+    parser = OneLineParser(
+        prog="price.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS), metavar="NAME",
+        help=f"any of {', '.join(TASKS)} (default: all)")  # fmt: skip
+    add("--methods", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS), metavar="NAME",
+        help=f"any of {', '.join(CONTENDERS)}, beside base and sam (default: all)")  # fmt: skip
+    add("--full", action="store_true", help="more epochs, five seeds: sized for a GPU")
+    add("--epochs", type=count, help="of the base and of SAM (default: each task's own)")
+    add("--seeds", type=count, help="how many, from 0 (default: 3; with --full 5)")
+    add("--rounds", type=count, default=9, help="turns that are timed (default: %(default)s)")
+    add("--jobs", type=count, default=2, help="processes of one thread (default: %(default)s)")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: %(default)s")
+    add("--output", type=Path, default=OUTPUT, help="folder (default: bench/results/price)")
+    args = parser.parse_args(argv)
+    if args.device == "auto":
+        args.device = "cuda" if args.full and torch.cuda.is_available() else "cpu"
+    elif args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("argument --device: 'cuda' needs a GPU, torch sees none; use 'auto' or 'cpu'")
+    if args.device == "cuda":
+        args.jobs = 1
+    args.seeds = args.seeds or (5 if args.full else 3)
+    for name in args.tasks:
+        for package in TASKS[name].needs:
+            if importlib.util.find_spec(package) is None:
+                parser.error(f"argument --tasks: {name!r} needs the package {package}; install "
+                             "it, or leave the task out")  # fmt: skip
+    if importlib.util.find_spec("matplotlib") is None:
+        parser.error("the figure needs the package matplotlib: pip install 'fastsam[bench]'")
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+        (args.output / "price.csv").touch()  # fail now, not after the training
+    except OSError as error:
+        parser.error(f"argument --output: must be a folder that can be written, got "
+                     f"{str(args.output)!r} ({error.strerror})")  # fmt: skip
+    return args
+
+
+def epochs_of(task: Task, args: argparse.Namespace) -> int:
+    """How many epochs the base and SAM train for."""
+    return args.epochs or (task.full_epochs if args.full else task.epochs)
+
+
+def equal_epochs(task: Task, names: list[str], args: argparse.Namespace) -> list[Training]:
+    """Every contender at every radius, for as many epochs as the base."""
+    return [
+        Training(task.name, name, task.radius * multiple, seed, epochs_of(task, args), args.device)
+        for name in names
+        for multiple in CONTENDERS[name].multiples
+        for seed in range(args.seeds)
+    ]
+
+
+def equal_time(
+    task: Task, times: dict[str, Split], best: dict[str, float], args: argparse.Namespace
+) -> list[Training]:
+    """Those that are quicker than SAM once more, for as many epochs as fit into its time."""
+    trainings = []
+    for name, rho in best.items():
+        epochs = int(epochs_of(task, args) * times["sam"].total / times[name].total)
+        if name != "sam" and epochs > epochs_of(task, args):
+            trainings += [
+                Training(task.name, name, rho, seed, epochs, args.device)
+                for seed in range(args.seeds)
+            ]
+    return trainings
+
+
+def look_at(task: Task, names: list[str], args: argparse.Namespace) -> Found:
+    """Time and train every contender on a task."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    times = time_steps(task.name, names, args.rounds, args.device)
+    torch.set_num_threads(threads)
+
+    def train_all(trainings: list[Training], what: str) -> list:
+        with tqdm(total=len(trainings), desc=f"{task.name}, {what}", unit="training") as progress:
+            return execute_all(train, trainings, args.jobs, progress)
+
+    first = train_all(equal_epochs(task, names, args), "equal epochs")
+    found = Found(task.name, times, first, [])
+    best = {name: outcomes[0].training.rho for name, outcomes in found.best().items()}
+    later = train_all(equal_time(task, times, best, args), "equal time")
+    return Found(task.name, times, first, later)
+
+
+def report(found: list[Found], args: argparse.Namespace, minutes: float) -> str:
+    """Return tables and verdicts, and what was run where."""
+    where = f"{os.cpu_count()} CPU cores, {args.jobs} process(es) of one thread"
+    if args.device == "cuda":
+        where = torch.cuda.get_device_name()
+    parts = [
+        f"{args.seeds} seed(s), {minutes:.1f} minutes; {where}, torch {torch.__version__}, "
+        f"{datetime.date.today()}"
+    ]
+    for one in found:
+        task = TASKS[one.task]
+        parts += [
+            f"{one.task}: {epochs_of(task, args)} epochs, {100 * task.label_noise:g} % of the "
+            f"training labels wrong, base {task.base.__name__}",
+            table(one), "\n".join(verdicts(one)), radii_table(one),
+        ]  # fmt: skip
+    return "\n\n".join(parts) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run everything, print the tables, write the three files; return the exit status."""
+    args = parse(argv)
+    names = list(dict.fromkeys(["base", "sam", *args.methods]))
+    start = time.perf_counter()
+    found = [look_at(TASKS[name], names, args) for name in dict.fromkeys(args.tasks)]
+    text = report(found, args, (time.perf_counter() - start) / 60)
+    print(text)
+    (args.output / "price.txt").write_text(text, encoding="utf-8")
+    write_csv(found, args.output / "price.csv")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.5 * len(found), 4.5), layout="constrained")
+    draw(found, figure)
+    figure.savefig(args.output / "price.png", dpi=130)
+    print(f"wrote price.txt, price.csv and price.png in {args.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What sharpness costs, and what it gives: the parts of ``price.py``."""

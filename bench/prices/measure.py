@@ -1,0 +1,158 @@
+"""Times of steps, contenders in turns, and trainings, each in a process of one thread."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from .contenders import CONTENDERS, TAIL, Closure, Loop
+from .tasks import TASKS, Batch, Problem
+
+STEPS = 30  # of a turn: whole periods of everything that has one
+
+
+@dataclass(frozen=True)
+class Training:
+    """Everything that decides the outcome of one training."""
+
+    task: str
+    contender: str
+    rho: float
+    seed: int
+    epochs: int
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a training gave: the test score, higher being better; chance if it diverged."""
+
+    training: Training
+    score: float
+    diverged: bool
+
+
+class Split(NamedTuple):
+    """Milliseconds of a step: forward and backward passes, the optimizer's own, and the rest."""
+
+    passes: float
+    optimizer: float
+    rest: float
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+
+def prepare(training: Training, steps: int | None = None) -> tuple[Problem, Loop, int]:
+    """Return the problem, what takes its steps, and how many there will be."""
+    task, contender = TASKS[training.task], CONTENDERS[training.contender]
+    problem = task.make(training.seed, training.device)
+    params = problem.model.parameters()
+    optimizer = contender.make(params, task.base, task.settings, training.rho)
+    steps = training.epochs * problem.steps if steps is None else steps
+    return problem, contender.loop(problem, optimizer, steps), steps
+
+
+def train(training: Training) -> Outcome:
+    """Train once. At a given seed every contender gets the same weights, labels and batches.
+
+    The learning rate falls to 0 along a cosine, whatever the number of epochs.
+    """
+    task = TASKS[training.task]
+    problem, loop, steps = prepare(training)
+    schedule = CosineAnnealingLR(loop.optimizer, T_max=steps)
+    for _ in range(training.epochs):
+        for batch in problem.epoch():
+            loop.step(batch)
+            loop.after()
+            schedule.step()
+        if not all(bool(p.isfinite().all()) for p in problem.model.parameters()):
+            return Outcome(training, task.chance, True)
+    score = problem.score()
+    diverged = not math.isfinite(score)
+    return Outcome(training, task.chance if diverged else max(score, task.chance), diverged)
+
+
+# --- times ---
+
+
+def now(device: str) -> float:
+    """Seconds, when the device has done what it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+class TimedLoop:
+    """A loop whose steps are timed, with their closures apart."""
+
+    def __init__(self, training: Training):
+        # never at an end: a schedule has no part in the time of a step
+        self.problem, self.loop, _ = prepare(training, steps=STEPS)
+        self.batches = self._forever()
+        self.device, self.inside = training.device, 0.0
+        self.is_tail = training.contender == "tail"
+        step = self.loop.optimizer.step
+
+        def timed_step(*closures: Closure) -> Any:
+            return step(*map(self._timed, closures))
+
+        self.loop.optimizer.step = timed_step
+
+    def _timed(self, closure: Closure) -> Closure:
+        def timed() -> Tensor:
+            start = now(self.device)
+            result = closure()
+            self.inside += now(self.device) - start
+            return result
+
+        return timed
+
+    def _forever(self) -> Iterator[Batch]:
+        while True:
+            yield from self.problem.epoch()
+
+    def turn(self) -> Split:
+        """Take ``STEPS`` steps and return the mean of their times."""
+        if self.is_tail:  # of every turn the last part is sharpness-aware
+            optimizer = self.loop.optimizer
+            optimizer.start = optimizer.kept["t"] - 1 + STEPS - round(TAIL * STEPS)
+        self.inside = stepping = 0.0
+        start = now(self.device)
+        for batch in itertools.islice(self.batches, STEPS):
+            before = now(self.device)
+            self.loop.step(batch)
+            stepping += now(self.device) - before
+        whole = now(self.device) - start
+        parts = self.inside, stepping - self.inside, whole - stepping
+        return Split(*(1000 * part / STEPS for part in parts))
+
+
+def time_steps(
+    task: str, contenders: list[str], rounds: int, device: str = "cpu"
+) -> dict[str, Split]:
+    """Return each contender's times of a step: the median turn of ``rounds``, taken in turns."""
+    radius = TASKS[task].radius
+    loops = {
+        name: TimedLoop(Training(task, name, radius * CONTENDERS[name].multiples[0], 0, 1, device))
+        for name in contenders
+    }
+    turns: dict[str, list[Split]] = {name: [] for name in contenders}
+    for round_ in range(rounds + 1):
+        for name, loop in loops.items():
+            split = loop.turn()
+            if round_:  # the first one prepares
+                turns[name].append(split)
+    return {
+        name: sorted(splits, key=lambda split: split.total)[len(splits) // 2]
+        for name, splits in turns.items()
+    }

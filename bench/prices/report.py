@@ -1,0 +1,169 @@
+"""What ``price.py`` leaves behind: tables, verdicts, a CSV and a figure."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .contenders import CONTENDERS
+from .measure import Outcome, Split
+from .tasks import TASKS
+from common.outputs import align, mean_std, write_lines
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MOST_TIME = 1.35  # of the base's
+#: Which of the contenders are to keep how much of SAM's gain, in percent.
+GOALS = {f"within {MOST_TIME:g} times the base's time": 90.0, "with one pass a step": 85.0}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was found for a task: times of a step, and outcomes at equal epochs and equal time."""
+
+    task: str
+    times: Mapping[str, Split]
+    equal_epochs: Sequence[Outcome]
+    equal_time: Sequence[Outcome]
+
+    def ratio(self, contender: str) -> float:
+        """A step's time over the base's."""
+        return self.times[contender].total / self.times["base"].total
+
+    def best(self) -> dict[str, list[Outcome]]:
+        """Each contender's runs at equal epochs, at the radius of its highest mean score."""
+        chosen: dict[str, list[Outcome]] = {}
+        for radii in by_contender(self.equal_epochs).values():
+            runs = max(radii.values(), key=mean_score)
+            chosen[runs[0].training.contender] = runs
+        return chosen
+
+    def share(self, outcomes: list[Outcome]) -> float | None:
+        """The share of SAM's gain over the base that is kept, in percent; None without a gain."""
+        best = self.best()
+        gain = mean_score(best["sam"]) - mean_score(best["base"])
+        error = spread(best["sam"]) + spread(best["base"])
+        if gain <= error:
+            return None
+        return 100 * (mean_score(outcomes) - mean_score(best["base"])) / gain
+
+
+def by_contender(outcomes: Sequence[Outcome]) -> dict[str, dict[float, list[Outcome]]]:
+    """Outcomes by contender and radius."""
+    found: dict[str, dict[float, list[Outcome]]] = {}
+    for outcome in outcomes:
+        training = outcome.training
+        found.setdefault(training.contender, {}).setdefault(training.rho, []).append(outcome)
+    return found
+
+
+def mean_score(outcomes: Sequence[Outcome]) -> float:
+    return statistics.fmean(outcome.score for outcome in outcomes)
+
+
+def spread(outcomes: Sequence[Outcome]) -> float:
+    """The standard error of the mean; 0 for one seed."""
+    scores = [outcome.score for outcome in outcomes]
+    return statistics.stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else 0.0
+
+
+def shown(outcomes: Sequence[Outcome], task: str) -> str:
+    """Accuracies as they are, losses with their sign back."""
+    sign, digits = (1, 1) if TASKS[task].unit == "%" else (-1, 4)
+    text = mean_std([sign * outcome.score for outcome in outcomes], digits)
+    count = sum(outcome.diverged for outcome in outcomes)
+    return text + (f" ({count} div.)" if count else "")
+
+
+def table(found: Found) -> str:
+    """Return a line per contender: its price, and what it got for it."""
+    unit = TASKS[found.task].unit
+    measure = f"test accuracy ({unit})" if unit == "%" else f"test loss ({unit})"
+    lines = [["method", "passes", "time ÷ base", "ms: passes", "optimizer", "rest", "rho",
+              f"{measure}, equal epochs", "share of SAM's gain", "epochs in SAM's time",
+              "at equal time"]]  # fmt: skip
+    later = {name: next(iter(radii.values())) for name, radii in
+             by_contender(found.equal_time).items()}  # fmt: skip
+    for name, outcomes in found.best().items():
+        split, share = found.times[name], found.share(outcomes)
+        runs = later.get(name, [])
+        lines.append([
+            CONTENDERS[name].title, f"{CONTENDERS[name].passes:.2f}", f"{found.ratio(name):.2f}",
+            f"{split.passes:.2f}", f"{split.optimizer:.2f}", f"{split.rest:.2f}",
+            "-" if name == "base" else f"{outcomes[0].training.rho:g}",
+            shown(outcomes, found.task), "-" if share is None else f"{share:.0f} %",
+            str(runs[0].training.epochs) if runs else "-",
+            shown(runs, found.task) if runs else "-",
+        ])  # fmt: skip
+    return align(lines)
+
+
+def radii_table(found: Found) -> str:
+    """Return what every radius that was tried gave, at equal epochs."""
+    lines = [["method", "rho", "score"]]
+    for name, radii in by_contender(found.equal_epochs).items():
+        for rho, outcomes in radii.items():
+            radius = "-" if name == "base" else f"{rho:g}"
+            lines.append([CONTENDERS[name].title, radius, shown(outcomes, found.task)])
+    return align(lines)
+
+
+def verdicts(found: Found) -> list[str]:
+    """Return whether the goals are met: the best share of SAM's gain within a multiple of time."""
+    best = found.best()
+    if found.share(best["sam"]) is None:
+        return ["SAM gains nothing here that is above the error of its mean: no share is told."]
+    rivals = [name for name in best if name not in ("base", "sam")]
+    members = (
+        [name for name in rivals if found.ratio(name) <= MOST_TIME],
+        [name for name in rivals if CONTENDERS[name].passes == 1],
+    )
+    lines = []
+    for (which, goal), names in zip(GOALS.items(), members, strict=True):
+        shares = {name: found.share(best[name]) or 0.0 for name in names}
+        if not shares:
+            lines.append(f"None was run {which}.")
+            continue
+        name = max(shares, key=lambda key: shares[key])
+        verdict = "met" if shares[name] >= goal else "MISSED"
+        lines.append(
+            f"{which.capitalize()}, {CONTENDERS[name].title} keeps {shares[name]:.0f} % of SAM's "
+            f"gain (goal {goal:g} %): {verdict}."
+        )
+    return lines
+
+
+def write_csv(found: Sequence[Found], path: Path) -> None:
+    """Write one line per training."""
+    lines: list[Sequence[object]] = [["task", "comparison", "contender", "rho", "seed", "epochs",
+                                      "score", "diverged", "time_ratio"]]  # fmt: skip
+    for one in found:
+        for comparison in ("equal_epochs", "equal_time"):
+            for outcome in getattr(one, comparison):
+                t = outcome.training
+                lines.append([t.task, comparison, t.contender, t.rho, t.seed, t.epochs,
+                              outcome.score, int(outcome.diverged),
+                              round(one.ratio(t.contender), 4)])  # fmt: skip
+    write_lines(lines, path)
+
+
+def draw(found: Sequence[Found], figure: Figure) -> None:
+    """Draw what is got against its price, a panel a task: equal epochs, each at its best radius."""
+    axes = figure.subplots(1, len(found), squeeze=False)[0]
+    for axis, one in zip(axes, found, strict=True):
+        unit = TASKS[one.task].unit
+        sign = 1 if unit == "%" else -1
+        for i, (name, outcomes) in enumerate(one.best().items()):
+            mean, error = sign * mean_score(outcomes), spread(outcomes)
+            axis.errorbar(one.ratio(name), mean, error, marker="osD^v<>Ph*"[i % 10], capsize=3,
+                          ls="none", color=f"C{i % 10}", label=CONTENDERS[name].title)  # fmt: skip
+        score = "test accuracy (%)" if unit == "%" else "test loss (nats per character)"
+        axis.set(xlabel="time of a step ÷ the base's", ylabel=score, title=one.task)
+        if sign < 0:
+            axis.invert_yaxis()  # better is higher in all panels
+        axis.grid(alpha=0.3)
+    axes[-1].legend(fontsize=8, loc="best")

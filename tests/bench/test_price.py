@@ -1,0 +1,168 @@
+"""``bench/price.py``: its times, its shares, its verdicts and its files."""
+
+import csv
+
+import pytest
+import torch
+
+import price
+from claims import text_training
+from common.text import Text
+from prices import measure, report, tasks
+from prices.contenders import CONTENDERS
+from prices.measure import Outcome, Split, Training, time_steps
+from prices.tasks import TASKS
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A twentieth of the images and of the text."""
+    train, test = tasks._images("digits", "cpu")
+    few = tuple(type(part)(*(x[:128] for x in part)) for part in (train, test))
+    monkeypatch.setattr(tasks, "_images", lambda data, device: few)
+    text = text_training.load()
+    parts = [part[:4200] for part in text[:3]]
+    monkeypatch.setattr(tasks, "load_text", lambda: Text(*parts, text.characters))
+
+
+def training(contender, task="digits", rho=None, epochs=1, seed=0):
+    rho = TASKS[task].radius if rho is None else rho
+    return Training(task, contender, rho, seed, epochs)
+
+
+@pytest.mark.parametrize("task", ["digits", "text"])
+@pytest.mark.parametrize("name", CONTENDERS)
+def test_passes_are_as_many_as_the_table_says(name, task, small):
+    """A forward and backward pass counts 1, a forward pass a third, each by its part of a batch."""
+    problem, loop, _ = measure.prepare(training(name, task), steps=30)
+    batches = [batch for _ in range(15) for batch in problem.epoch()][:30]
+    whole = [batch for batch in batches if len(batch[1]) == problem.batch_size]
+    original, seen = problem.losses, []
+
+    def losses(x, y):
+        seen.append(len(y) / problem.batch_size / (1 if torch.is_grad_enabled() else 3))
+        return original(x, y)
+
+    problem.losses = losses
+    for batch in (whole * 15)[:30]:
+        loop.step(batch)
+        loop.after()
+    assert sum(seen) / 30 == pytest.approx(CONTENDERS[name].passes, abs=0.04)
+
+
+@pytest.mark.parametrize("task", ["digits", "text"])
+def test_without_a_radius_all_are_the_base(task, small):
+    """So they share weights and batches."""
+    epochs = {"digits": 12, "text": 2}[task]
+    base = measure.train(training("base", task, epochs=epochs))
+    assert base.score > TASKS[task].chance
+    for name in set(CONTENDERS) - {"base", "selected"}:  # which trains on a part of the samples
+        found = measure.train(training(name, task, rho=0.0, epochs=epochs))
+        assert found.score == pytest.approx(base.score, abs=1e-3), name
+
+
+def test_a_training_that_diverges_gets_the_score_of_chance(small):
+    found = measure.train(training("sam", rho=1e30))
+    assert (found.score, found.diverged) == (10.0, True)
+
+
+def test_times_are_split_without_a_rest(small, monkeypatch):
+    """With a clock that stands still outside closures and steps, by hand."""
+    ticks = iter(range(10_000))
+    monkeypatch.setattr(measure, "now", lambda device: float(next(ticks)))
+    monkeypatch.setattr(measure, "STEPS", 2)
+    splits = time_steps("digits", ["base", "sam"], rounds=1)
+    # of two steps: a look before and after each, two around each closure, two around all
+    assert splits["base"] == Split(1000.0, 2000.0, 1500.0)
+    assert splits["sam"] == Split(2000.0, 3000.0, 1500.0)
+
+
+def outcome(name, score, rho=0.1, seed=0, diverged=False):
+    return Outcome(Training("digits", name, rho, seed, 40), score, diverged)
+
+
+def found(**scores):
+    """What was found, from each contender's scores by seed, and its time over the base's."""
+    times = {name: Split(time, 0.0, 0.0) for name, (time, _) in scores.items()}
+    runs = [
+        outcome(name, score, seed=seed)
+        for name, (_, of_seeds) in scores.items()
+        for seed, score in enumerate(of_seeds)
+    ]
+    return report.Found("digits", times, runs, [])
+
+
+def test_share_of_the_gain():
+    one = found(base=(1, [70, 72]), sam=(2, [90, 92]), looksam=(1.2, [89, 90]), msam=(1, [80, 78]))
+    best = one.best()
+    assert one.share(best["looksam"]) == pytest.approx(100 * 18.5 / 20)
+    assert one.ratio("looksam") == 1.2
+    lines = report.verdicts(one)
+    assert "LookSAM, k=5 keeps 92 % of SAM's gain (goal 90 %): met" in lines[0]
+    assert "MSAM keeps 40 % of SAM's gain (goal 85 %): MISSED" in lines[1]
+    slow = found(base=(1, [70]), sam=(2, [90]), looksam=(1.4, [90]), msam=(1.1, [88]))
+    assert "MSAM keeps 90 %" in report.verdicts(slow)[0]
+
+
+def test_no_share_where_sam_gains_nothing():
+    one = found(base=(1, [70, 80]), sam=(2, [74, 82]), msam=(1, [80, 90]))
+    assert one.share(one.best()["msam"]) is None
+    assert report.verdicts(one) == [
+        "SAM gains nothing here that is above the error of its mean: no share is told."
+    ]
+
+
+def test_the_best_radius_is_that_of_the_highest_mean():
+    one = found(base=(1, [70]), sam=(2, [90]))
+    runs = [*one.equal_epochs, outcome("sam", 95, rho=0.2), outcome("sam", 10, 0.4, diverged=True)]
+    one = report.Found("digits", one.times, runs, [])
+    assert one.best()["sam"][0].training.rho == 0.2
+    assert report.shown([outcome("sam", 10, diverged=True)], "digits") == "10.0 (1 div.)"
+    assert report.shown([outcome("sam", -1.5)], "text") == "1.5000"
+
+
+def test_those_that_are_quicker_train_for_sams_time(tmp_path):
+    times = {"base": Split(1, 0, 0), "sam": Split(2, 0, 0.1), "msam": Split(1, 0.1, 0)}
+    argv = ["--tasks", "digits", "--seeds", "2", "--epochs", "10", "--output", str(tmp_path)]
+    args = price.parse(argv)
+    best = {"base": 0.0, "sam": 0.2, "msam": 1.0}
+    runs = price.equal_time(TASKS["digits"], times, best, args)
+    assert [(t.contender, t.rho, t.seed, t.epochs) for t in runs] == [
+        ("base", 0.0, 0, 21), ("base", 0.0, 1, 21), ("msam", 1.0, 0, 19), ("msam", 1.0, 1, 19),
+    ]  # fmt: skip
+
+
+def test_writes_its_three_files(small, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(measure, "STEPS", 5)
+    folder = tmp_path / "made" / "here"
+    argv = ["--tasks", "digits", "text", "--methods", "msam", "--epochs", "1", "--seeds", "1",
+            "--rounds", "1", "--jobs", "1", "--output", str(folder)]  # fmt: skip
+    assert price.main(argv) == 0
+    text = (folder / "price.txt").read_text(encoding="utf-8")
+    assert text.strip() in capsys.readouterr().out
+    assert all(title in text for title in ("base alone", "SAM", "MSAM", "digits: ", "text: "))
+    assert (folder / "price.png").read_bytes().startswith(b"\x89PNG")
+    with (folder / "price.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    at_equal_epochs = [row for row in rows if row["comparison"] == "equal_epochs"]
+    assert len(at_equal_epochs) == 2 * (1 + 3 + 3)
+    assert {row["contender"] for row in rows} == {"base", "sam", "msam"}
+    assert all(float(row["time_ratio"]) > 0 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--tasks", "cifar"], ["cifar", "digits"]),
+        (["--methods", "sgd"], ["sgd", "looksam"]),
+        (["--epochs", "0"], ["--epochs", "'0'"]),
+        (["--device", "cuda"], ["--device", "cuda", "cpu"]),
+    ],
+)
+def test_bad_option_ends_with_one_line_and_status_2(options, words, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as ended:
+        price.parse(options)
+    assert ended.value.code == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and all(word in err for word in words)
