@@ -1,6 +1,6 @@
 """40 % of the training labels are wrong: SGD learns them by heart, SAM much less.
 
-    python examples/noisy_labels.py
+python examples/noisy_labels.py
 """
 
 import sys

@@ -2,8 +2,7 @@
 
     python examples/resume.py
 
-Saved are the model, the optimizer with its base's state, the schedules, and the state of random
-numbers. Load the optimizer before its schedules.
+Saved are the model, the optimizer, the schedules and the random state: load them in this order.
 """
 
 import io
@@ -33,8 +32,8 @@ class Run:
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, T_max=100)
         self.radius = fastsam.LambdaRho(self.optimizer, lambda t: min(1.0, (t + 1) / 50))
 
-        self.parts = {"model": self.model, "optimizer": self.optimizer, "schedule": self.schedule,
-                      "radius": self.radius}  # fmt: skip
+        self.parts = {"model": self.model, "optimizer": self.optimizer,
+                      "schedule": self.schedule, "radius": self.radius}  # fmt: skip
 
     def train(self, steps: int) -> None:
         for _ in range(steps):

