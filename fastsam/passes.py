@@ -21,7 +21,7 @@ from .step.caches import forget_weights
 from .step.capture import check_capture, is_captured
 from .step.collect import Collector
 from .step.dtypes import Dtypes
-from .step.flight import InFlight, check_unperturbed
+from .step.flight import Backup, InFlight, check_unperturbed
 from .step.gradients import take_over
 from .step.kept import give_kept, keep
 from .step.precision import find_masters, find_places
@@ -145,6 +145,27 @@ class Passes:
         flight.saw_shards |= sharded or bool(momentum)
         forget_weights()
         return batch
+
+    def put_noise(self, spec: StepSpec, states: States, backend: str, number: int) -> Backup | None:
+        """Perturb the weights by noise outside of a step; what restores them, if there are any.
+
+        Args:
+            spec: With an ascent that has ``noise``.
+            states, backend: As in :meth:`first`.
+            number: Of the perturbation in the present step.
+        """
+        batch = self.collector.weights(spec.groups, self._name)
+        check_unperturbed(self, self._name, batch)
+        self._add_precision(batch, spec, states)
+        scalars = self.scalars.on_device_of(batch)
+        scalars[Scalar.SAMPLE].fill_(number)
+        if not batch.params:
+            return None
+        if spec.ascent.base_state:
+            find_base_state_read(batch, spec, states)
+        backup: Backup = self.backends.serving(backend, batch).ascend(batch, spec, scalars, None)
+        forget_weights()
+        return backup
 
     def _every_first(self, spec: StepSpec, flight: InFlight, backend: str) -> Batch:
         """First gradients also of what is not perturbed, as the batch of the others has them."""

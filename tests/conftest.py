@@ -64,6 +64,7 @@ PRODUCTS = {
     "test_state": "methods, and ways of saving",
     "test_streams": "methods and streams",
     "test_theory": "theorems and their constants",
+    "test_universal": "kinds and calls",
     "test_torch_suite": "classes with hyper-parameters",
     "test_torch_suite_state": "classes with hyper-parameters",
     "test_torch_suite_steps": "classes with hyper-parameters",

@@ -40,7 +40,8 @@ def advance_one(batch: Batch, k: int, spec: StepSpec, scalars: Tensor) -> Tensor
     """Write the next ascent state of parameter ``k``; the direction that follows from it."""
     group = spec.groups[batch.groups[k]]
     if spec.ascent.noise:
-        return spec.ascent.direction(drawn(batch, k, spec, scalars), {}, columns_of(spec, group))
+        x, state = drawn(batch, k, spec, scalars), seen_by(spec.ascent, {}, batch, k, scalars)
+        return spec.ascent.direction(x, state, columns_of(spec, group))
     rule, g, h = spec.ascent, signed(batch.grads[k], group), columns_of(spec, group)
     old, new = state_of(batch, k)
     if rule.advance is not None and old:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,22 +10,18 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim.optimizer import ParamsT
 
-from fastsam.arithmetic import wide
 from fastsam.bases.variational import Variational
 from fastsam.explicit import uncompiled
-from fastsam.kernels import table
+from fastsam.kernels.layout import Scalar
 from fastsam.optimizer import SharpnessAwareOptimizer
 from fastsam.step.arguments import FLAG, Integer, setting
 from fastsam.step.batch import Batch
-from fastsam.step.bits import noise_key, tensor_key, uniform
 from fastsam.step.caches import forget_weights
-from fastsam.step.capture import refuse
 from fastsam.step.checks import check_common
-from fastsam.step.flight import InFlight
+from fastsam.step.flight import InFlight, write
 from fastsam.step.interrupts import uninterrupted
 from fastsam.step.recording import Recording
-from fastsam.step.sharding import coordinate_of, local
-from fastsam.step.spec import Ascent, Columns, Descent, StepSpec, is_perturbed
+from fastsam.step.spec import Ascent, Columns, Descent, Group, StepSpec
 
 from .universal import NORMAL
 
@@ -43,15 +40,40 @@ def _given(state: dict[str, Tensor], sums: dict[str, Tensor], h: Columns) -> tup
     return state["last"], state["first"]
 
 
+def _sampled(x: Tensor, state: dict[str, Tensor], h: Columns) -> Tensor:
+    s = state["precision"]
+    z = NORMAL.direction(x, {}, {})
+    scale: Tensor = h["N"] * torch.where(s.isnan(), 1.0, s)
+    return z / scale.sqrt()
+
+
+def _unit(rho: Any, norm: Any, total: Any, h: Columns) -> Any:
+    return 1.0
+
+
+def _examples(group: Group, lam: float) -> Columns:
+    return {"N": group["n"]}
+
+
 BY_PRECISION = Ascent(
     name="precision", kernel="fastsam.kernels.ascent.precision", direction=_along, radius=_radius,
     base_state="precision", norm=None, scales=False,
+)  # fmt: skip
+SAMPLE = Ascent(
+    name="gaussian", kernel="fastsam.kernels.ascent.gaussian", direction=_sampled, radius=_unit,
+    columns=_examples, base_state="precision", norm=None, noise=True, scales=False,
 )  # fmt: skip
 #: ``u = g~``; the first gradient is kept for the precision.
 SECOND = Descent(
     name="second", kernel="fastsam.kernels.descent.given", coefficients=_given,
     given=("last", "first"),
 )  # fmt: skip
+
+
+#: What a step's specification has otherwise where noise is put on the weights.
+OF_NOISE: dict[str, Any] = {
+    "ascent": SAMPLE, "descent": None, "scratch": False, "skip_first": False, "renormalize": False,
+}  # fmt: skip
 
 
 def _every_step(optimizer: Any, value: Any) -> None:
@@ -94,20 +116,21 @@ class BSAM(SharpnessAwareOptimizer):
         loss_fn(model(x), y).backward()
         optimizer.second_step(zero_grad=True)
 
-    :math:`z` is a hash of ``seed``, the count of steps (``kept["t"]``), the parameter's place in
-    the optimizer and the element's in memory: nothing of it is stored, a resumed run draws what the
-    run would have drawn, and ranks draw the same, by their one seed, but for shards, which draw
-    numbers of their own. Parameters that need no gradient, and groups with ``perturb=False``, get
-    neither noise nor perturbation, but the same update.
+    :math:`z` is a hash of ``seed``, the count of steps (``kept["noise_step"]``), the parameter's
+    place in the optimizer and the element's in memory: nothing of it is stored, a resumed run draws
+    what the run would have drawn, and ranks draw the same, by their one seed, but for shards, which
+    draw numbers of their own. Parameters that need no gradient, and groups with ``perturb=False``,
+    get neither noise nor perturbation, but the same update.
 
     A missing first gradient counts as zeros in :math:`s`. Where an element of the first gradient is
     not finite it perturbs nothing, and its :math:`s` stays.
 
-    Cost: two forward and backward passes, and 52 bytes per element in float32 in two launches, as
-    counted (perturb 20, update 32): the first gradient is kept until the update, in its own memory
-    where the step sets it to None. The noise is not fused yet: it runs by its equations in torch's
-    operators, tensor by tensor, and copies the weights. Two states, ``exp_avg`` and ``precision``,
-    in float32 (float64 for float64 parameters).
+    Cost: two forward and backward passes. In float32, as counted, 68 bytes per element in three
+    launches (noise 16, perturb 20, update 32), and 8 by torch's operators, which take the noise
+    away again. The first gradient is kept until the update, in its own memory where the step sets
+    it to None. Two states, ``exp_avg`` and ``precision``, in float32 (float64 for float64
+    parameters). On a CPU the noise takes longer than the update: it is made of integers, tensor by
+    tensor.
 
     Args:
         params: Parameters, named parameters or parameter groups, as in ``torch.optim``.
@@ -125,9 +148,9 @@ class BSAM(SharpnessAwareOptimizer):
 
     Raises:
         TypeError, ValueError, ImportError, RuntimeError: As :class:`SAM`; TypeError also without
-            ``n``; RuntimeError for capture in a CUDA graph, and by :meth:`first_step` where
-            :meth:`noise` was not around the pass before it. :class:`LETS`, ``plain_step``,
-            ``step_micro_batches`` and ``per_replica`` are refused.
+            ``n``; RuntimeError by :meth:`first_step` where :meth:`noise` was not around the pass
+            before it. :class:`LETS`, ``plain_step``, ``step_micro_batches`` and ``per_replica``
+            are refused.
 
     Reference: Möllenhoff and Khan, "SAM as an optimal relaxation of Bayes", ICLR 2023, arXiv
     2210.01620. The equations and defaults are those of the authors' code.
@@ -179,8 +202,7 @@ class BSAM(SharpnessAwareOptimizer):
         weights inside is gone.
 
         Raises:
-            RuntimeError: Between ``first_step`` and ``second_step``, inside another such block, and
-                under capture in a CUDA graph.
+            RuntimeError: Between ``first_step`` and ``second_step``, and inside another such block.
         """
         self._expect("first_step", "noise")
         with self._sample(0):
@@ -210,38 +232,18 @@ class BSAM(SharpnessAwareOptimizer):
     def _sample(self, number: int) -> Iterator[None]:
         if self._is_noisy:
             raise RuntimeError("a sample is in the model already: end that block first")
-        params = [p for group in self.param_groups for p in group["params"]]
-        if any(table.is_capturing(device) for device in {p.device for p in params}):
-            raise refuse(type(self).__name__, "its noise follows from a count on the host")
-        before: list[tuple[Tensor, Tensor]] = []
+        backup, spec = None, replace(self._spec(InFlight(True)), **OF_NOISE, seed=self.seed)
         try:
             with uninterrupted(), torch.no_grad():
                 self._is_noisy = True
-                self._add_noise(number, before)
-                forget_weights()
+                backup = self._passes.put_noise(spec, self.state, self.backend, number)
             yield
         finally:
             with uninterrupted(insists=True), torch.no_grad():
-                for param, w in before:
-                    param.copy_(w)
+                if backup is not None:
+                    write(backup.pairs())
                 forget_weights()
                 self._is_noisy = False
-
-    def _add_noise(self, number: int, before: list[tuple[Tensor, Tensor]]) -> None:
-        everyone = [p for group in self.param_groups for p in group["params"]]
-        places = {param: i for i, param in enumerate(dict.fromkeys(everyone))}
-        for group in filter(is_perturbed, self.param_groups):
-            for param in group["params"]:
-                if not param.requires_grad:
-                    continue
-                w = local(param)
-                key = tensor_key(self.seed, places[param] + len(places) * coordinate_of(param))
-                x = uniform(w, noise_key(key, self.kept["t"] - 1, number))
-                z = NORMAL.direction(x, {}, {})
-                if (s := self.state.get(param, {}).get("precision")) is not None:
-                    z = z / local(s).sqrt()
-                before.append((w, w.clone()))
-                w.copy_(wide(w) + z * group["n"] ** -0.5)
 
     # --- the passes ---
 
@@ -288,6 +290,10 @@ class BSAM(SharpnessAwareOptimizer):
 
     # --- parts of them ---
 
+    def _find_slots(self) -> dict[str, Scalar]:
+        self.kept["noise_step"] = 0.0
+        return {**super()._find_slots(), "noise_step": Scalar.NOISE_STEP}
+
     @property
     def _needs_two_passes(self) -> bool:
         return True
@@ -308,4 +314,7 @@ class BSAM(SharpnessAwareOptimizer):
 
     def _finish(self, batch: Batch, spec: StepSpec, flight: InFlight) -> None:
         self._passes.give(spec, 1.0, 0.0)
+        scalars = self._passes.scalars.vector
+        assert scalars is not None
         super()._finish(batch, spec, flight)
+        scalars[Scalar.NOISE_STEP].add_(1)

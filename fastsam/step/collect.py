@@ -182,6 +182,11 @@ def _fits(layout: Layout, grads: list[Tensor], addresses: list[int], again: bool
     return list(map(Tensor.stride, chain(layout.params, grads))) == layout.strides
 
 
+def _those_trained(owners: Sequence[Tensor], params: Sequence[Tensor]) -> list[Any]:
+    pairs = zip(owners, params, strict=True)
+    return [param.detach() if owner.requires_grad else None for owner, param in pairs]
+
+
 class Collector:
     """Finds the tensors of an optimizer's passes: a :class:`Sweep` for each kind of pass.
 
@@ -191,7 +196,7 @@ class Collector:
 
     def __init__(self, check: Callable[[list[Tensor]], None] = ignore) -> None:
         self._check = check
-        names = ("first", "further", "second", "only", "other", "momentum")
+        names = ("first", "further", "second", "only", "other", "momentum", "weights")
         self._sweeps = {name: Sweep(check) for name in names}
         self._made = 0  # layouts of the first pass that the second pass's sweep knows of
 
@@ -222,6 +227,10 @@ class Collector:
         return self._sweeps["momentum"].collect(
             groups, name, perturbs=True, momentum=partial(parts_of_state, state, states)
         )
+
+    def weights(self, groups: Sequence[Group], name: str) -> Batch:
+        """The perturbed parameters that need a gradient, with themselves in the place of it."""
+        return self._sweeps["weights"].collect(groups, name, perturbs=True, momentum=_those_trained)
 
     def second(
         self, groups: Sequence[Group], name: str, after_first: bool, along_momentum: bool = False

@@ -171,7 +171,7 @@ class InFlight:
     def start_again(self) -> None:
         """Have the unperturbed weights in the parameters, for another perturbation of them."""
         if self.backup is not None:
-            _write(self.backup.pairs())
+            write(self.backup.pairs())
 
     def suspend(self) -> None:
         """Have the unperturbed weights in the parameters, until :meth:`resume`.
@@ -180,12 +180,12 @@ class InFlight:
         """
         pairs = [] if self.backup is None else self.backup.pairs()
         self.perturbed = [(param, param.detach().clone()) for param, _ in pairs]
-        _write(pairs)
+        write(pairs)
 
     def resume(self) -> None:
         """Have the perturbed weights in the parameters again."""
         pairs, self.perturbed = self.perturbed, []
-        _write(pairs)
+        write(pairs)
 
     def undo(self) -> None:
         """Restore the weights. State has not changed yet."""
@@ -200,11 +200,15 @@ class InFlight:
             self.ascent.commit(states, captured)
 
 
-def _write(pairs: list[tuple[Tensor, Tensor]]) -> None:
+def write(pairs: list[tuple[Tensor, Tensor]]) -> None:
     """Let parameters take values, in whatever shape they have by now."""
     forget_weights()
+    alike = [(param, x) for param, x in pairs if x.shape == param.shape]
+    if alike:  # torch refuses empty lists on a GPU
+        torch._foreach_copy_([param for param, _ in alike], [x for _, x in alike])
     for param, x in pairs:
-        param.copy_(x if x.shape == param.shape else x.reshape(param.shape))
+        if x.shape != param.shape:
+            param.copy_(x.reshape(param.shape))
 
 
 def check_unperturbed(of: object, name: str, batch: Batch) -> None:

@@ -9,6 +9,8 @@ from fastsam.kernels import finish, reduce
 from fastsam.kernels.layout import REDUCE_CHUNK, Scalar, Task
 
 import compiled_launches
+import noisy_bsam
+import noisy_universal
 import oracles
 from registry import (
     BASES,
@@ -204,6 +206,23 @@ def test_several_ascents(machine):
         set_grads(params, last, FP32)
         optimizer.second_step()
     check_near(params, [w - 0.5 * g for w, g in zip(start, last, strict=True)])
+
+
+def test_several_samples_of_noise(machine):
+    run = noisy_universal.Training("frob", "triton", FP32)
+    with compiled_launches.on(machine) as kernels:
+        run.step(2)
+    assert kernels.count("perturb_kernel") == 4
+    exact = noisy_universal.followed("frob", 2, FP32)
+    np.testing.assert_allclose(run.weights, exact, rtol=0, atol=1e-5)
+
+
+def test_an_update_that_takes_the_first_gradient(machine):
+    run = noisy_bsam.Training("triton", FP32)
+    with compiled_launches.on(machine) as kernels:
+        run.step(2)
+    assert kernels == ["perturb_kernel", "perturb_kernel", "update_kernel"] * 2
+    np.testing.assert_allclose(run.weights, noisy_bsam.followed(2, FP32), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
