@@ -10,6 +10,7 @@ from .frozen import frozen_updates
 from .graphs import graphed
 from .methods.adasam import AdaSAM
 from .methods.bsam import BSAM
+from .methods.delayed import DelayedSAM
 from .methods.esam import ESAM, select_samples
 from .methods.friendly import FriendlySAM
 from .methods.functional import FunctionalSAM, functional_closures
@@ -33,10 +34,10 @@ from .schedules import LambdaRho, ProportionalRho, RhoScheduler, tail
 
 __version__ = "0.1.0"
 __all__ = ["ASAM", "BSAM", "ESAM", "GNP", "GSAM", "LESAM", "LETS", "MSAM", "SAM", "SAMAR",
-           "SAMSPS", "SSAM", "USAM", "WSAM", "AdaGradNorm", "AdaSAM", "DetSAM", "FriendlySAM",
-           "FrobSAM", "FunctionalSAM", "LambdaRho", "Landscape", "LightSAM", "LookSAM",
-           "PreconditionedSAM", "ProportionalRho", "RhoScheduler", "SharpnessRatio", "TraceSAM",
-           "UnifiedSAM", "UniversalSAM", "VaSSO", "compare_ranks", "frozen_batch_norm",
+           "SAMSPS", "SSAM", "USAM", "WSAM", "AdaGradNorm", "AdaSAM", "DelayedSAM", "DetSAM",
+           "FriendlySAM", "FrobSAM", "FunctionalSAM", "LambdaRho", "Landscape", "LightSAM",
+           "LookSAM", "PreconditionedSAM", "ProportionalRho", "RhoScheduler", "SharpnessRatio",
+           "TraceSAM", "UnifiedSAM", "UniversalSAM", "VaSSO", "compare_ranks", "frozen_batch_norm",
            "frozen_updates", "functional_closures", "graphed", "loss_landscape",
            "normalization_groups", "per_replica", "rules", "select_samples", "sharpness", "tail",
            "theory"]  # fmt: skip

@@ -23,7 +23,7 @@ from .step.collect import Collector
 from .step.dtypes import Dtypes
 from .step.flight import Backup, InFlight, check_unperturbed
 from .step.gradients import take_over
-from .step.kept import give_kept, keep
+from .step.kept import give_kept, keep, keep_last, room_for_last
 from .step.precision import find_masters, find_places
 from .step.recording import Recording
 from .step.scalars import DeviceScalars
@@ -238,7 +238,10 @@ class Passes:
             if flight.scale is not None or self.scalars.carries_scale:
                 batch = self._scale(batch, Scalar.INVERSE_SCALE, spec, flight, backend, states)
             flight.give_to(batch)
-            if spec.ascent.keeps:
+            last = None
+            if spec.ascent.follows_last:
+                last = room_for_last(batch, spec, states)
+            elif spec.ascent.keeps:
                 give_kept(batch, spec, states, scalars)
             if flight.loss is not None:
                 scalars[Scalar.LOSS].copy_(flight.loss, non_blocking=True)
@@ -260,6 +263,8 @@ class Passes:
                 _measure_nothing(scalars)
             has_begun = True
             self._commit(seen, spec, flight, states, scalars, room)
+            if last is not None:
+                keep_last(seen, last, spec, scalars, states)
         finally:
             if spec.has_fused and not has_begun:
                 forget_fresh(prepared, spec, states)

@@ -121,8 +121,8 @@ class MSAM(SharpnessAwareOptimizer):
         **kwargs: Any,
     ):
         for name in OF_TWO_PASSES:
-            _check_setting(name, kwargs.get(name, OF_TWO_PASSES[name][0]))
-        self.ascent = ALONG[_name_in(base_optimizer)]
+            _check_setting(type(self), name, kwargs.get(name, OF_TWO_PASSES[name][0]))
+        self.ascent = self._rule_of(base_optimizer)
         super().__init__(params, base_optimizer, rho=rho, **kwargs)
 
     # --- a step ---
@@ -225,6 +225,11 @@ class MSAM(SharpnessAwareOptimizer):
 
     # --- parts of it ---
 
+    @staticmethod
+    def _rule_of(base_optimizer: Any) -> Ascent:
+        """The rule for a base, by what that calls its momentum."""
+        return ALONG[_name_in(base_optimizer)]
+
     def _step(self, closure: Any, second_closure: Any, scaler: GradScaler | None) -> Any:
         if not self._needs_two_passes:
             return super()._step(closure, second_closure, scaler)
@@ -243,7 +248,7 @@ class MSAM(SharpnessAwareOptimizer):
 
     def _check_settings(self) -> None:
         for name in OF_TWO_PASSES:
-            _check_setting(name, getattr(self, name))
+            _check_setting(type(self), name, getattr(self, name))
         super()._check_settings()
         for group in self.param_groups:
             if group.get("momentum") == 0:  # it was set since
@@ -261,11 +266,11 @@ class MSAM(SharpnessAwareOptimizer):
         return perturbs and (not self._has_schedule or self.perturbs_next)
 
 
-def _check_setting(name: str, value: Any) -> None:
+def _check_setting(cls: type, name: str, value: Any) -> None:
     allowed, why = OF_TWO_PASSES[name]
     if (context if allowed is None else FLAG)(name, value):
         raise ValueError(
-            f"{name} must be {allowed} with MSAM, whose step has one pass: it {why}; got "
+            f"{name} must be {allowed} with {cls.__name__}, whose step has one pass: it {why}; got "
             f"{shown(value)}"
         )
 

@@ -68,6 +68,7 @@ def check_capture(
         if is_perturbed(group):
             own = [*spec.ascent.states(group), *[spec.ascent.base_state] * reads]
             own = [name for name in own if name]
+        own += [spec.ascent.keeps] * spec.ascent.follows_last
         base = spec.base_of(i)
         if base is not None:
             own += [*base.states(group), *["step"] * base.counts_steps]

@@ -53,7 +53,7 @@ def check_ascent_steps(
     if value == 1:
         return
     if ascent.momentum:
-        why = f"{name}, which perturbs along the same momentum every time"
+        why = f"{name}, which perturbs along the same direction every time"
     elif ascent.advance is not None or ascent.accumulate is not None:
         why = f"{name}, whose ascent has state that follows one gradient a step"
     elif descent is not None:
@@ -184,6 +184,13 @@ def check_base_state(
     """
     read = ascent.momentum or ("" if ascent.is_computed else ascent.base_state)
     if not read or not is_perturbed(group):
+        return
+    if base is None and ascent.follows_last:
+        raise TypeError(
+            f"base_optimizer must be one whose update is fused with {ascent.name!r}, which keeps "
+            f"the gradient that others may write to; got {name}"
+        )
+    if ascent.follows_last:
         return
     if base is None and ascent.momentum:
         raise TypeError(

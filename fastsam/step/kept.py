@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -9,7 +10,7 @@ from fastsam.kernels.layout import Scalar
 
 from .base_state import parts_of_state
 from .batch import Batch
-from .sharding import is_sharded
+from .sharding import is_sharded, local
 from .spec import StepSpec
 from .state import States
 
@@ -48,3 +49,31 @@ def give_kept(batch: Batch, spec: StepSpec, states: States, scalars: Tensor) -> 
         batch.firsts = find()
         if spec.is_scaled:
             scalars[Scalar.FIRST_INVERSE_SCALE].fill_(1)
+
+
+def room_for_last(batch: Batch, spec: StepSpec, states: States) -> list[Tensor]:
+    """Memory for this step's gradients, as state: that of the last step's, where there is some."""
+    found = parts_of_state(spec.ascent.keeps, states, batch.owners, batch.params)
+    return [
+        x if x is not None and x.dtype == grad.dtype
+        else torch.zeros_like(param, dtype=grad.dtype, requires_grad=False)
+        for x, grad, param in zip(found, batch.grads, batch.params, strict=True)
+    ]  # fmt: skip
+
+
+def keep_last(
+    batch: Batch, room: list[Tensor], spec: StepSpec, scalars: Tensor, states: States
+) -> None:
+    """Keep this step's gradients, unless it is rejected. Nothing here may fail.
+
+    They may carry a loss scale: it is their direction that is used.
+    """
+    for param, x, grad in zip(batch.owners, room, batch.grads, strict=True):
+        if spec.skip_nonfinite:
+            accepted = (scalars[Scalar.ACCEPTED] != 0).to(x.device, non_blocking=True)
+            torch.where(accepted, grad.to(x.dtype), x, out=x)
+        else:
+            x.copy_(grad)
+        held = states[param].get(spec.ascent.keeps)
+        if held is None or local(held) is not x:
+            states[param][spec.ascent.keeps] = whole(x, param) if is_sharded(param) else x

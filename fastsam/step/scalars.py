@@ -70,7 +70,11 @@ class DeviceScalars:
         assert self.vector is not None
         names = {}
         if spec.perturbs and spec.needs_ascent_norm:
-            names["momentum_norm" if spec.ascent.momentum else "grad_norm"] = Scalar.GRAD_NORM
+            names[
+                "grad_norm"
+                if not spec.ascent.momentum or spec.ascent.follows_last
+                else "momentum_norm"
+            ] = Scalar.GRAD_NORM
         if spec.needs_descent_norm:
             names["perturbed_grad_norm"] = Scalar.PERTURBED_GRAD_NORM
         if spec.renormalize:

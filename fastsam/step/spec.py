@@ -115,11 +115,12 @@ class Ascent(Rule):
             gradient: ``g`` and both norms are of it, and a parameter that has none yet is not
             perturbed. The step then has one pass, which begins with the perturbation, and gradients
             at ``w`` are not looked at. ``g`` has its sign changed as a gradient's is where a group
-            maximizes, though a momentum is of what is minimised already. Default: none.
+            maximizes, though a momentum is of what is minimised already. Default: none. The name of
+            ``keeps`` stands for the gradient of the step before, which is kept as that.
         layer_scale: ``(norm, group)`` to a number in the same way, one for a whole parameter: of
             the norm of its weights, a 0-dim tensor.
-        keeps: Name of a state tensor that the descent rule ``keeps``, and that this rule does not
-            see. Begins with ``ascent_``. Default: none.
+        keeps: Name of a state tensor that is none of the rule's own: what the descent rule
+            ``keeps``, or the step's gradient. Begins with ``ascent_``. Default: none.
         norm: ``"gradient"`` or ``"direction"``: of which the global norm is taken, with ``T``.
             None: none is needed. A direction whose norm is taken is 0 where gradient and state of
             the ascent are.
@@ -218,6 +219,11 @@ class Ascent(Rule):
     def is_computed(self) -> bool:
         """Whether what the direction reads is computed in every step, and none of the base's."""
         return self.computes is not None or self.layer_scale is not None
+
+    @property
+    def follows_last(self) -> bool:
+        """Whether the gradient of the step before stands in the place of the first one."""
+        return bool(self.momentum) and self.momentum == self.keeps
 
     @property
     def divides(self) -> bool:

@@ -148,7 +148,9 @@ def count_step(case: Case, groups: Sequence[dict[str, Any]], execute: bool = Tru
     params = [p for group in groups for p in group["params"]]
     grads = gradients(params)
     # the warm-up needs no values, and the interpreter's time is in the programs
-    without = [False] * (2 if case.method is fastsam.MSAM else 1)  # whose first perturbs nothing
+    without = [False] * (
+        2 if issubclass(case.method, fastsam.MSAM) else 1
+    )  # whose first perturbs nothing
     for execute_now in (*without, execute):
         with launches.record(execute_now) as log:
             firsts = [optimizer.first_step] * optimizer.ascent_steps
@@ -211,6 +213,14 @@ def test_traffic_of_a_step_that_reuses():
     traffic = (log.loaded + log.stored) / (256 * 128 + 1024)
     print(f"\nLookSAM, reusing: {traffic:.2f} B per element")
     assert 32 <= traffic <= 32.5 and log.copied == 0
+
+
+def test_traffic_along_the_last_gradient():
+    """MSAM's, and a copy of the gradient by torch."""
+    case, elements = Case(fastsam.DelayedSAM), 256 * 128 + 1024
+    log = count_step(case, [{"params": parameters([(256, 128), (1024,)])}])
+    # where a copy goes counts twice: as an argument, and as what is written
+    check_traffic("DelayedSAM + SGD", log, case, 40, elements, counters=12 * elements)
 
 
 @pytest.mark.parametrize("name", CASES)

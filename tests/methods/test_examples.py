@@ -269,6 +269,7 @@ OURS = [
     (fastsam.FunctionalSAM, (torch.optim.AdamW,), {"by_hand": True, "preconditioned": True}),
     (fastsam.PreconditionedSAM, (SGD,), MOMENTUM),
     (fastsam.PreconditionedSAM, (torch.optim.AdamW,), {"preconditioner": diagonal}),
+    (fastsam.DelayedSAM, (SGD,), MOMENTUM),
     (fastsam.MSAM, (SGD,), MOMENTUM), (fastsam.LookSAM, (SGD,), MOMENTUM),
     (FixedLoss, (), {}), (fastsam.ESAM, (SGD,), MOMENTUM),
     *((fastsam.LightSAM, (), LIGHT | {"rule": r}) for r in ("adagrad_norm", "adagrad", "adam")),

@@ -116,7 +116,7 @@ def arguments():
     """Every argument of every class, of its own, of SAM's and of the bases that it passes on to."""
     common = [key for key in inspect.signature(fastsam.SAM).parameters if key in RANGES]
     for name in ("SAM", "ASAM", "USAM", "UnifiedSAM", "SSAM", "VaSSO", "SAMAR", "FriendlySAM",
-                 "LESAM", "GSAM", "WSAM", "GNP", "MSAM", "LookSAM",
+                 "LESAM", "GSAM", "WSAM", "GNP", "MSAM", "DelayedSAM", "LookSAM",
                  "PreconditionedSAM", "SAMSPS", "ESAM", "LightSAM",
                  "AdaSAM", "AdaGradNorm", "LETS", "SharpnessRatio"):  # fmt: skip
         parameters = inspect.signature(getattr(fastsam, name)).parameters

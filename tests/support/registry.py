@@ -262,7 +262,7 @@ METHODS = {
 }  # fmt: skip
 #: What tests that take all methods have no use for: methods of whose steps some have one pass, and
 #: a setting whose equation depends on another's. Each has tests of its own (``test_msam.py``,
-#: ``test_looksam.py``, ``test_amplify.py``).
+#: ``test_delayed.py``, ``test_looksam.py``, ``test_amplify.py``).
 OTHERS = {
     # GNP's equation, with the weight of the setting
     "sam-amplified": Method(
@@ -278,6 +278,7 @@ OTHERS = {
         {"rho": 0.5, "eta": 0.1} | ADAPTIVE,
         {"ascent": "momentum", "max_grad_norm": 0.5, "skip_nonfinite": True}, ("sgd-momentum",),
     ),
+    "delayed": Method(fastsam.DelayedSAM, {}, {}, {}, TWO),
     "looksam": Method(fastsam.LookSAM, {}, {}, {}, TWO),  # of which these are SAM's steps
 }  # fmt: skip
 #: Methods that differ from another by an equation alone, and share with it whatever else a step

@@ -301,6 +301,9 @@ fastsam_db = [
          ({"renormalize": True}, ValueError, "renormalize must be False with MSAM")],
         {"base_optimizer": SGD} | NEEDED["MSAM"],
     ),
+    info(fastsam.DelayedSAM,
+         {name: kwargs for name, kwargs in PLAIN.items() if name != "everything"},
+         [*SAM_ERRORS, ({"renormalize": True}, ValueError, "renormalize must be False with")]),
     info(
         fastsam.LookSAM,  # with a radius at which v is no difference of nearly equal gradients
         {name: kwargs | {"rho": 0.5} for name, kwargs in PLAIN.items()}
