@@ -41,9 +41,9 @@ PARTING = 2.0
 
 #: Attributes that ranks have to have alike, where an optimizer has them.
 ATTRIBUTES = ("renormalize", "max_grad_norm", "skip_nonfinite", "perturb_every", "start", "stop",
-              "amplify", "master_weights", "rounding", "seed", "ascent_context", "descent_context",
-              "backend", "lam", "rule", "_rule", "norm", "ascent_steps", "preconditioner", "form",
-              "samples")  # fmt: skip
+              "perturb_when", "amplify", "master_weights", "rounding", "seed", "ascent_context",
+              "descent_context", "backend", "lam", "rule", "_rule", "norm", "ascent_steps",
+              "preconditioner", "form", "samples")  # fmt: skip
 #: Group keys that change how something is computed and not what.
 FREE = ("params", "foreach", "fused", "capturable", "differentiable")
 

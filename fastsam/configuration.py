@@ -36,9 +36,12 @@ from .step.arguments import (
     GroupArguments,
     Integer,
     Number,
+    Policy,
     complete_settings,
     context,
+    policy,
     setting,
+    shown,
 )
 from .step.checkpoint import Loading, SharedState, parts_of, read_kept, set_parts, write_kept
 from .step.checks import (
@@ -82,6 +85,14 @@ def _check_amplify(optimizer: "Configured", amplify: bool | float) -> None:
     check_amplify(optimizer, amplify, vars(optimizer).get("ascent_steps", 1))
 
 
+def _check_policy(optimizer: "Configured", perturb_when: Policy | None) -> None:
+    if perturb_when is not None and vars(optimizer).get("amplify"):
+        raise ValueError(
+            f"perturb_when must be None with amplify={optimizer.amplify!r}, which counts steps by "
+            f"perturb_every; got {shown(perturb_when)}"
+        )
+
+
 def _check_norm(optimizer: "Configured", norm: str) -> None:
     name, lam = type(optimizer).__name__, getattr(optimizer, "lam", None)
     check_norm(norm, name, optimizer.ascent, lam)
@@ -117,6 +128,7 @@ class Configured(SharedState):
     perturb_every: int = setting(Integer(1))
     start: int = setting(Integer(0))
     stop: int | None = setting(Integer(1, optional=True))
+    perturb_when: Policy | None = setting(policy, then=_check_policy)
     amplify: bool | float = setting(
         FlagOrNumber(Number(with_low=False, tensors=None)), then=_check_amplify
     )
@@ -146,6 +158,7 @@ class Configured(SharedState):
         perturb_every: int = 1,
         start: int = 0,
         stop: int | None = None,
+        perturb_when: Policy | None = None,
         amplify: bool | float = False,
         master_weights: bool = False,
         rounding: str = "nearest",
@@ -172,6 +185,7 @@ class Configured(SharedState):
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
         self.perturb_every, self.start, self.stop = perturb_every, start, stop
+        self.perturb_when = perturb_when
         self.amplify = amplify
         self.master_weights = master_weights
         self.rounding, self.seed = rounding, seed

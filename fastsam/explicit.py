@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
+from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
 from .agreement import Agreement
@@ -12,6 +13,7 @@ from .configuration import Configured
 from .randomness import RepeatedRandom
 from .replicas import is_distributed, replicas_behind
 from .step import hooks
+from .step.arguments import Policy
 from .step.batch import Batch
 from .step.caches import forget_weights
 from .step.checks import check_perturb, check_stop
@@ -48,7 +50,7 @@ class ExplicitPasses(Configured):
 
     _TRANSIENT: tuple[str, ...] = (
         *Configured._TRANSIENT, "_last", "_warnings", "_agreement", "_random", "_replicas",
-        "_inside_step", "_inside_closure", "_unperturbed",
+        "_inside_step", "_inside_closure", "_unperturbed", "_asked",
     )  # fmt: skip
 
     def _start(self) -> None:
@@ -61,6 +63,8 @@ class ExplicitPasses(Configured):
         self._replicas: Any = None
         self._inside_step = self._inside_closure = False
         self._unperturbed = 0  # blocks of ``unperturbed`` that are open
+        # the step that ``perturb_when`` was asked of last, whom, and the answer
+        self._asked: tuple[int, Policy | None, bool] = 0, None, False
 
     # --- a step ---
 
@@ -186,12 +190,31 @@ class ExplicitPasses(Configured):
 
     @property
     def perturbs_next(self) -> bool:
-        """Whether ``perturb_every``, ``start`` and ``stop`` make the next step sharpness-aware."""
+        """Whether the next step is sharpness-aware.
+
+        As ``perturb_every``, ``start``, ``stop`` and ``perturb_when`` say.
+        """
         if not self._has_schedule:
             return True
         since = self.kept["t"] - 1 - self.start
         ended = self.stop is not None and since >= self.stop - self.start
-        return since >= 0 and not ended and bool(since % self.perturb_every == 0)
+        if since < 0 or ended or since % self.perturb_every != 0:
+            return False
+        return self.perturb_when is None or self._ask(self.perturb_when)
+
+    def _ask(self, perturb_when: Policy) -> bool:
+        """What the user's policy says of the next step; it is asked once for each."""
+        t, group = self.kept["t"], self.param_groups[0]
+        if self._asked[:2] != (t, perturb_when):
+            known = {name: group.get(name) for name in ("lr", "rho")}
+            metrics = {k: x for k, x in known.items() if not isinstance(x, Tensor)}
+            answer = perturb_when(t - 1, metrics)
+            if isinstance(answer, Tensor):
+                raise TypeError(
+                    "perturb_when must give a bool, got a tensor, for which the host would wait"
+                )
+            self._asked = t, perturb_when, bool(answer)
+        return self._asked[2]
 
     @property
     def creates_state_only(self) -> bool:
@@ -405,7 +428,8 @@ class ExplicitPasses(Configured):
 
     @property
     def _has_schedule(self) -> bool:
-        return (self.perturb_every, self.start, self.stop) != (1, 0, None)
+        steps = self.perturb_every, self.start, self.stop
+        return steps != (1, 0, None) or self.perturb_when is not None
 
     def _spec(self, flight: InFlight) -> StepSpec:
         perturbs, is_scaled = flight.perturbs, flight.scale is not None

@@ -14,7 +14,7 @@ from fastsam.bases.variational import Variational
 from fastsam.explicit import uncompiled
 from fastsam.kernels.layout import Scalar
 from fastsam.optimizer import SharpnessAwareOptimizer
-from fastsam.step.arguments import FLAG, Integer, setting
+from fastsam.step.arguments import FLAG, Integer, Policy, policy, setting
 from fastsam.step.batch import Batch
 from fastsam.step.caches import forget_weights
 from fastsam.step.checks import check_common
@@ -79,8 +79,8 @@ OF_NOISE: dict[str, Any] = {
 def _every_step(optimizer: Any, value: Any) -> None:
     if value not in (1, 0, None):
         raise ValueError(
-            "perturb_every, start and stop must stay 1, 0 and None with BSAM, whose update needs "
-            f"the gradients of both passes; got {value}"
+            "perturb_every, start, stop and perturb_when must stay 1, 0, None and None with BSAM, "
+            f"whose update needs the gradients of both passes; got {value}"
         )
 
 
@@ -143,8 +143,9 @@ class BSAM(SharpnessAwareOptimizer):
         backend: As in :class:`SAM`; of the perturbation.
         maximize: Maximize the objective, as in ``torch.optim``. Default False.
         **kwargs: ``renormalize`` and what follows it among the arguments of :class:`SAM`, but for
-            ``perturb_every``, ``start``, ``stop`` and ``ascent_steps``. ``max_grad_norm`` bounds
-            the norm of :math:`\tilde g`, and ``skip_nonfinite`` looks at both gradients.
+            ``perturb_every``, ``start``, ``stop``, ``perturb_when`` and ``ascent_steps``.
+            ``max_grad_norm`` bounds the norm of :math:`\tilde g`, and ``skip_nonfinite`` looks at
+            both gradients.
 
     Raises:
         TypeError, ValueError, ImportError, RuntimeError: As :class:`SAM`; TypeError also without
@@ -164,6 +165,7 @@ class BSAM(SharpnessAwareOptimizer):
     perturb_every: int = setting(Integer(1), then=_every_step)
     start: int = setting(Integer(0), then=_every_step)
     stop: int | None = setting(Integer(1, optional=True), then=_every_step)
+    perturb_when: Policy | None = setting(policy, then=_every_step)
 
     def __init__(
         self,

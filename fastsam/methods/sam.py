@@ -14,6 +14,7 @@ from fastsam.step.arguments import (
     FLAG,
     Choice,
     Context,
+    Policy,
     as_float,
     refuse,
     setting,
@@ -71,6 +72,10 @@ class SAM(SharpnessAwareOptimizer):
             ``start + perturb_every`` ... below ``stop`` are sharpness-aware; the others are the
             base optimizer's, at the cost of one pass. The count is saved with the state;
             ``kept["t"]`` is one more. Default 1, 0 and None: all of them.
+        perturb_when: A function ``(step, metrics)`` that says whether a step that is due by these
+            three is sharpness-aware, asked once for each. ``step`` counts from 0; ``metrics`` has
+            ``"lr"`` and ``"rho"`` of the first group where they are numbers, and nothing that the
+            host would have to wait for. All ranks have to answer alike. Default None: it is.
         amplify: Let a step with a perturbation stand for those without, as factor-SAM does, so that
             the best ``rho`` does not depend on :math:`k`, which is ``perturb_every``:
 
@@ -170,6 +175,7 @@ class SAM(SharpnessAwareOptimizer):
         perturb_every: int = 1,
         start: int = 0,
         stop: int | None = None,
+        perturb_when: Policy | None = None,
         amplify: bool | float = False,
         master_weights: bool = False,
         rounding: str = "nearest",
@@ -186,8 +192,8 @@ class SAM(SharpnessAwareOptimizer):
         super().__init__(
             params, base_optimizer, rho=rho, adaptive=adaptive, eta=eta, renormalize=renormalize,
             max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite, norm=norm,
-            perturb_every=perturb_every, start=start, stop=stop, amplify=amplify,
-            master_weights=master_weights, rounding=rounding, seed=seed,
+            perturb_every=perturb_every, start=start, stop=stop, perturb_when=perturb_when,
+            amplify=amplify, master_weights=master_weights, rounding=rounding, seed=seed,
             repeat_random=repeat_random, ascent_steps=ascent_steps, ascent_context=ascent_context,
             descent_context=descent_context, set_to_none=set_to_none, scratch=scratch,
             backend=backend, **base_kwargs,

@@ -510,6 +510,8 @@ OF_TABLES = "construct another optimizer and load the state dict"
 
 #: Gives a context manager, for one pass.
 Context = Callable[[], AbstractContextManager[Any]]
+#: From the number of the next step, from 0, and what the host knows, to whether it perturbs.
+Policy = Callable[[int, Mapping[str, Any]], bool]
 
 
 def needs_no_argument(function: Callable[..., Any]) -> bool:
@@ -530,6 +532,15 @@ def context(name: str, value: Any, look: bool = True) -> Any:
     raise TypeError(
         f"{name} must be None or a function that gives a context manager (model.no_sync, not "
         f"model.no_sync()), got {type(value).__name__}"
+    )
+
+
+def policy(name: str, value: Any, look: bool = True) -> Any:
+    """None, or a function that says which steps are sharpness-aware."""
+    if value is None or callable(value):
+        return value
+    raise TypeError(
+        f"{name} must be None or a function of the step and what the host knows, got {shown(value)}"
     )
 
 

@@ -79,6 +79,8 @@ def check_amplify(optimizer: Any, amplify: bool | float, ascent_steps: int) -> N
         why = f"{name}, whose update is made of both gradients by itself"
     elif optimizer.ascent.momentum:
         why = f"{name}, whose step has no first gradient"
+    elif optimizer.perturb_when is not None:
+        why = "perturb_when, as it counts steps by perturb_every"
     elif ascent_steps != 1:
         why = f"ascent_steps={ascent_steps}, as it takes the one first gradient"
     else:
@@ -123,8 +125,8 @@ def check_group_keys(kwargs: Mapping[str, Any]) -> None:
 def check_common(kwargs: Mapping[str, Any], cls: type) -> None:
     """What methods with an update of their own take besides their named arguments."""
     allowed = ("renormalize", "max_grad_norm", "skip_nonfinite", "norm", "perturb_every", "start",
-               "stop", "amplify", "master_weights", "rounding", "seed", "repeat_random",
-               "ascent_steps", "ascent_context", "descent_context", "set_to_none",
+               "stop", "perturb_when", "amplify", "master_weights", "rounding", "seed",
+               "repeat_random", "ascent_steps", "ascent_context", "descent_context", "set_to_none",
                "scratch")  # fmt: skip
     check_group_keys(kwargs)
     if unknown := [key for key in kwargs if key not in allowed]:

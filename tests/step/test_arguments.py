@@ -56,6 +56,7 @@ RANGES = {
     "perturb_every": [*NO_INTEGER, 0, None],
     **dict.fromkeys(("ascent_steps", "k"), [*NO_INTEGER, 0, None]),
     "interval": [*NO_INTEGER, 0, None],
+    "perturb_when": [3, "late", True],
     "start": [*NO_INTEGER, None],
     "stop": [*NO_INTEGER, 0],
     "seed": [*NO_INTEGER, 2**32, None],
@@ -340,8 +341,9 @@ def test_group_keys_that_change_are_looked_at_in_the_step(key):
 # --- settings ---
 
 SETTINGS = ["repeat_random", "set_to_none", "scratch", "ascent_steps", "seed", "max_grad_norm",
-            "skip_nonfinite", "renormalize", "perturb_every", "start", "stop", "ascent_context",
-            "descent_context", "backend", "rounding", "master_weights"]  # fmt: skip
+            "skip_nonfinite", "renormalize", "perturb_every", "start", "stop", "perturb_when",
+            "ascent_context", "descent_context", "backend", "rounding",
+            "master_weights"]  # fmt: skip
 
 
 @pytest.mark.parametrize("key", SETTINGS)

@@ -234,3 +234,61 @@ def test_saved_resumed_and_copied_in_phase(method):
     other = create(method, twin.parameters(), "torch", **schedule)
     other.load_state_dict(state)
     assert other.perturbs_next is kinds[0] is False
+
+
+# --- perturb_when ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_policy_says_which_steps_are_sharpness_aware(backend):
+    asked = []
+
+    def late(step, metrics):
+        asked.append((step, dict(metrics)))
+        return metrics["lr"] < 0.05
+
+    param = torch.nn.Parameter(torch.ones(3, device=DEVICE))
+    optimizer = fastsam.SAM([param], rho=0.2, perturb_when=late, backend=backend, **SGD)
+    for k in range(6):
+        optimizer.param_groups[0]["lr"] = lr = 0.1 if k < 3 else 0.01
+        assert optimizer.perturbs_next is (k >= 3)
+        optimizer.step(closure_of(lambda: (param**2).sum()))
+        assert optimizer.metrics["perturbed"] == (k >= 3)
+        assert asked == [(i, asked[i][1]) for i in range(k + 1)]  # once for each step
+        assert asked[k][1] == {"lr": lr, "rho": 0.2}
+
+
+def test_a_policy_is_asked_within_the_other_bounds():
+    asked = []
+    param = torch.nn.Parameter(torch.ones(3, device=DEVICE))
+    optimizer = fastsam.SAM(
+        [param], perturb_every=2, start=2, stop=7, perturb_when=lambda k, _: asked.append(k), **SGD
+    )
+    for _ in range(9):
+        optimizer.step(closure_of(lambda: (param**2).sum()))
+        assert optimizer.metrics["perturbed"] == 0  # None counts as False
+    assert asked == [2, 4, 6]
+
+
+def test_numbers_on_the_device_are_not_shown_to_a_policy():
+    seen = []
+    param = torch.nn.Parameter(torch.ones(3, device=DEVICE))
+    rho = torch.tensor(0.1, device=DEVICE)
+    optimizer = fastsam.SAM([param], rho=rho, perturb_when=lambda k, m: not seen.append(m), **SGD)
+    optimizer.step(closure_of(lambda: (param**2).sum()))
+    assert seen == [{"lr": 0.1}] and optimizer.metrics["perturbed"] == 1
+
+
+def test_policies_that_are_refused():
+    def sam(**kwargs):
+        return fastsam.SAM([torch.nn.Parameter(torch.ones(3, device=DEVICE))], **kwargs, **SGD)
+
+    with pytest.raises(TypeError, match="perturb_when must be None or a function .*, got 3"):
+        sam(perturb_when=3)
+    with pytest.raises(ValueError, match="amplify must be False with perturb_when"):
+        sam(perturb_when=lambda k, m: True, amplify=True)
+    with pytest.raises(ValueError, match="perturb_when must be None with amplify=True"):
+        sam(amplify=True, perturb_every=2).perturb_when = lambda k, m: True
+    optimizer = sam(perturb_when=lambda k, m: torch.tensor(True))
+    with pytest.raises(TypeError, match="must give a bool, got a tensor"):
+        optimizer.step(lambda: None)
