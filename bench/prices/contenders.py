@@ -130,6 +130,7 @@ CONTENDERS = {
     "base": Contender("base alone", 1.0, (0.0,), base_alone),
     "sam": Contender("SAM", 2.0, LIKE_SAM, of(fastsam.SAM)),
     "msam": Contender("MSAM", 1.0, (1.5, 5.0, 10.0), of(fastsam.MSAM)),
+    "delayed": Contender("along the last gradient", 1.0, LIKE_SAM, of(fastsam.DelayedSAM)),
     "looksam": Contender(
         f"LookSAM, k={EVERY}", 1 + 1 / EVERY, LIKE_SAM, of(fastsam.LookSAM, k=EVERY)
     ),
