@@ -43,7 +43,7 @@ PARTING = 2.0
 ATTRIBUTES = ("renormalize", "max_grad_norm", "skip_nonfinite", "perturb_every", "start", "stop",
               "perturb_when", "amplify", "master_weights", "rounding", "seed", "ascent_context",
               "descent_context", "backend", "lam", "rule", "_rule", "norm", "ascent_steps",
-              "preconditioner", "form", "samples")  # fmt: skip
+              "preconditioner", "form", "samples", "p")  # fmt: skip
 #: Group keys that change how something is computed and not what.
 FREE = ("params", "foreach", "fused", "capturable", "differentiable")
 

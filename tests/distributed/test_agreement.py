@@ -303,7 +303,8 @@ def test_a_rank_does_not_wait_for_good():
 @pytest.mark.parametrize("name", agreement.ATTRIBUTES)
 def test_every_attribute_is_one_that_some_optimizer_has(name):
     classes = (
-        fastsam.SAM, fastsam.UnifiedSAM, fastsam.SAMAR, fastsam.PreconditionedSAM, fastsam.TraceSAM
+        fastsam.SAM, fastsam.UnifiedSAM, fastsam.SAMAR, fastsam.PreconditionedSAM, fastsam.TraceSAM,
+        fastsam.ASAM,
     )  # fmt: skip
     params = list(small_network().parameters())
     made = [cls(params, **SGD) for cls in classes] + [fastsam.LightSAM(params, lr=0.1, rho=0.1)]
