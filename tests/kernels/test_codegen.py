@@ -49,15 +49,17 @@ def test_variants_with_every_pair_of_settings_on_hopper():
     chosen = covering_variants()
     done = run("tests/support/covered_kernels.py", "--target", "cuda:90")
     check_clean(done)
+    families = {variant.family for variant in codegen.variants()}
+    assert {variant.family for variant in chosen} == families
     assert len(chosen) > 80 and all(f"  {variant}: " in done.stdout for variant in chosen)
 
 
 def test_sample_on_other_targets():
     others = [target for target in codegen.TARGETS if target != "cuda:90"]
-    done = run("bench/codegen.py", "--summary", "--sample", "24", "--target", *others)
+    done = run("bench/codegen.py", "--summary", "--sample", "16", "--target", *others)
     check_clean(done)
     for target in others:
-        assert f"{target}: triton {triton.__version__}, 24 variants" in done.stdout
+        assert f"{target}: triton {triton.__version__}, 16 variants" in done.stdout
 
 
 @pytest.mark.parametrize("target", ["cuda:90", "hip:gfx942"])
