@@ -22,6 +22,7 @@ import torch
 from tqdm import tqdm
 
 from claims import (
+    study_flatness,
     study_lambda,
     study_language,
     study_normalization,
@@ -43,6 +44,7 @@ STUDIES: dict[str, Study] = {
     "regularisation": study_regularisation.STUDY,
     "language": study_language.STUDY,
     "normalization": study_normalization.STUDY,
+    "flatness": study_flatness.STUDY,
 }
 OUTPUT = Path(__file__).resolve().parent / "results" / "studies"
 CPU_JOBS = 2

@@ -18,6 +18,7 @@ import fastsam
 import studies
 from claims import (
     study_core,
+    study_flatness,
     study_lambda,
     study_language,
     study_normalization,
@@ -41,6 +42,10 @@ TINY = {
     study_lambda: {"RADII": (0.1,)},
     study_regularisation: {"RADII": (0.1,)},
     study_normalization: {"RADII": dict.fromkeys(study_normalization.RADII, (0.1,)) | {"sgd": ()}},
+    study_flatness: {
+        "HIDDEN": 2,
+        "TRIED": {name: tried[:1] for name, tried in study_flatness.TRIED.items()},
+    },
     study_language: {"RADII": dict.fromkeys(study_language.RADII, (0.1,)) | {"adamw": ()}},
 }
 
@@ -104,7 +109,8 @@ def test_every_grid_is_as_large_as_the_study_promises():
     for name, runs in sizes.items():
         assert len({run.seed for run in runs if run.data != "saddle"}) >= 3, name
         assert all(run.epochs >= 15 for run in runs if run.data == "digits"), name
-    assert {study.full.data for study in studies.STUDIES.values()} == {"mnist5k", "text"}
+    full = {name: study.full.data for name, study in studies.STUDIES.items()}
+    assert {name for name, data in full.items() if data != "mnist5k"} == {"language", "flatness"}
     assert {run.data for run in sizes["language"]} == {"text"}
 
 
@@ -294,6 +300,7 @@ def make_up(
             "test_accuracy_percent": made["accuracy"],
             "validation_accuracy_percent": made["accuracy"],
             "optimizer_us": 100.0,
+            **dict.fromkeys(study_flatness.MEASURES, made["loss"]),
         }
         if run.data == "text":
             measured = dict.fromkeys(("train_loss", "validation_loss", "test_loss"), made["loss"])
@@ -537,6 +544,45 @@ def test_networks_of_the_normalization_study_are_as_they_are_said_to_be():
         sizes = [sum(p.numel() for p in group["params"]) for group in groups]
         assert (sum(sizes), sizes[0]) == counts
         assert network(torch.randn(3, 1, 8, 8)).shape == (3, 10)
+
+
+@pytest.mark.parametrize(
+    ("loss", "gain", "expected"),
+    [(0.4, 0, "reproduced"), (0.4, -1, "partly"), (0.5, 0, "not"), (0.6, 1, "not")],
+)
+def test_verdicts_of_flatness(loss, gain, expected):
+    def outcome(run):
+        strong = run.settings.get("weight", 0) == study_flatness.TRIED["frob"][1]["weight"]
+        made = {"loss": loss, **noisy(run, 90 + gain)} if strong else noisy(run, 90)
+        return made
+
+    assert outcomes(study_flatness.STUDY, outcome) == ["not", "not", expected]
+
+
+def test_hessian_is_that_of_finite_differences():
+    torch.manual_seed(0)
+    model = study_flatness.make_perceptron(2)
+    x, y = torch.randn(7, 1, 2, 2), torch.randint(10, (7,))
+    found = study_flatness.hessian_of(model, x, y)
+    flat = torch.nn.utils.parameters_to_vector(model.parameters()).detach().double()
+    model.double()
+
+    def gradient(flat):
+        torch.nn.utils.vector_to_parameters(flat, model.parameters())
+        loss = torch.nn.functional.cross_entropy(model(x.double()), y)
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, model.parameters())])
+
+    for i in (0, 5, len(flat) - 1):
+        step = torch.zeros_like(flat)
+        step[i] = 1e-5
+        column = (gradient(flat + step) - gradient(flat - step)) / 2e-5
+        torch.testing.assert_close(found[i], column, rtol=1e-6, atol=1e-9)
+    torch.nn.utils.vector_to_parameters(flat, model.parameters())
+    model.float()
+    measured = study_flatness.measure(model, x, y)
+    found = study_flatness.hessian_of(model, x, y)
+    assert measured["trace"] == pytest.approx(found.trace().item(), rel=1e-9)
+    assert measured["frobenius"] == pytest.approx(found.norm().item(), rel=1e-9)
 
 
 def test_table_of_lambda_is_mean_and_std_of_the_csv(tiny, tmp_path, capsys):
