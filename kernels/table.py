@@ -53,18 +53,24 @@ class Upload:
     every replay: under capture it comes from memory set aside before, which is never used again.
     """
 
-    def __init__(self, device: torch.device, captured: list[torch.Tensor]):
-        """``captured`` takes what graphs read, which has to outlive this object."""
+    def __init__(self, device: torch.device, captured: list[torch.Tensor], spare: int = 2):
+        """
+        Args:
+            device: Where to.
+            captured: Takes what graphs read, which has to outlive this object.
+            spare: How many arrays a capture may upload.
+        """
         self.device = device
-        self._aside: list[torch.Tensor] = []  # two: a step has two passes
+        self._aside: list[torch.Tensor] = []
         self._captured = captured
+        self._spare = spare
 
     def set_aside(self, like: torch.Tensor) -> None:
         """Have pinned memory ready for a capture."""
         if self.device.type != "cuda" or is_capturing(self.device):
             return
         self._aside = [x for x in self._aside if x.shape == like.shape]
-        while len(self._aside) < 2:
+        while len(self._aside) < self._spare:
             aside = torch.empty(like.shape, dtype=like.dtype, device="cpu", pin_memory=True)
             self._aside.append(aside)
 

@@ -203,8 +203,7 @@ def light(cls: type, cases: dict, own_errors: Iterable[Any]) -> OptimizerInfo:
 
 #: What a class needs in loops that do no more than any optimizer's.
 NEEDED: dict[str, dict[str, Any]] = {
-    "FunctionalSAM": {"by_hand": True}, "MSAM": {"momentum": 0.9},
-    "UniversalSAM": {"phi": torch.exp, "psi": torch.atan},
+    "FunctionalSAM": {"by_hand": True}, "MSAM": {"momentum": 0.9}
 }  # fmt: skip
 #: Cases of methods whose perturbation is noise.
 BY_NOISE = {name: kwargs for name, kwargs in PLAIN.items() if name != "everything"}
@@ -284,15 +283,6 @@ fastsam_db = [
     ),
     info(fastsam.TraceSAM, BY_NOISE | {"several": MOMENTUM | {"samples": 2}},
          [*NO_ETA, ({"samples": 0}, ValueError, "samples must be")]),
-    info(fastsam.DetSAM, BY_NOISE,
-         [*NO_ETA, ({"half_width": 0.0}, ValueError, "half_width must be")]),
-    info(fastsam.FrobSAM, BY_NOISE, [*NO_ETA, ({"samples": 1}, ValueError, "samples must be")]),
-    info(
-        fastsam.UniversalSAM,
-        {name: kwargs | NEEDED["UniversalSAM"] for name, kwargs in BY_NOISE.items()},
-        [*NO_ETA, ({"mu": "cauchy"}, ValueError, "mu must be")],
-        {"base_optimizer": SGD} | NEEDED["UniversalSAM"],
-    ),
     info(
         fastsam.MSAM,
         {"momentum": MOMENTUM, "AdamW": {"base_optimizer": AdamW},
@@ -320,8 +310,6 @@ fastsam_db = [
         },
         [({"rule": "sgd"}, ValueError, "rule must be one of .* got 'sgd'")],
     ),
-    info(fastsam.BSAM, {"default": {"n": 10}, "skipping": {"n": 10, "lr": 0.1} | EVERYTHING},
-         [*COMMON_ERRORS, ({"n": 0}, ValueError, "n must be at least 1")], {"n": 10}),
     light(fastsam.AdaSAM, {"default": LIGHT, "everything": LIGHT | EVERYTHING}, []),
     info(
         LETS, LEARNED,

@@ -19,6 +19,8 @@ from .direct import Direct
 from .hyper import hyper_rows, hyper_values, is_fixed
 
 LAUNCHES = Launches()
+#: Passes that a step has at most where it is captured: each uploads the hyper-parameters anew.
+PASSES = 16
 
 
 @dataclass
@@ -114,7 +116,7 @@ class Launcher:
             cached.spec = spec
             return cached.tensor
         rows, on_device = hyper_rows(spec, bucket.table.device)
-        upload = self._uploads.setdefault(key, Upload(bucket.table.device, self._captured))
+        upload = self._uploads.setdefault(key, Upload(bucket.table.device, self._captured, PASSES))
         filled = [(i, j) for i, j, _ in on_device]
         if capturing or cached is None or (cached.rows, cached.filled) != (rows, filled):
             padded = np.array([row + [0.0] * (WIDTH - len(row)) for row in rows])
