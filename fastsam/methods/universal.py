@@ -141,10 +141,10 @@ class UniversalSAM(SharpnessAwareOptimizer):
     perturbation: with SGD and momentum and one sample 36 bytes per element in float32 (perturb 12,
     update 24), in two launches, and a few operations on single numbers where losses count. The
     first gradient is kept until the update, in its own memory where the step sets it to None. Every
-    further sample takes 16 bytes for its perturbation, and what adds up its gradient: torch's
-    operators, in one or two float32 tensors per parameter, kept for the step alone. No state but a
-    count (``kept["noise_step"]``). On a CPU the noise takes longer than the update: it is made of
-    integers, tensor by tensor.
+    further sample takes 8 bytes and a launch for its perturbation. torch's operators put the
+    weights back before it, and add its gradient up, in one or two float32 tensors per parameter
+    that are kept for the step alone. No state but a count (``kept["noise_step"]``). On a CPU the
+    noise takes longer than the update: it is made of integers, tensor by tensor.
 
     Args:
         params, base_optimizer: As in :class:`SAM`.
@@ -523,7 +523,9 @@ class FrobSAM(UniversalSAM):
     have risen.
 
     Cost: that of :class:`UniversalSAM` with several samples: three forward and backward passes with
-    two, and 64 bytes per element with SGD and momentum, of which 20 are torch's operators'.
+    two, and with SGD and momentum 44 bytes per element in three launches (perturb 12 and 8, update
+    24). torch's operators put the weights back between the perturbations, 8 bytes, and mix the
+    gradients, 20.
 
     Args:
         params, base_optimizer: As in :class:`SAM`.

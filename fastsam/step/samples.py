@@ -63,7 +63,7 @@ class Samples:
         mixed = []
         for owner in owners:
             held = [(xs[owner], factor) for xs, factor in terms if owner in xs]
-            parts = [wide(x) * _like(factor, x) for x, factor in held]
+            parts = [_times(wide(x), factor) for x, factor in held]
             total = sum(parts[1:], start=parts[0]) if parts else torch.zeros_like(found[owner])
             mixed.append(total.to(found[owner].dtype) if owner in found else total)
         return owners, mixed
@@ -87,6 +87,12 @@ def _add(
         if isinstance(weight, Tensor) or weight != 1:
             new = list(torch._foreach_mul(new, _like(weight, there[0])))
         torch._foreach_add_(there, new)
+
+
+def _times(x: Tensor, factor: Factor) -> Tensor:
+    if isinstance(factor, Tensor) or factor != 1:
+        x = x * _like(factor, x)
+    return x
 
 
 def _like(factor: Factor, x: Tensor) -> Any:
