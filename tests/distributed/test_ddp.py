@@ -140,13 +140,16 @@ def many_steps(rank, size, methods, own, steps):
     several = optimizers(fleet, combinations, ascent_context=context)
     start = [p.detach().clone() for p in fleet.parameters()]
     train(model, several, data(rank, size), steps, context or contextlib.nullcontext)
-    names = {"ascent_ema", "ascent_sum", "ascent_exp_avg", "ascent_exp_avg_sq"} if own else ()
+
+    def is_shared(name):  # the ascent's state follows from each rank's own gradient
+        return not (own and name.startswith("ascent_"))
+
     return {
         "moved": min(difference([x], [y]) for x, y in zip(start, fleet.parameters(), strict=True)),
         "weights": are_equal_everywhere(list(fleet.parameters())),
         "states": [
             are_equal_everywhere(
-                [x for s in one.state.values() for name, x in s.items() if name not in names]
+                [x for s in one.state.values() for name, x in s.items() if is_shared(name)]
             )
             for one in several
         ],

@@ -104,7 +104,7 @@ class Method:
     @property
     def mixes(self) -> bool:
         """Whether the update takes the first gradient itself."""
-        return bool({"mix", "descent"} & self.oracle.keys())
+        return bool({"mix", "descent", "loss"} & self.oracle.keys())
 
 
 def wave(t: int) -> float:
