@@ -63,8 +63,8 @@ class ExplicitPasses(Configured):
         self._replicas: Any = None
         self._inside_step = self._inside_closure = False
         self._unperturbed = 0  # blocks of ``unperturbed`` that are open
-        # the step that ``perturb_when`` was asked of last, whom, and the answer
-        self._asked: tuple[int, Policy | None, bool] = 0, None, False
+        # the step that ``perturb_when`` was asked of last, whom, what it saw, and the answer
+        self._asked: tuple[int, Policy | None, dict[str, Any], bool] = 0, None, {}, False
 
     # --- a step ---
 
@@ -203,18 +203,18 @@ class ExplicitPasses(Configured):
         return self.perturb_when is None or self._ask(self.perturb_when)
 
     def _ask(self, perturb_when: Policy) -> bool:
-        """What the user's policy says of the next step; it is asked once for each."""
+        """What the user's policy says of the next step; asked once for what it is shown."""
         t, group = self.kept["t"], self.param_groups[0]
-        if self._asked[:2] != (t, perturb_when):
-            known = {name: group.get(name) for name in ("lr", "rho")}
-            metrics = {k: x for k, x in known.items() if not isinstance(x, Tensor)}
-            answer = perturb_when(t - 1, metrics)
+        known = {name: group.get(name) for name in ("lr", "rho")}
+        metrics = {k: x for k, x in known.items() if not isinstance(x, Tensor)}
+        if self._asked[:3] != (t, perturb_when, metrics):
+            answer = perturb_when(t - 1, dict(metrics))
             if isinstance(answer, Tensor):
                 raise TypeError(
                     "perturb_when must give a bool, got a tensor, for which the host would wait"
                 )
-            self._asked = t, perturb_when, bool(answer)
-        return self._asked[2]
+            self._asked = t, perturb_when, metrics, bool(answer)
+        return self._asked[3]
 
     @property
     def creates_state_only(self) -> bool:

@@ -115,8 +115,12 @@ class Passes:
             if not all(map(is_perturbed, spec.groups)):
                 everyone, ours = self._every_first(spec, flight, backend), batch.grads
             if goes_on and flight.samples is not None:
-                flight.samples.add(everyone, cleared, ours)
+                flight.samples.add(everyone, cleared, ours, self._scale_at_w(flight, scalars))
             else:
+                if flight.samples is not None and flight.scale is not None:
+                    if self.backends.serving(backend, everyone).takes_scaled:
+                        inverse = scalars[Scalar.FIRST_INVERSE_SCALE].clone()
+                        flight.samples.inverse = inverse
                 flight.keep_firsts(everyone, take_over(everyone, cleared, ours, True))
         if flight.samples is not None:
             if goes_on:
@@ -134,6 +138,8 @@ class Passes:
             scalars[Scalar.GRAD_NORM].zero_()
             scalars[Scalar.NEXT_ACCUMULATED] = scalars[Scalar.ACCUMULATED]
             backends.settle(scalars[Scalar.GRAD_NORM], spec, scalars)
+        if flight.samples is not None and flight.samples.inverse is not None:
+            scalars[Scalar.FIRST_INVERSE_SCALE].copy_(flight.samples.inverse)
         if norm is not None:  # that at w is the step's
             if spec.skip_first and batch.params:
                 scalars[Scalar.FOUND_INF] += ~scalars[Scalar.ASCENT_NORM].isfinite()
@@ -145,6 +151,15 @@ class Passes:
         flight.saw_shards |= sharded or bool(momentum)
         forget_weights()
         return batch
+
+    def _scale_at_w(self, flight: InFlight, scalars: Tensor) -> Tensor | None:
+        """What gives one perturbation's gradients the loss scale of those at ``w``.
+
+        That is no 1 where the user unscales those of some passes.
+        """
+        assert flight.samples is not None
+        inverse = flight.samples.inverse
+        return None if inverse is None else scalars[Scalar.FIRST_INVERSE_SCALE] / inverse
 
     def put_noise(self, spec: StepSpec, states: States, backend: str, number: int) -> Backup | None:
         """Perturb the weights by noise outside of a step; what restores them, if there are any.
@@ -240,7 +255,10 @@ class Passes:
             flight.give_to(batch)
             last = None
             if spec.ascent.follows_last:
-                last = room_for_last(batch, spec, states)
+                kept = batch
+                if flight.scale is not None and self.backends.serving(backend, batch).takes_scaled:
+                    kept = unscaled(batch, scalars[Scalar.INVERSE_SCALE])  # others have another
+                last = kept, room_for_last(kept, spec, states)
             elif spec.ascent.keeps:
                 give_kept(batch, spec, states, scalars)
             if flight.loss is not None:
@@ -264,7 +282,7 @@ class Passes:
             has_begun = True
             self._commit(seen, spec, flight, states, scalars, room)
             if last is not None:
-                keep_last(seen, last, spec, scalars, states)
+                keep_last(*last, spec, scalars, states)
         finally:
             if spec.has_fused and not has_begun:
                 forget_fresh(prepared, spec, states)

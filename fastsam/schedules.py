@@ -176,7 +176,8 @@ class ProportionalRho(RhoScheduler):
               \frac{lr_t - lr_{\min}}{lr_{\max} - lr_{\min}}
 
     :class:`GSAM`'s authors schedule the radius so. With the defaults it is proportional to the
-    learning rate. Call ``step`` after the learning rate's own schedule::
+    learning rate. Where the learning rate is outside of its bounds, as in a warm-up, the radius is
+    at its own. Call ``step`` after the learning rate's schedule::
 
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=1000)
         radius = fastsam.ProportionalRho(optimizer)
@@ -232,6 +233,8 @@ class ProportionalRho(RhoScheduler):
         """The radius of a group at its present learning rate."""
         top = initial if self.rho_max is None else self.rho_max
         share = (group["lr"] - self.lr_min) / (self._tops[index] - self.lr_min)
+        # a learning rate may be outside of its bounds, by rounding or in a warm-up
+        share = share.clamp(0, 1) if isinstance(share, Tensor) else min(max(share, 0.0), 1.0)
         radius: float | Tensor = self.rho_min + (top - self.rho_min) * share
         return radius
 

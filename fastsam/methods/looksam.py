@@ -13,7 +13,7 @@ from fastsam.optimizer import SharpnessAwareOptimizer
 from fastsam.step.arguments import Integer, Number
 from fastsam.step.flight import InFlight
 from fastsam.step.recording import Recording
-from fastsam.step.spec import Columns, Descent, Group
+from fastsam.step.spec import Columns, Descent, Group, is_perturbed
 from fastsam.unified import UNIFIED
 
 ARGUMENTS = {"alpha": Number(tensors=None)}
@@ -141,7 +141,7 @@ class LookSAM(SharpnessAwareOptimizer):
 
     @property
     def _has_radius(self) -> bool:
-        radii = [group["rho"] for group in self.param_groups]
+        radii = [group["rho"] for group in self.param_groups if is_perturbed(group)]
         return any(isinstance(rho, Tensor) or rho != 0 for rho in radii)
 
     @property

@@ -73,7 +73,7 @@ class SAM(SharpnessAwareOptimizer):
             base optimizer's, at the cost of one pass. The count is saved with the state;
             ``kept["t"]`` is one more. Default 1, 0 and None: all of them.
         perturb_when: A function ``(step, metrics)`` that says whether a step that is due by these
-            three is sharpness-aware, asked once for each. ``step`` counts from 0; ``metrics`` has
+            three is sharpness-aware. ``step`` counts from 0; ``metrics`` has
             ``"lr"`` and ``"rho"`` of the first group where they are numbers, and nothing that the
             host would have to wait for. All ranks have to answer alike. Default None: it is.
         amplify: Let a step with a perturbation stand for those without, as factor-SAM does, so that

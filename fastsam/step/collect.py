@@ -182,6 +182,14 @@ def _fits(layout: Layout, grads: list[Tensor], addresses: list[int], again: bool
     return list(map(Tensor.stride, chain(layout.params, grads))) == layout.strides
 
 
+def _momenta(
+    name: str, states: States, owners: list[Tensor], params: list[Tensor]
+) -> list[Tensor | None]:
+    """The momentum of each parameter that has one and still is trained."""
+    found = parts_of_state(name, states, owners, params)
+    return [x if p.requires_grad else None for x, p in zip(found, owners, strict=True)]
+
+
 def _those_trained(owners: Sequence[Tensor], params: Sequence[Tensor]) -> list[Any]:
     pairs = zip(owners, params, strict=True)
     return [param.detach() if owner.requires_grad else None for owner, param in pairs]
@@ -225,7 +233,7 @@ class Collector:
             states: The optimizer's.
         """
         return self._sweeps["momentum"].collect(
-            groups, name, perturbs=True, momentum=partial(parts_of_state, state, states)
+            groups, name, perturbs=True, momentum=partial(_momenta, state, states)
         )
 
     def weights(self, groups: Sequence[Group], name: str) -> Batch:

@@ -64,10 +64,7 @@ def room_for_last(batch: Batch, spec: StepSpec, states: States) -> list[Tensor]:
 def keep_last(
     batch: Batch, room: list[Tensor], spec: StepSpec, scalars: Tensor, states: States
 ) -> None:
-    """Keep this step's gradients, unless it is rejected. Nothing here may fail.
-
-    They may carry a loss scale: it is their direction that is used.
-    """
+    """Keep this step's gradients, unless it is rejected. Nothing here may fail."""
     for param, x, grad in zip(batch.owners, room, batch.grads, strict=True):
         if spec.skip_nonfinite:
             accepted = (scalars[Scalar.ACCEPTED] != 0).to(x.device, non_blocking=True)

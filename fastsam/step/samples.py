@@ -25,6 +25,8 @@ class Samples:
 
     Attributes:
         decay, weight: What the weighted sum so far and the next gradient are multiplied by.
+        inverse: The inverse loss scale of the gradients at ``w``, which the sums carry; None
+            without.
     """
 
     def __init__(self, plain: bool, weighted: bool) -> None:
@@ -32,21 +34,26 @@ class Samples:
         self._weighted: dict[Tensor, Tensor] | None = {} if weighted else None
         self.decay: Factor = 1.0
         self.weight: Factor = 1.0
+        self.inverse: Tensor | None = None
 
     def tensors(self) -> Iterator[Tensor]:
         """The sums."""
         for sums in (self._plain, self._weighted):
             yield from () if sums is None else sums.values()
 
-    def add(self, batch: Batch, cleared: bool, ours: Iterable[Tensor]) -> None:
-        """Take in the gradients of one pass; the arguments are those of ``take_over``."""
+    def add(
+        self, batch: Batch, cleared: bool, ours: Iterable[Tensor], scale: Tensor | None = None
+    ) -> None:
+        """Take in the gradients of one pass, times ``scale``; the rest is ``take_over``'s."""
+        factor: Factor = 1.0 if scale is None else scale
         if self._weighted is not None:
-            _add(self._weighted, batch.owners, batch.grads, self.decay, self.weight)
-        if self._plain == {}:
+            weight = self.weight * factor
+            _add(self._weighted, batch.owners, batch.grads, self.decay, weight)
+        if self._plain == {} and scale is None:
             own = take_over(batch, cleared, ours)
             self._plain.update(zip(batch.owners, map(wide, own), strict=True))
         elif self._plain is not None:
-            _add(self._plain, batch.owners, batch.grads, 1.0, 1.0)
+            _add(self._plain, batch.owners, batch.grads, 1.0, factor)
 
     def mix(
         self, firsts: tuple[list[Tensor], list[Tensor]], first: Factor, plain: Factor,

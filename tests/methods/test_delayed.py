@@ -173,3 +173,26 @@ def test_the_host_reads_nothing():
 def test_refused_by_name(kwargs, error, match):
     with pytest.raises(error, match=match):
         fastsam.DelayedSAM([torch.nn.Parameter(torch.ones(2))], **kwargs)
+
+
+@ON_EACH
+def test_loss_scales_of_other_steps_are_not_mixed(backend):
+    """A parameter whose last gradient is older than the others' has it in the same units."""
+    a, b = (torch.nn.Parameter(torch.ones(1, device=DEVICE)) for _ in "ab")
+    optimizer = fastsam.DelayedSAM([a, b], torch.optim.SGD, rho=1.0, lr=0.0, backend=backend)
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=256.0, growth_interval=1, growth_factor=16.0)
+    moved = []
+
+    def closure(step):
+        moved[:] = [x.item() - 1 for x in (a, b)]
+        loss = (a**2).sum() + ((b**2).sum() if step != 1 else 0)
+        scaler.scale(loss).backward()
+        return loss
+
+    for step in range(3):
+        optimizer.step(lambda step=step: closure(step), grad_scaler=scaler)
+        scaler.update()
+    # g~ = 2 at w = 1, then (2 (1 + 1 / sqrt 2), none): b's is that of the first step
+    last = torch.tensor([2 + 2**0.5, 2.0], dtype=torch.float64)
+    assert optimizer.metrics["grad_norm"].item() == pytest.approx(last.norm().item(), rel=1e-6)
+    assert moved == pytest.approx((last / last.norm()).tolist(), rel=1e-5)

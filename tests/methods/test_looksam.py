@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -372,3 +373,28 @@ def test_refused_later():
     optimizer.step(closure)
     with pytest.raises(ValueError, match="LookSAM"):
         other.load_state_dict(optimizer.state_dict())
+
+
+@ON_EACH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("why", ["linear", "no radius"])
+def test_nothing_is_reused_where_the_perturbation_changed_no_gradient(why, dtype, backend):
+    """Both gradients are equal bit for bit then, and v is 0, and no rounding to be scaled up."""
+    rho = 0.05 if why == "linear" else torch.tensor(0.0, device=DEVICE)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        new = partial(torch.zeros, dtype=dtype, device=DEVICE)
+        params = [torch.nn.Parameter(new(7)), torch.nn.Parameter(new(50, 3))]
+        slopes = [torch.randn_like(p) for p in params]
+        optimizer = fastsam.LookSAM(params, torch.optim.SGD, rho=rho, k=2, lr=1.0, backend=backend)
+
+        def closure(params=params, slopes=slopes):
+            loss = sum((a * p).sum() for a, p in zip(slopes, params, strict=True))
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        before = [p.detach().clone() for p in params]
+        optimizer.step(closure)
+        for p, w, a in zip(params, before, slopes, strict=True):
+            assert torch.equal(p, w - a)

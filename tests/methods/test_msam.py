@@ -490,3 +490,23 @@ def test_graphed_steps_are_steps():
         step()
         stepped.step(other_closure)
     assert same(bits(model), bits(other))
+
+
+@ON_EACH
+def test_what_is_frozen_later_is_not_perturbed(backend):
+    model, optimizer, loss_fn = problem(SGD, backend, rho=0.5)
+    for _ in range(2):
+        optimizer.step(closure_of(loss_fn))
+    frozen, *others = model.parameters()
+    frozen.requires_grad_(False)
+    optimizer.zero_grad()
+    before = frozen.detach().clone()
+    norm = torch.cat([optimizer.state[p]["momentum_buffer"].flatten() for p in others]).norm()
+    optimizer.perturb()
+    assert torch.equal(frozen, before)
+    loss_fn().backward()
+    optimizer.step()
+    torch.testing.assert_close(
+        optimizer.metrics["momentum_norm"].float(), norm.float(), rtol=1e-5, atol=0
+    )
+    assert torch.equal(frozen, before)

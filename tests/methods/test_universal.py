@@ -390,3 +390,27 @@ def test_what_it_does_not_combine_with():
     lets = fastsam.LETS(run.optimizer)
     with pytest.raises(RuntimeError, match="LETS does not serve TraceSAM"):
         lets.step(run.backward, run.backward)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["trace", "frob"])
+def test_the_user_may_unscale_some_passes_of_a_step(kind, backend):
+    cls = {"trace": fastsam.TraceSAM, "frob": fastsam.FrobSAM}[kind]
+
+    def trained(unscaled):
+        p = torch.nn.Parameter(torch.ones(4, device=DEVICE))
+        optimizer = cls([p], torch.optim.SGD, rho=0.3, weight=0.2, samples=3, lr=0.05,
+                        backend=backend)  # fmt: skip
+        scaler = torch.amp.GradScaler(DEVICE, init_scale=256.0)
+        for k in range(4):
+            loss = (p**4).sum()
+            scaler.scale(loss).backward()
+            if k in unscaled:
+                scaler.unscale_(optimizer)
+            take = optimizer.first_step if k < 3 else optimizer.second_step
+            take(zero_grad=True, grad_scaler=scaler, loss=loss.detach())
+        return p.detach()
+
+    expected = trained([])
+    for unscaled in ([0], [1], [2], [3], [0, 2]):
+        torch.testing.assert_close(trained(unscaled), expected, rtol=1e-6, atol=1e-6)

@@ -258,6 +258,17 @@ def test_a_policy_says_which_steps_are_sharpness_aware(backend):
         assert asked[k][1] == {"lr": lr, "rho": 0.2}
 
 
+def test_a_policy_is_asked_again_where_it_would_see_something_else():
+    """As where ``perturbs_next`` is read before the learning rate's schedule has taken its step."""
+    param = torch.nn.Parameter(torch.ones(3, device=DEVICE))
+    optimizer = fastsam.SAM([param], perturb_when=lambda k, m: m["lr"] < 0.05, **SGD)
+    assert not optimizer.perturbs_next
+    optimizer.param_groups[0]["lr"] = 0.01
+    assert optimizer.perturbs_next
+    optimizer.step(closure_of(lambda: (param**2).sum()))
+    assert optimizer.metrics["perturbed"] == 1
+
+
 def test_a_policy_is_asked_within_the_other_bounds():
     asked = []
     param = torch.nn.Parameter(torch.ones(3, device=DEVICE))

@@ -163,6 +163,23 @@ def test_it_is_proportional_by_default():
     assert radii(resumed) == pytest.approx([0.1, 0.1], rel=1e-12)
 
 
+@pytest.mark.parametrize("tensor", [False, True])
+def test_a_learning_rate_outside_of_its_bounds(tensor):
+    """Below by rounding or in a warm-up, or above: the radius stays between its own."""
+    optimizer = sam()
+    for group in optimizer.param_groups:
+        group["lr"] = torch.tensor(1e-5, device=DEVICE) if tensor else 1e-5
+        if tensor:
+            group["rho"] = torch.tensor(0.2, device=DEVICE)
+    radius = fastsam.ProportionalRho(optimizer, rho_min=0.1, lr_min=1e-3, lr_max=0.1)
+    assert radii(optimizer) == pytest.approx([0.1, 0.1])
+    for lr, rho in ((1e-3 - 1e-18, 0.1), (0.1, 0.2), (0.3, 0.2)):
+        for group in optimizer.param_groups:
+            group["lr"] = torch.tensor(lr, device=DEVICE) if tensor else lr
+        radius.step()
+        assert radii(optimizer) == pytest.approx([rho, rho])
+
+
 def test_a_learning_rate_on_the_device():
     optimizer = sam(torch.tensor(0.2, device=DEVICE))
     for group in optimizer.param_groups:

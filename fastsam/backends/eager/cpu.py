@@ -232,7 +232,9 @@ def descent_sums(
     for scale, members in by_radius.items():
         assert batch.firsts is not None
         firsts = [cast(Tensor, batch.firsts[k]) for k in sorted(members)]
-        if len(by_radius) == 1 and backup is not None and len(backup.copies) == len(members):
+        if spec.keeps:  # as the product, which is to be equal where the gradients are
+            own = total(chain.from_iterable(dots(g, g) for g in firsts), plain)
+        elif len(by_radius) == 1 and backup is not None and len(backup.copies) == len(members):
             own = scalars[Scalar.GRAD_NORM].square()  # the ascent saw the same gradients
         else:
             ends, whole = span_norms(firsts)
