@@ -1,4 +1,4 @@
-"""Variants of the kernels in which every two settings meet: of dtypes, rules and flags.
+"""Some variants of the kernels, in which every two rules or dtypes meet, and every two flags.
 
 The two 16-bit dtypes are taken in turns, and not each with everything: their code differs in
 nothing but conversions. Float64, which is not there for speed, meets each kernel and not each rule.
@@ -13,27 +13,34 @@ import codegen
 import pairs
 
 WIDTHS = {"fp16": "16 bits", "bf16": "16 bits"}
-DERIVED = ("CHUNK", "LANES", "ACC")  # from the others
+TYPES = ("P", "G", "S", "READ")
+RULES = ("TERMS", "DIRECTION", "COEFFICIENTS", "ACCUMULATES", "UPDATE")
+#: These follow from the rules and dtypes.
+DERIVED = ("CHUNK", "LANES", "ACC", "RADIUS", "ADVANCE", "USABLE", "FINISH", "ADAPTED", "FROM_OLD")
 
 
-def settings_of(variant: codegen.Variant) -> dict[str, Any]:
-    """What has to meet in one variant or another."""
+def settings_of(variant: codegen.Variant) -> list[dict[str, Any]]:
+    """Two selections of a variant's settings, each of which has to meet its like."""
     constants = dict(variant.constants)
     if constants["P"] == "fp64":
-        return {"kernel": variant.kernel, "terms": constants.get("TERMS"), "P": "fp64"}
-    settings = {k: WIDTHS.get(x, x) for k, x in constants.items() if k not in DERIVED}
-    return {"kernel": variant.kernel} | settings
+        return [{"kernel": variant.kernel, "terms": constants.get("TERMS"), "P": "fp64"}]
+    found = {"kernel": variant.kernel}
+    found |= {k: WIDTHS.get(x, x) for k, x in constants.items() if k not in DERIVED}
+    rules = {k: x for k, x in found.items() if k in ("kernel", *TYPES, *RULES)}
+    flags = {k: x for k, x in found.items() if k not in (*RULES, *TYPES)}
+    return [rules, flags]
 
 
 def covering_variants() -> list[codegen.Variant]:
-    """A fraction of all variants, in their order."""
+    """A fraction of all variants, in an order of their own."""
     places: dict[int, int] = {}
     alike: dict[pairs.Case, list[codegen.Variant]] = defaultdict(list)
-    for variant in codegen.variants():
-        alike[pairs.case_of(settings_of(variant), places)].append(variant)
+    for variant in sorted(codegen.variants(), key=repr):
+        for settings in settings_of(variant):
+            alike[pairs.case_of(settings, places)].append(variant)
     chosen = pairs.covering(alike)
     picked = [members for case, members in alike.items() if case in chosen]
-    return [members[i % len(members)] for i, members in enumerate(picked)]
+    return list(dict.fromkeys(members[i % len(members)] for i, members in enumerate(picked)))
 
 
 if __name__ == "__main__":

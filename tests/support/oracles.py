@@ -198,7 +198,7 @@ class Oracle:
         self._group = {i: group for group in self.groups for i in group["params"]}
         self._ascent, self._unified_lam, self._mix = ascent, lam, mix
         self._descent, self.loss = descent, loss
-        self.of_second, self.terms = 1.0, {}
+        self.of_second, self.terms, self.ascent_terms = 1.0, {}, {}
         self._warmup, self._normalized = warmup, normalized
         self._constrained, self._diagonal, self._takes_part = constrained, diagonal, takes_part
         self._renormalize, self._by_norm = renormalize, base in BY_NORM
@@ -314,7 +314,11 @@ class Oracle:
         if n == 0:
             return {}
         squares = {i: self._scale(self.weights[i], i) ** 2 for i in ds}
-        return {i: self._group[i]["rho"] * squares[i] * d / (n + NORM_EPS) for i, d in ds.items()}
+        times = {i: self._group[i]["rho"] * squares[i] / (n + NORM_EPS) for i in ds}
+        for i, g in gs.items():  # which cancel
+            old = self.state[i].get("ascent_ema", 0.0)
+            self.ascent_terms[i] = times[i] * (np.abs(g) + self._group[i]["sigma"] * np.abs(old))
+        return {i: times[i] * d for i, d in ds.items()}
 
     def _second_moment(self, gs: dict[int, Array]) -> dict[int, Array]:
         ds = {}
