@@ -331,17 +331,17 @@ def measure(variant: Variant, target_name: str, code: bool = False) -> Report:
     target = TARGETS[target_name]
     compiled, log = _compile(variant, target)
     if target.backend == "cuda":
-        code = compiled.asm["ptx"]
+        text = compiled.asm["ptx"]
         registers = _number(r"Used (\d+) registers", log)
         spilled = max(_number(rf"(\d+) bytes spill {kind}", log) for kind in ("stores", "loads"))
     else:
-        code = compiled.asm["amdgcn"]
-        registers = _number(r"\.vgpr_count: +(\d+)", code)
+        text = compiled.asm["amdgcn"]
+        registers = _number(r"\.vgpr_count: +(\d+)", text)
         # scalar registers spill to lanes of a vector register, not to memory
-        spilled = 4 * _number(r"\.vgpr_spill_count: +(\d+)", code)
-        spilled = max(spilled, _number(r"\.private_segment_fixed_size: +(\d+)", code))
+        spilled = 4 * _number(r"\.vgpr_spill_count: +(\d+)", text)
+        spilled = max(spilled, _number(r"\.private_segment_fixed_size: +(\d+)", text))
     accesses = defaultdict(list)
-    for place, bits in _accesses(code):
+    for place, bits in _accesses(text):
         accesses[place].append(bits)
     # a reduction's second look has the places of its first
     looks = Counter(_chunk_accesses(compiled.asm["ttir"], variant["CHUNK"]))

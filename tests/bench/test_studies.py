@@ -32,6 +32,7 @@ from claims import (
 )
 from claims.study_core import Result, Run, Size
 from claims.study_training import train_network
+from common.data import Images
 from common.text import PARTS, Decoder, Text, load_text, windows
 
 TINY = {
@@ -55,6 +56,9 @@ def tiny(monkeypatch):
     for module, values in TINY.items():
         for name, value in values.items():
             monkeypatch.setattr(module, name, value)
+    images = [Images(*(x[:400] for x in part)) for part in study_training.load("digits", "cpu")]
+    for module in (study_training, study_normalization, study_flatness):
+        monkeypatch.setattr(module, "load", lambda name, device: images)
     text = text_training.load()
     few = [part[:2200] for part in text[:3]]
     monkeypatch.setattr(text_training, "load", lambda: Text(*few, text.characters))

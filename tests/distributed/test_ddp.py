@@ -160,7 +160,7 @@ def many_steps(rank, size, methods, own, steps):
     }
 
 
-@pytest.mark.parametrize(("own", "steps"), [(False, 120), (True, 100)])
+@pytest.mark.parametrize(("own", "steps"), [(False, 80), (True, 80)])
 def test_replicas_stay_identical(own, steps):
     methods = OWN if own else list(METHODS)
     for found in processes.run(2, many_steps, methods, own, steps):
