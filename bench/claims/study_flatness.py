@@ -50,7 +50,7 @@ HIDDEN = 16
 FLOOR = 1e-3  # of what counts as an eigenvalue
 #: What is measured at the end, and how a table calls it.
 MEASURES = {
-    "sharpness": f"rise within {RADIUS}", "trace": "trace", "largest": "largest eigenvalue",
+    "sharpness": f"rise within {RADIUS}", "hessian_trace": "trace", "largest": "largest eigenvalue",
     "frobenius": "Frobenius norm", "log_det": "log determinant",
 }  # fmt: skip
 #: Methods with the settings that are tried; of the last three with the measure of their name.
@@ -62,7 +62,7 @@ TRIED: dict[str, list[dict[str, float]]] = {
     "det": [{"rho": 1.0, "weight": weight} for weight in (1.0, 10.0, 100.0)],
     "frob": [{"rho": 0.005, "weight": weight} for weight in (0.005, 0.05, 0.5)],
 }
-OWN = {"trace": "trace", "det": "log_det", "frob": "frobenius"}
+OWN = {"trace": "hessian_trace", "det": "log_det", "frob": "frobenius"}
 METHODS: dict[str, Callable[..., Any]] = {
     "sgd": torch.optim.SGD,
     **{
@@ -103,7 +103,7 @@ def measure(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]:
     eigenvalues = torch.linalg.eigvalsh(hessian_of(model, x, y))
     return {
         "sharpness": rise.item(),
-        "trace": eigenvalues.sum().item(),
+        "hessian_trace": eigenvalues.sum().item(),
         "largest": eigenvalues.max().item(),
         "frobenius": eigenvalues.square().sum().sqrt().item(),
         "log_det": torch.log1p(eigenvalues.clamp(min=0) / FLOOR).sum().item(),

@@ -585,7 +585,7 @@ def test_hessian_is_that_of_finite_differences():
     model.float()
     measured = study_flatness.measure(model, x, y)
     found = study_flatness.hessian_of(model, x, y)
-    assert measured["trace"] == pytest.approx(found.trace().item(), rel=1e-9)
+    assert measured["hessian_trace"] == pytest.approx(found.trace().item(), rel=1e-9)
     assert measured["frobenius"] == pytest.approx(found.norm().item(), rel=1e-9)
 
 
