@@ -199,8 +199,7 @@ def draw(results: list[Result], figure: Figure) -> None:
                 label = None if method in seen else method
                 axis.plot(x, y, "o", color=colours[method], label=label)
                 seen.add(method)
-        axis.set(xlabel=title, xscale="log")
-        axis.xaxis.set_minor_formatter("")  # which would overlap
+        axis.set(xlabel=title)
         axis.grid(alpha=0.3)
     axes[0].set(ylabel="test accuracy (%)")
     axes[-1].legend(fontsize=8)
