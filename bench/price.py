@@ -1,6 +1,6 @@
 """What does sharpness cost, and what does it give: time against test accuracy, for each method.
 
-    python bench/price.py                     # three tasks, two CPU cores, about 30 minutes
+    python bench/price.py                     # three tasks, meant for two CPU cores
     python bench/price.py --tasks digits      # one of them
     python bench/price.py --full              # more epochs and seeds, sized for a GPU
 

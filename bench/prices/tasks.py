@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -122,6 +122,7 @@ class Task:
     Attributes:
         unit: Of the score.
         chance: The score of a run that diverged.
+        needs: Packages that its data come from.
     """
 
     name: str
@@ -133,7 +134,7 @@ class Task:
     unit: str
     chance: float
     label_noise: float = 0.0
-    needs: tuple[str, ...] = field(default=())
+    needs: tuple[str, ...] = ()
 
     def make(self, seed: int, device: str) -> Problem:
         if self.name == "text":
