@@ -4,10 +4,12 @@
     python bench/price.py --tasks digits      # one of them
     python bench/price.py --full              # more epochs and seeds, sized for a GPU
 
-Times of steps are medians of turns that all contenders take in one process, split into forward and
-backward passes, the optimizer's own, and the rest. Then each contender trains at three radii for as
-many epochs as the base, and at the best of them for as long as SAM takes. It writes price.txt,
-price.csv and price.png.
+First come times of steps: medians of turns that all contenders take in one process, split into
+forward and backward passes, the optimizer's own, and the rest. Leave the machine alone meanwhile.
+Then each contender trains at three radii for as many epochs as the base, and at the best of them
+for as long as SAM takes. Peers (published packages that are installed, and loops in plain torch)
+train once more at the best radius of fastsam's own method. It writes price.txt, price.csv and
+price.png.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from tqdm import tqdm
 from claims.study_training import execute_all
 from prices.contenders import CONTENDERS
 from prices.measure import Split, Training, time_steps, train
-from prices.report import Found, draw, radii_table, table, verdicts, write_csv
+from prices.peers import PEERS, peers_of
+from prices.report import Found, draw, peers_table, radii_table, table, verdicts, write_csv
 from prices.tasks import TASKS, Task
 from train import OneLineParser, number
 
@@ -105,12 +108,36 @@ def equal_time(
     return trainings
 
 
-def look_at(task: Task, names: list[str], args: argparse.Namespace) -> Found:
-    """Time and train every contender on a task."""
+def of_peers(
+    task: Task, peers: list[str], best: dict[str, float], args: argparse.Namespace
+) -> list[Training]:
+    """Peers at the best radius of the contender that they are compared with."""
+    return [
+        Training(task.name, name, best[PEERS[name].like], seed, epochs_of(task, args), args.device)
+        for name in peers
+        for seed in range(args.seeds)
+    ]
+
+
+def time_all(
+    tasks: list[str], names: list[str], args: argparse.Namespace
+) -> dict[str, dict[str, Split]]:
+    """Time the steps of every contender and peer on every task, in this process alone."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    times = time_steps(task.name, names, args.rounds, args.device)
-    torch.set_num_threads(threads)
+    try:
+        return {
+            task: time_steps(task, names + peers_of(names), args.rounds, args.device)
+            for task in tqdm(tasks, desc="times of steps", unit="task")
+        }
+    finally:
+        torch.set_num_threads(threads)
+
+
+def look_at(
+    task: Task, times: dict[str, Split], names: list[str], args: argparse.Namespace
+) -> Found:
+    """Train every contender on a task."""
 
     def train_all(trainings: list[Training], what: str) -> list:
         with tqdm(total=len(trainings), desc=f"{task.name}, {what}", unit="training") as progress:
@@ -120,7 +147,8 @@ def look_at(task: Task, names: list[str], args: argparse.Namespace) -> Found:
     found = Found(task.name, times, first, [])
     best = {name: outcomes[0].training.rho for name, outcomes in found.best().items()}
     later = train_all(equal_time(task, times, best, args), "equal time")
-    return Found(task.name, times, first, later)
+    others = train_all(of_peers(task, peers_of(names), best, args), "peers")
+    return Found(task.name, times, first, later, others)
 
 
 def report(found: list[Found], args: argparse.Namespace, minutes: float) -> str:
@@ -137,7 +165,7 @@ def report(found: list[Found], args: argparse.Namespace, minutes: float) -> str:
         parts += [
             f"{one.task}: {epochs_of(task, args)} epochs, {100 * task.label_noise:g} % of the "
             f"training labels wrong, base {task.base.__name__}",
-            table(one), "\n".join(verdicts(one)), radii_table(one),
+            table(one), "\n".join(verdicts(one)), peers_table(one), radii_table(one),
         ]  # fmt: skip
     return "\n\n".join(parts) + "\n"
 
@@ -147,7 +175,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     names = list(dict.fromkeys(["base", "sam", *args.methods]))
     start = time.perf_counter()
-    found = [look_at(TASKS[name], names, args) for name in dict.fromkeys(args.tasks)]
+    tasks = list(dict.fromkeys(args.tasks))
+    times = time_all(tasks, names, args)
+    found = [look_at(TASKS[name], times[name], names, args) for name in tasks]
     text = report(found, args, (time.perf_counter() - start) / 60)
     print(text)
     (args.output / "price.txt").write_text(text, encoding="utf-8")

@@ -31,6 +31,7 @@ from .methods.weighted import GNP, WSAM
 from .normalization import normalization_groups
 from .replicas import per_replica
 from .schedules import LambdaRho, ProportionalRho, RhoScheduler, tail
+from .split import split_closures
 
 __version__ = "0.1.0"
 __all__ = ["ASAM", "BSAM", "ESAM", "GNP", "GSAM", "LESAM", "LETS", "MSAM", "SAM", "SAMAR",
@@ -39,5 +40,5 @@ __all__ = ["ASAM", "BSAM", "ESAM", "GNP", "GSAM", "LESAM", "LETS", "MSAM", "SAM"
            "LookSAM", "PreconditionedSAM", "ProportionalRho", "RhoScheduler", "SharpnessRatio",
            "TraceSAM", "UnifiedSAM", "UniversalSAM", "VaSSO", "compare_ranks", "frozen_batch_norm",
            "frozen_updates", "functional_closures", "graphed", "loss_landscape",
-           "normalization_groups", "per_replica", "rules", "select_samples", "sharpness", "tail",
-           "theory"]  # fmt: skip
+           "normalization_groups", "per_replica", "rules", "select_samples", "sharpness",
+           "split_closures", "tail", "theory"]  # fmt: skip

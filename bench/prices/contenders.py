@@ -26,10 +26,20 @@ class Loop:
     Args:
         problem: Has the model and the losses.
         optimizer: What is stepped.
+
+    Attributes:
+        timed: Goes around each closure. Default: the closure itself.
     """
 
     def __init__(self, problem: Problem, optimizer: Any):
         self.problem, self.optimizer = problem, optimizer
+        self.timed: Callable[[Closure], Closure] = lambda closure: closure
+
+    @property
+    def scheduled(self) -> torch.optim.Optimizer:
+        """Whose learning rate is scheduled."""
+        optimizer: torch.optim.Optimizer = self.optimizer
+        return optimizer
 
     def closure(self, x: Tensor, y: Tensor) -> Closure:
         def closure() -> Tensor:
@@ -41,19 +51,21 @@ class Loop:
         return closure
 
     def step(self, batch: Batch) -> None:
-        self.optimizer.step(self.closure(*batch))
+        self.optimizer.step(self.timed(self.closure(*batch)))
 
     def after(self) -> None:
         """What comes after each step, beside the schedule of the learning rate."""
+
+    def begin_turn(self, steps: int) -> None:
+        """Before as many steps are timed, for what does not treat all steps alike."""
 
 
 class FirstPassOnPart(Loop):
     """The first pass sees a part of the batch, the second all of it."""
 
     def step(self, batch: Batch) -> None:
-        x, y = batch
-        n = max(1, round(PART * len(y)))
-        self.optimizer.step(self.closure(x[:n], y[:n]), self.closure(x, y))
+        closures = fastsam.split_closures(lambda part: self.closure(*part)(), batch, PART)
+        self.optimizer.step(*map(self.timed, closures))
 
 
 class SelectedSamples(Loop):
@@ -77,7 +89,7 @@ class SelectedSamples(Loop):
             chosen = fastsam.select_samples(before[0], after, KEPT)
             return self.closure(x[chosen], y[chosen])()
 
-        self.optimizer.step(first, second)
+        self.optimizer.step(self.timed(first), self.timed(second))
 
 
 class Tail(Loop):
@@ -89,6 +101,9 @@ class Tail(Loop):
 
     def after(self) -> None:
         self.radius.step()
+
+    def begin_turn(self, steps: int) -> None:
+        self.optimizer.start = self.optimizer.kept["t"] - 1 + steps - round(TAIL * steps)
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,14 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from .contenders import CONTENDERS, TAIL, Closure, Loop
+from .contenders import Closure, Loop
+from .peers import EVERYONE
 from .tasks import TASKS, Batch, Problem
 
 STEPS = 30  # of a turn: whole periods of everything that has one
@@ -54,7 +55,7 @@ class Split(NamedTuple):
 
 def prepare(training: Training, steps: int | None = None) -> tuple[Problem, Loop, int]:
     """Return the problem, what takes its steps, and how many there will be."""
-    task, contender = TASKS[training.task], CONTENDERS[training.contender]
+    task, contender = TASKS[training.task], EVERYONE[training.contender]
     problem = task.make(training.seed, training.device)
     params = problem.model.parameters()
     optimizer = contender.make(params, task.base, task.settings, training.rho)
@@ -69,7 +70,7 @@ def train(training: Training) -> Outcome:
     """
     task = TASKS[training.task]
     problem, loop, steps = prepare(training)
-    schedule = CosineAnnealingLR(loop.optimizer, T_max=steps)
+    schedule = CosineAnnealingLR(loop.scheduled, T_max=steps)
     for _ in range(training.epochs):
         for batch in problem.epoch():
             loop.step(batch)
@@ -100,13 +101,7 @@ class TimedLoop:
         self.problem, self.loop, _ = prepare(training, steps=STEPS)
         self.batches = self._forever()
         self.device, self.inside = training.device, 0.0
-        self.is_tail = training.contender == "tail"
-        step = self.loop.optimizer.step
-
-        def timed_step(*closures: Closure) -> Any:
-            return step(*map(self._timed, closures))
-
-        self.loop.optimizer.step = timed_step
+        self.loop.timed = self._timed
 
     def _timed(self, closure: Closure) -> Closure:
         def timed() -> Tensor:
@@ -123,9 +118,7 @@ class TimedLoop:
 
     def turn(self) -> Split:
         """Take ``STEPS`` steps and return the mean of their times."""
-        if self.is_tail:  # of every turn the last part is sharpness-aware
-            optimizer = self.loop.optimizer
-            optimizer.start = optimizer.kept["t"] - 1 + STEPS - round(TAIL * STEPS)
+        self.loop.begin_turn(STEPS)
         self.inside = stepping = 0.0
         start = now(self.device)
         for batch in itertools.islice(self.batches, STEPS):
@@ -143,7 +136,7 @@ def time_steps(
     """Return each contender's times of a step: the median turn of ``rounds``, taken in turns."""
     radius = TASKS[task].radius
     loops = {
-        name: TimedLoop(Training(task, name, radius * CONTENDERS[name].multiples[0], 0, 1, device))
+        name: TimedLoop(Training(task, name, radius * EVERYONE[name].multiples[0], 0, 1, device))
         for name in contenders
     }
     turns: dict[str, list[Split]] = {name: [] for name in contenders}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from .contenders import CONTENDERS
 from .measure import Outcome, Split
+from .peers import PEERS
 from .tasks import TASKS
 from common.outputs import align, mean_std, write_lines
 
@@ -29,6 +30,7 @@ class Found:
     times: Mapping[str, Split]
     equal_epochs: Sequence[Outcome]
     equal_time: Sequence[Outcome]
+    peers: Sequence[Outcome] = ()  # at equal epochs, at the best radius of fastsam's own
 
     def ratio(self, contender: str) -> float:
         """A step's time over the base's."""
@@ -102,6 +104,27 @@ def table(found: Found) -> str:
     return align(lines)
 
 
+def peers_table(found: Found) -> str:
+    """Return a line per peer, each after fastsam's own method with the same radius."""
+    task = found.task
+    lines = [["against peers", "time ÷ base", "ms: passes", "optimizer", "rest", "rho",
+              f"{TASKS[task].unit}, equal epochs", "time ÷ fastsam's"]]  # fmt: skip
+
+    def line(title: str, name: str, outcomes: list[Outcome], ratio: str) -> list[str]:
+        split = found.times[name]
+        return [title, f"{found.ratio(name):.2f}", f"{split.passes:.2f}", f"{split.optimizer:.2f}",
+                f"{split.rest:.2f}", f"{outcomes[0].training.rho:g}", shown(outcomes, task),
+                ratio]  # fmt: skip
+
+    best = found.best()
+    for name, radii in by_contender(found.peers).items():
+        like = PEERS[name].like
+        ratio = found.times[name].total / found.times[like].total
+        lines.append(line(CONTENDERS[like].title, like, best[like], "1"))
+        lines.append(line(PEERS[name].title, name, next(iter(radii.values())), f"{ratio:.2f}"))
+    return align(lines)
+
+
 def radii_table(found: Found) -> str:
     """Return what every radius that was tried gave, at equal epochs."""
     lines = [["method", "rho", "score"]]
@@ -142,7 +165,7 @@ def write_csv(found: Sequence[Found], path: Path) -> None:
     lines: list[Sequence[object]] = [["task", "comparison", "contender", "rho", "seed", "epochs",
                                       "score", "diverged", "time_ratio"]]  # fmt: skip
     for one in found:
-        for comparison in ("equal_epochs", "equal_time"):
+        for comparison in ("equal_epochs", "equal_time", "peers"):
             for outcome in getattr(one, comparison):
                 t = outcome.training
                 lines.append([t.task, comparison, t.contender, t.rho, t.seed, t.epochs,

