@@ -6,9 +6,10 @@
     python bench/gpu.py --rehearse          # small sizes, to see that it runs; no number counts
 
 Each stage is a process of its own with a limit of time, so that a crash loses no other stage. It
-writes a JSON file to bench/results/gpu-NAME, with GPU, driver, versions and date; in the end come
-figures, and README's section on GPUs. A stage that is done on the same GPU, driver, torch and
-triton is not run again. A rehearsal writes to build/gpu-rehearsal, a copy of README.md among it.
+writes a JSON file to bench/results/gpu-NAME, with GPU, driver, versions and date. At the end it
+draws figures and writes the section on GPUs of docs/performance.md. A stage that is done on the
+same GPU, driver, torch and triton is not run again. A rehearsal writes to build/gpu-rehearsal, with
+a copy of that page.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ from typing import Any
 
 import torch
 
-from on_gpu.readme import rewrite
+from common.pages import PAGE, link
 from on_gpu.records import DONE, FAILED, ROOT, TIMED_OUT, Record, describe, load_all, slug
+from on_gpu.report_page import rewrite
 from on_gpu.stages import STAGES, Context
 from train import OneLineParser, number
 
@@ -58,8 +60,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--again", action="store_true", help="run stages that are done as well")
     add("--rehearse", action="store_true", help="small sizes; nothing is a measurement")
     add("--output", type=Path, metavar="FOLDER", help="default: bench/results/gpu-NAME")
-    add("--readme", type=Path, default=ROOT / "README.md", metavar="FILE",
-        help="whose section on GPUs is written (default: README.md)")  # fmt: skip
+    add("--page", type=Path, default=PAGE, metavar="FILE",
+        help="whose section on GPUs is written (default: docs/performance.md)")  # fmt: skip
     add("--python", type=shlex.split, default=[sys.executable], metavar="COMMAND",
         help="what runs a Python script (default: this interpreter)")  # fmt: skip
     add("--run", choices=[*STAGES, ONE_STEP], help=argparse.SUPPRESS)  # in a child
@@ -67,8 +69,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if not torch.cuda.is_available():
         parser.error("no GPU: torch.cuda.is_available() is False")
     if args.output is not None and not args.output.name.startswith("gpu-"):
-        parser.error(f"argument --output: must be a folder whose name begins with gpu-, by which "
-                     f"README's section finds it, got {str(args.output)!r}")  # fmt: skip
+        parser.error(f"argument --output: must be a folder whose name begins with gpu-, which the "
+                     f"report looks for, got {str(args.output)!r}")  # fmt: skip
     args.stages = [name for name in STAGES if name in args.stages]
     return args
 
@@ -152,7 +154,7 @@ def _end(process: subprocess.Popen[Any]) -> None:
 
 
 def report(args: argparse.Namespace, say: Say) -> None:
-    """Draw the figures and write README's section."""
+    """Draw the figures and write the section on GPUs."""
     if find_spec("matplotlib") is None:
         say("no figures: they need the package matplotlib")
     else:
@@ -161,15 +163,10 @@ def report(args: argparse.Namespace, say: Say) -> None:
         for path in draw_all(load_all(args.output), args.output):
             say(f"wrote {path.name}")
     results = args.output.parent
-    if args.rehearse:  # its README is a copy, and no other run counts
-        shutil.copy(args.readme, args.output / "README.md")
-        args.readme = args.output / "README.md"
-    try:
-        folder = results.resolve().relative_to(args.readme.resolve().parent).as_posix()
-    except ValueError:
-        folder = results.name
-    rewrite(args.readme, results, folder, args.rehearse)
-    say(f"wrote the section on GPUs of {args.readme.name}")
+    if args.rehearse:  # its page is a copy, and no other run counts
+        args.page = Path(shutil.copy(args.page, args.output))
+    rewrite(args.page, results, link(results, args.page), args.rehearse)
+    say(f"wrote the section on GPUs of {args.page.name}")
 
 
 # --- in a child ------------------------------------------------------------------------------

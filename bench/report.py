@@ -2,7 +2,7 @@
 
     python bench/report.py                                 # everything; some minutes on two cores
     python bench/report.py --sections copy --sets resnet50 # a part of it
-    python bench/report.py --readme                        # write README's section, measure nothing
+    python bench/report.py --page                          # write its page, measure nothing
 
 Prints every ratio with its target, and writes NAME.json, NAME-bars.png and NAME-growth.png, where
 NAME is "cpu" or the GPU's. A part of the comparison, or a --quick one, which has too few turns to
@@ -22,15 +22,15 @@ from pathlib import Path
 import torch
 
 from common.outputs import align
+from common.pages import PAGE, ROOT, link
 from speed.contenders import PEERS, SETS, count, parameter_set, peer_names
 from speed.measure import describe_hardware, versions
 from speed.report_figures import draw_bars, draw_growth, title
-from speed.report_readme import rewrite
+from speed.report_page import rewrite
 from speed.report_sections import SECTIONS, measure
 from speed.report_verdicts import Report, Row, judge, not_measured
 from train import OneLineParser, number
 
-ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = ROOT / "bench" / "results" / "speed"
 ROUNDS = {"cpu": 41, "cuda": 5}  # on a GPU each turn is the median of many steps
 # compiling a foreach step takes a minute for every set: on a GPU those that a target names
@@ -65,9 +65,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: %(default)s")
     add("--threads", type=counter, help="CPU threads (default: torch's)")
     add("--output", type=Path, metavar="FOLDER", help="default: bench/results/speed")
-    add("--readme", type=Path, nargs="?", const=ROOT / "README.md", metavar="FILE",
+    add("--page", type=Path, nargs="?", const=PAGE, metavar="FILE",
         help="write its section on speed from the results in the folder, and measure nothing "
-        "(default: README.md)")  # fmt: skip
+        "(default: docs/performance.md)")  # fmt: skip
     args = parser.parse_args(argv)
 
     if args.device == "auto":
@@ -77,12 +77,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.sections = [name for name in SECTIONS if name in args.sections]
     args.sets = list(dict.fromkeys(args.sets or DEFAULT_SETS[args.device]))
     whole = args.sections == list(SECTIONS) and set(DEFAULT_SETS[args.device]) <= set(args.sets)
-    if args.output is None and (args.readme or (whole and not args.quick)):
+    if args.output is None and (args.page or (whole and not args.quick)):
         args.output = OUTPUT
     default = QUICK_ROUNDS if args.quick else None
     args.host_rounds = args.rounds or default or ROUNDS["cpu"]
     args.rounds = args.rounds or default or ROUNDS[args.device]
-    if args.readme or args.output is None:
+    if args.page or args.output is None:
         return args
     if importlib.util.find_spec("matplotlib") is None:
         parser.error("the figures need the package matplotlib: pip install 'fastsam[bench]'")
@@ -93,14 +93,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"argument --output: must be a folder that can be written, got "
                      f"{str(args.output)!r} ({error.strerror})")  # fmt: skip
     return args
-
-
-def relative(folder: Path, readme: Path) -> str:
-    """The folder as the README links to it."""
-    folder, parent = folder.resolve(), readme.resolve().parent
-    if folder.is_relative_to(parent):
-        return folder.relative_to(parent).as_posix()
-    return OUTPUT.relative_to(ROOT).as_posix()
 
 
 def tabulate(rows: Sequence[Row]) -> str:
@@ -131,9 +123,9 @@ def run(args: argparse.Namespace) -> Report:
 def main(argv: list[str] | None = None) -> int:
     """Measure, print the table, write JSON and figures; return the exit status."""
     args = parse(argv)
-    if args.readme:
+    if args.page:
         try:
-            rewrite(args.readme, args.output, relative(args.output, args.readme))
+            rewrite(args.page, args.output, link(args.output, args.page))
         except (OSError, ValueError) as error:
             print(f"report.py: error: {error}", file=sys.stderr)
             return 2

@@ -14,7 +14,8 @@ import torch
 
 from fastsam.kernels.layout import Launch, Launches
 
-from on_gpu import checks, figures, kernels, problems, profiles, readme, records, steps
+from common.pages import PAGE
+from on_gpu import checks, figures, kernels, problems, profiles, records, report_page, steps
 from on_gpu.clock import Clock, launch_names
 from on_gpu.records import DONE, FAILED, MACHINE, RUNNING, TIMED_OUT, Record
 from on_gpu.stages import STAGES, Context
@@ -289,14 +290,14 @@ def save_everything(folder, rehearsal=False):
 
 @pytest.fixture
 def page(tmp_path):
-    path = tmp_path / "README.md"
+    path = tmp_path / "page.md"
     path.write_text("above\n<!-- gpu -->\nearlier words\n<!-- /gpu -->\nbelow\n")
     return path
 
 
-def test_readme_of_a_gpu(page, tmp_path):
+def test_page_of_a_gpu(page, tmp_path):
     save_everything(tmp_path / "results" / "gpu-some-gpu")
-    readme.rewrite(page, tmp_path / "results", "bench/results")
+    report_page.rewrite(page, tmp_path / "results", "bench/results")
     text = page.read_text()
     assert text.startswith("above\n<!-- gpu -->\n") and "earlier" not in text
     assert text.endswith("\n<!-- /gpu -->\nbelow\n")
@@ -312,23 +313,23 @@ def test_readme_of_a_gpu(page, tmp_path):
     row = "| GPT-2 · SAM + SGD | 1.2 ms | 1.20 | 2.00× (pytorch-optimizer) | 1.50× |"
     assert row in text
     assert "by the wall clock: SAM + SGD 200 µs instead of 300 µs." in words
-    readme.rewrite(page, tmp_path / "results", "bench/results")
+    report_page.rewrite(page, tmp_path / "results", "bench/results")
     assert page.read_text() == text
 
 
-def test_readme_without_results(page, tmp_path):
-    readme.rewrite(page, tmp_path, "bench/results")
+def test_page_without_results(page, tmp_path):
+    report_page.rewrite(page, tmp_path, "bench/results")
     assert "No GPU has been timed yet." in page.read_text()
-    text = (ROOT / "README.md").read_text()
+    text = PAGE.read_text()
     known = list((ROOT / "bench" / "results").glob("gpu-*"))
-    assert known or f"<!-- gpu -->\n{readme.section({})}\n<!-- /gpu -->" in text
+    assert known or f"<!-- gpu -->\n{report_page.section({})}\n<!-- /gpu -->" in text
 
 
 def test_a_rehearsal_is_no_measurement(page, tmp_path):
     save_everything(tmp_path / "gpu-rehearsal", rehearsal=True)
-    readme.rewrite(page, tmp_path, "bench/results")
+    report_page.rewrite(page, tmp_path, "bench/results")
     assert "No GPU has been timed yet." in page.read_text()
-    readme.rewrite(page, tmp_path, "bench/results", rehearsal=True)
+    report_page.rewrite(page, tmp_path, "bench/results", rehearsal=True)
     assert "**REHEARSAL, no measurement.**" in page.read_text()
     for path in (ROOT / "bench" / "results").glob("gpu-*/*.json"):
         assert not Record.load(path).rehearsal, f"{path.name} is of a rehearsal"
@@ -336,11 +337,11 @@ def test_a_rehearsal_is_no_measurement(page, tmp_path):
 
 @pytest.mark.parametrize("text", ["", "<!-- gpu -->", "<!-- /gpu --><!-- gpu -->",
                                   2 * "<!-- gpu --><!-- /gpu -->"])  # fmt: skip
-def test_readme_needs_its_marks(text, tmp_path):
-    path = tmp_path / "README.md"
+def test_page_needs_its_marks(text, tmp_path):
+    path = tmp_path / "page.md"
     path.write_text(text)
     with pytest.raises(ValueError, match="must have <!-- gpu --> and <!-- /gpu --> in it, once"):
-        readme.rewrite(path, tmp_path, "x")
+        report_page.rewrite(path, tmp_path, "x")
     assert path.read_text() == text
 
 
@@ -348,9 +349,9 @@ def test_a_report_of_whatever_is_there(parse, page, folder):
     said = []
     for rehearsal in (False, True):
         save_everything(folder, rehearsal)
-        args = parse("--readme", str(page), *["--rehearse"] * rehearsal)
+        args = parse("--page", str(page), *["--rehearse"] * rehearsal)
         gpu.report(args, said.append)
-        where = folder / "README.md" if rehearsal else page
+        where = folder / "page.md" if rehearsal else page
         assert "([results](" in where.read_text()
     assert "REHEARSAL" not in page.read_text()
     assert {path.name for path in folder.glob("*.png")} == {"kernels.png", "peers.png"}
@@ -390,7 +391,7 @@ needs_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines w
 @needs_cpu
 @pytest.mark.parametrize("name", problems.CASES)
 def test_kernels_are_found_and_their_bytes_add_up(name, clock):
-    """Every kernel of a step is timed under its name, and moves what README's table says."""
+    """Every kernel of a step is timed under its name, and moves what the table of costs says."""
     trial = problems.Trial(name, 300, 3, torch.float32, torch.device("cpu"))
     found = clock.of_kernels(trial.first, trial.second, 1, warmup=2)
     assert list(found) == list(trial.case.streams)

@@ -1,4 +1,4 @@
-"""``bench/report.py``: verdicts, results on disk, README's section, a whole run on tiny sets."""
+"""``bench/report.py``: verdicts, results on disk, the page's section, a whole run on tiny sets."""
 
 import json
 import platform
@@ -11,7 +11,8 @@ import torch
 
 import host_time
 import report
-from speed import report_readme, report_sections, report_verdicts
+from common.pages import PAGE, link
+from speed import report_page, report_sections, report_verdicts
 from speed.contenders import COMPILED, METHODS
 from speed.measure import Times, Timing
 from speed.report_verdicts import Report, Row
@@ -192,17 +193,17 @@ def test_results_survive_the_file(made, tmp_path):
     assert entry["verdict"] == "FAIL" and entry["target"] == 1.15  # readable without this code
 
 
-def write_readme(folder, *reports):
+def write_page(folder, *reports):
     for made in reports:
         made.save(folder / f"{made.name}.json")
-    readme = folder / "README.md"
-    readme.write_text("above\n<!-- performance -->\nold\n<!-- /performance -->\nbelow\n")
-    report_readme.rewrite(readme, folder, "here")
-    return readme.read_text()
+    page = folder / "page.md"
+    page.write_text("above\n<!-- performance -->\nold\n<!-- /performance -->\nbelow\n")
+    report_page.rewrite(page, folder, "here")
+    return page.read_text()
 
 
-def test_readme_of_a_cpu(tmp_path):
-    text = write_readme(tmp_path, make_report())
+def test_page_of_a_cpu(tmp_path):
+    text = write_page(tmp_path, make_report())
     assert text.startswith("above\n<!-- performance -->\n") and "old" not in text
     assert text.endswith("\n<!-- /performance -->\nbelow\n")
     assert "Some CPU, 2 cores; torch 2.13.0; 2026-01-02" in text
@@ -218,12 +219,12 @@ def test_readme_of_a_cpu(tmp_path):
     assert "(here/cpu-bars.png)" in text and "(here/cpu-growth.png)" in text
     prose = [line for line in text.splitlines() if not line.startswith("|")]
     assert max(map(len, prose)) <= 100
-    report_readme.rewrite(tmp_path / "README.md", tmp_path, "here")
-    assert (tmp_path / "README.md").read_text() == text
+    report_page.rewrite(tmp_path / "page.md", tmp_path, "here")
+    assert (tmp_path / "page.md").read_text() == text
 
 
-def test_readme_of_a_gpu_comes_after_the_cpus(tmp_path):
-    text = write_readme(tmp_path, make_gpu_report(), make_report())
+def test_gpus_come_after_the_cpus(tmp_path):
+    text = write_page(tmp_path, make_gpu_report(), make_report())
     assert "No GPU" not in text and "do_bench" in text
     assert text.index("Some CPU, 2 cores") < text.index("NVIDIA Some GPU; torch")
     assert "| 2.0 ms | 1.11 |" in text and "| 1.10× |" in text  # over the copy, and compiled
@@ -235,18 +236,24 @@ def test_readme_of_a_gpu_comes_after_the_cpus(tmp_path):
     ["", "<!-- performance -->", "<!-- /performance --><!-- performance -->",
      2 * "<!-- performance --><!-- /performance -->"],
 )  # fmt: skip
-def test_readme_without_its_marks_stays(text, tmp_path):
+def test_page_without_its_marks_stays(text, tmp_path):
     make_report().save(tmp_path / "cpu.json")
-    readme = tmp_path / "README.md"
-    readme.write_text(text)
-    with pytest.raises(ValueError, match="README.md must have <!-- performance --> and"):
-        report_readme.rewrite(readme, tmp_path, "here")
-    assert readme.read_text() == text
+    page = tmp_path / "page.md"
+    page.write_text(text)
+    with pytest.raises(ValueError, match="page.md must have <!-- performance --> and"):
+        report_page.rewrite(page, tmp_path, "here")
+    assert page.read_text() == text
 
 
-def test_quick_results_do_not_reach_the_readme(tmp_path):
+def test_the_page_is_of_the_results_that_are_here():
+    text = report_page.section([Report.load(path) for path in sorted(report.OUTPUT.glob("*.json"))],
+                               link(report.OUTPUT, PAGE))  # fmt: skip
+    assert f"<!-- performance -->\n{text}\n<!-- /performance -->" in PAGE.read_text()
+
+
+def test_quick_results_do_not_reach_the_page(tmp_path):
     with pytest.raises(ValueError, match="no results of a full run"):
-        write_readme(tmp_path, make_report(quick=True))
+        write_page(tmp_path, make_report(quick=True))
 
 
 @pytest.fixture
@@ -256,7 +263,7 @@ def tiny(monkeypatch):
     for name, value in (("HOST_TENSORS", (3, 6)), ("GROWTH_TENSORS", (2, 6))):
         monkeypatch.setattr(report_sections, name, value)
         monkeypatch.setattr(report_verdicts, name, value)
-    monkeypatch.setattr(report_readme, "HOST_TENSORS", (3, 6))
+    monkeypatch.setattr(report_page, "HOST_TENSORS", (3, 6))
 
 
 def test_quick_run_from_end_to_end(tiny, tmp_path, capsys):
@@ -284,14 +291,14 @@ def test_quick_run_from_end_to_end(tiny, tmp_path, capsys):
     assert str(Path.home()) not in text and str(tmp_path) not in text
     assert f'"{platform.node()}"' not in text
 
-    readme = tmp_path / "README.md"
-    readme.write_text("<!-- performance -->\n<!-- /performance -->\n")
-    options = ["--readme", str(readme), "--output", str(folder)]
+    page = tmp_path / "page.md"
+    page.write_text("<!-- performance -->\n<!-- /performance -->\n")
+    options = ["--page", str(page), "--output", str(folder)]
     assert report.main(options) == 2  # a quick run's
     assert "report.py: error: no results of a full run" in capsys.readouterr().err
     replace(found, quick=False).save(folder / "cpu.json")
     assert report.main(options) == 0
-    text = readme.read_text()
+    text = page.read_text()
     assert "(made/here/cpu-bars.png)" in text and "uniform:30:30 · SAM + AdamW (30 tensors" in text
 
 

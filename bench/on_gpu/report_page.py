@@ -1,4 +1,4 @@
-"""README's section on GPUs, written from the records of every GPU that was timed."""
+"""The section on GPUs of docs/performance.md, from the records of every GPU that was timed."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from pathlib import Path
 
 from .problems import CASES
 from .records import DONE, Record, load_all
+from common.pages import write_between
 from speed.contenders import COMPILED, FUSED, METHODS, SET_LABELS
-from speed.report_readme import fill, seconds, table
+from speed.report_page import fill, seconds, table
 
 BEGIN, END = "<!-- gpu -->", "<!-- /gpu -->"
 NOTHING = """\
@@ -21,29 +22,24 @@ device's events, with a cold cache. *Copy* is torch's copy of contiguous memory 
 Records = Mapping[str, Record]
 
 
-def rewrite(readme: Path, results: Path, folder: str, rehearsal: bool = False) -> None:
-    """Put the section between the marks of a README.
+def rewrite(page: Path, results: Path, folder: str, rehearsal: bool = False) -> None:
+    """Put the section between the marks of a page.
 
     Args:
-        readme: The file; both marks are in it, once and in order.
+        page: The file; both marks are in it, once and in order.
         results: The folder that has a folder ``gpu-...`` for each GPU.
-        folder: That folder, seen from the README.
+        folder: That folder, seen from the page.
         rehearsal: Whether to take rehearsals, and nothing else.
 
     Raises:
         ValueError: If the marks are missing, or a file is no record.
     """
-    text = readme.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in rest or END in after:
-        raise ValueError(f"{readme.name} must have {BEGIN} and {END} in it, once and in order")
     found = {}
     for path in sorted(results.glob("gpu-*")):
         records = {k: r for k, r in load_all(path).items() if r.rehearsal == rehearsal}
         if records:
             found[f"{folder}/{path.name}"] = records
-    readme.write_text(f"{before}{BEGIN}\n{section(found)}\n{END}{after}", encoding="utf-8")
+    write_between(page, BEGIN, END, section(found))
 
 
 def section(found: Mapping[str, Records]) -> str:

@@ -1,4 +1,4 @@
-"""The README's section on speed, written from what ``report.py`` has measured."""
+"""The section on speed of docs/performance.md, written from what ``report.py`` has measured."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from .measure import Timing
 from .report_figures import title
 from .report_sections import COMPARED, HOST_TENSORS, LARGE, rounds_for
 from .report_verdicts import Medians, Report, label, millions
+from common.pages import write_between
 from host_time import FRESH, STEP, SWEEP
 
 BEGIN, END = "<!-- performance -->", "<!-- /performance -->"
 
 HOW = """\
-`python bench/report.py` times the optimizer's work of a step: both passes, on gradients that are
-there already, without the network's forward and backward passes, in float32. The contenders take
-turns in one process; a figure is the median of its turns. SGD has momentum. *Copy* is one plain
-copy of contiguous memory that moves as many bytes as the method has to, each number that it needs
-read once and each result written once. The peers are SAM of {peers}, as they come and with torch's
-fused SGD or AdamW as their base (`fused=True`); "2× (name)" means that the faster of them, which is
-named, takes twice fastsam's time."""
+`python bench/report.py` times the optimizer's part of a step in float32: both passes, without the
+network's forward and backward passes. The contenders take turns in one process, and each time is
+the median of its turns. SGD has momentum. *Copy* is one plain copy of contiguous memory that moves
+the least bytes of the method: each number read once, each result written once. The peers are SAM of
+{peers}, as they come and with torch's fused SGD or AdamW as their base (`fused=True`). "2× (name)"
+means that the faster peer, which is named, takes twice fastsam's time."""
 
 ON_GPU = """\
 On a GPU a turn is the median of Triton's `do_bench`, by the device's own events and with a cleared
@@ -99,8 +99,8 @@ def host_table(report: Report) -> str | None:
 
 
 HOST = """\
-The triton backend's work on the host for a whole step, with the launches left out, against one bare
-sweep over the gradients' addresses, `[p.grad.data_ptr() for p in params]`:"""
+The triton backend's work on the host for a whole step, without the launches. *Sweep* is one bare
+loop over the gradients' addresses, `[p.grad.data_ptr() for p in params]`:"""
 
 
 def growth_sentence(report: Report) -> str | None:
@@ -119,7 +119,7 @@ def fill(text: str) -> str:
 
 
 def measured_on(report: Report, folder: str) -> str:
-    """One machine's tables; ``folder`` is where its figures are, seen from the README."""
+    """One machine's tables; ``folder`` is where its figures are, seen from the page."""
     packages = ", ".join(f"{name} {version}" for name, version in report.versions.items()
                          if name not in ("torch", "fastsam"))  # fmt: skip
     turns = f"{report.rounds} turns, {rounds_for(LARGE + 1, report.rounds)} on sets above "
@@ -154,22 +154,16 @@ def section(reports: Sequence[Report], folder: str) -> str:
     return "\n\n".join([fill(how), *(measured_on(r, folder) for r in reports)])
 
 
-def rewrite(readme: Path, results: Path, folder: str) -> None:
-    """Put the section between the marks of a README.
+def rewrite(page: Path, results: Path, folder: str) -> None:
+    """Put the section between the marks of a page.
 
     Args:
-        readme: The file; both marks are in it, once and in order.
+        page: The file; both marks are in it, once and in order.
         results: Folder of the JSON files.
-        folder: That folder, seen from the README.
+        folder: That folder, seen from the page.
 
     Raises:
         ValueError: If the marks or the results are missing.
     """
-    text = readme.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in rest or END in after:
-        raise ValueError(f"{readme.name} must have {BEGIN} and {END} in it, once and in order")
     reports = [Report.load(path) for path in sorted(results.glob("*.json"))]
-    new = section(reports, folder)
-    readme.write_text(f"{before}{BEGIN}\n{new}\n{END}{after}", encoding="utf-8")
+    write_between(page, BEGIN, END, section(reports, folder))
