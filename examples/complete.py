@@ -7,6 +7,7 @@ Stop it and start it again: it goes on where it was.
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from sklearn.datasets import load_digits
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import fastsam
 
 
-def main(epochs: int = 10, checkpoint: Path = Path("complete.pt")) -> float:
+def main(epochs: int = 10, *, checkpoint: Path = Path("complete.pt")) -> float:
     """Train, save after each epoch, and return the accuracy on the test images in percent."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
@@ -65,7 +66,7 @@ def main(epochs: int = 10, checkpoint: Path = Path("complete.pt")) -> float:
             accuracy = 100 * (model(test[0]).argmax(1) == test[1]).float().mean().item()
         norm = optimizer.metrics["grad_norm"].item()  # waits for the device: once an epoch
         print(f"epoch {epoch + 1}: loss {loss.item():.3f}, norm {norm:.2f}, test {accuracy:.1f} %")
-        parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+        parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
         torch.save(
             {name: part.state_dict() for name, part in parts.items()} | {"epoch": epoch + 1},
             checkpoint,

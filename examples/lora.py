@@ -48,7 +48,8 @@ def main(epochs: int = 10) -> tuple[float, float]:
     x, y = (torch.tensor(part, device=device) for part in load_digits(return_X_y=True))
     x = x.float() / 16
     train, test = slice(0, 1400), slice(1400, None)
-    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10)).to(device)
+    first, last = nn.Linear(64, 128), nn.Linear(128, 10)
+    model = nn.Sequential(first, nn.ReLU(), last).to(device)
     even = (y[train] % 2 == 0).nonzero().squeeze(1)
     whole = fastsam.SAM(model.parameters(), torch.optim.AdamW, rho=0.05, lr=3e-3)
     fit(model, whole, x[train][even], y[train][even], epochs)
@@ -58,7 +59,7 @@ def main(epochs: int = 10) -> tuple[float, float]:
             return 100 * (model(x[test]).argmax(1) == y[test]).float().mean().item()
 
     before = accuracy()
-    model[0], model[2] = LoRA(model[0]).to(device), LoRA(model[2]).to(device)
+    model[0], model[2] = LoRA(first).to(device), LoRA(last).to(device)
     adapters = [p for p in model.parameters() if p.requires_grad]
     optimizer = fastsam.SAM(adapters, torch.optim.AdamW, rho=0.05, lr=1e-2)
     fit(model, optimizer, x[train], y[train], epochs)

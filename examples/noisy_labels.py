@@ -4,6 +4,7 @@ python examples/noisy_labels.py
 """
 
 import sys
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from torch import nn
 
 import fastsam
 
-SGD = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
+SGD: dict[str, Any] = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
 
 
 def train(make, epochs: int) -> float:

@@ -7,6 +7,7 @@ Saved are the model, the optimizer, the schedules and the random state: load the
 
 import io
 import sys
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,9 +32,8 @@ class Run:
         )
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, T_max=100)
         self.radius = fastsam.LambdaRho(self.optimizer, lambda t: min(1.0, (t + 1) / 50))
-
-        self.parts = {"model": self.model, "optimizer": self.optimizer,
-                      "schedule": self.schedule, "radius": self.radius}  # fmt: skip
+        self.parts: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer,
+                                      "schedule": self.schedule, "radius": self.radius}  # fmt: skip
 
     def train(self, steps: int) -> None:
         for _ in range(steps):

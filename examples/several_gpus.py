@@ -27,8 +27,8 @@ def main(epochs: int = 5) -> float:
     torch.manual_seed(0)  # equal batches everywhere; each process takes its part
     x, y = (torch.tensor(part, device=device) for part in load_digits(return_X_y=True))
     x = x.float() / 16
-    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10)).to(device)
-    model = DistributedDataParallel(model)
+    network = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10)).to(device)
+    model = DistributedDataParallel(network)
     optimizer = fastsam.SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1, momentum=0.9)
     fastsam.compare_ranks(optimizer)  # once: settings that differ would go unnoticed
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)

@@ -21,6 +21,8 @@ LENGTH, WIDTH = 64, 64
 class Model(nn.Module):
     """A decoder-only transformer on bytes."""
 
+    mask: torch.Tensor
+
     def __init__(self):
         super().__init__()
         self.embedding = nn.Embedding(128, WIDTH)

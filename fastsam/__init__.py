@@ -33,7 +33,7 @@ from .replicas import per_replica
 from .schedules import LambdaRho, ProportionalRho, RhoScheduler, tail
 from .split import split_closures
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["ASAM", "BSAM", "ESAM", "GNP", "GSAM", "LESAM", "LETS", "MSAM", "SAM", "SAMAR",
            "SAMSPS", "SSAM", "USAM", "WSAM", "AdaGradNorm", "AdaSAM", "DelayedSAM", "DetSAM",
            "FriendlySAM", "FrobSAM", "FunctionalSAM", "LambdaRho", "Landscape", "LightSAM",

@@ -69,6 +69,10 @@ def compare_ranks(optimizer: Optimizer, group: Any = None) -> None:
     Raises:
         TypeError: If ``optimizer`` is another.
         RuntimeError: On every rank, if settings differ; the message has each value and its ranks.
+
+    Example:
+        >>> optimizer = fastsam.SAM(model.parameters(), torch.optim.SGD, lr=0.1)
+        >>> fastsam.compare_ranks(optimizer)  # raises where another rank has another lr
     """
     mine: Settings = {}
     outer = optimizer

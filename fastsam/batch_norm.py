@@ -60,8 +60,17 @@ class frozen_batch_norm:  # noqa: N801 - used like a function
             which changes them in every forward. Default: none.
 
     Raises:
-        TypeError: If ``model`` is not a ``torch.nn.Module``, or ``buffers`` are not names.
+        TypeError: If ``model`` is not a :class:`torch.nn.Module`, or ``buffers`` are not names.
         ValueError: If no module of the model has a buffer of a name in ``buffers``.
+
+    Example:
+        >>> frozen = fastsam.frozen_batch_norm(model)
+        >>> optimizer = fastsam.SAM(
+        ...     model.parameters(), torch.optim.SGD, lr=0.1, descent_context=frozen
+        ... )
+        >>> loss = optimizer.step(closure)
+        >>> model[1].num_batches_tracked  # of two passes
+        tensor(1)
     """
 
     def __init__(self, model: Module, buffers: Iterable[str] = ()):

@@ -245,8 +245,8 @@ class Configured(SharedState):
         raises from then on. It is fused where its class is.
 
         Args:
-            optimizer: An instance of a ``torch.optim.Optimizer``. Keys of its groups count before
-                arguments: a group that has a ``rho`` keeps it.
+            optimizer: An instance of a :class:`torch.optim.Optimizer`. Keys of its groups count
+                before arguments: a group that has a ``rho`` keeps it.
             *args: Of the constructor, after ``base_optimizer``.
             **kwargs: The constructor's, but for the base optimizer's own.
 
@@ -332,7 +332,7 @@ class Configured(SharedState):
     # --- groups ---
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group, as in ``torch.optim``; its missing keys take the defaults.
+        """Add a parameter group, as in :mod:`torch.optim`; its missing keys take the defaults.
 
         Raises:
             ValueError: If a hyper-parameter is out of range; nothing has been added then.
@@ -373,12 +373,12 @@ class Configured(SharedState):
     # --- state dicts and copies ---
 
     def state_dict(self) -> dict[str, Any]:
-        """As in ``torch.optim``, with everything that a resumed run needs."""
+        """As in :mod:`torch.optim`, with everything that a resumed run needs."""
         self._write_own(self.param_groups)
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of this class, or of the ``torch.optim`` base on its own.
+        """Load a state dict of this class, or of the :mod:`torch.optim` base on its own.
 
         State tensors keep the dtype in which they were saved, so that a resumed run goes on
         exactly, but float64 goes with float64 parameters alone and is cast in both directions.

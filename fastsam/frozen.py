@@ -55,6 +55,17 @@ class frozen_updates:  # noqa: N801 - used like a function
 
     Raises:
         TypeError: If one of them is neither, or there is none.
+
+    Example:
+        >>> seen = torch.zeros(())  # what a forward pass counts
+        >>> count = model.register_forward_hook(lambda *_: seen.add_(len(inputs)))
+        >>> frozen = fastsam.frozen_updates(seen)
+        >>> optimizer = fastsam.SAM(
+        ...     model.parameters(), torch.optim.SGD, lr=0.1, descent_context=frozen
+        ... )
+        >>> loss = optimizer.step(closure)
+        >>> seen
+        tensor(32.)
     """
 
     def __init__(self, *followers: Module | Tensor):

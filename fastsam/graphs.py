@@ -34,7 +34,7 @@ def graphed(optimizer: Optimizer, closure: Callable[[], Any], warmup: int = 3) -
     The closure reads its inputs from tensors that stay where they are; write each batch there, by
     ``copy_``, before the call. Everything that Python decides in it is decided at the capture, for
     good. Learning rate and radius are numbers in the graph, unless they are tensors on the
-    device, which may be written to between any two calls; schedulers of ``torch.optim`` do that.
+    device, which may be written to between any two calls; schedulers of :mod:`torch.optim` do that.
 
     The user guide's page on CUDA graphs has a complete example.
 
@@ -65,6 +65,13 @@ def graphed(optimizer: Optimizer, closure: Callable[[], Any], warmup: int = 3) -
             hyper-parameters that are numbers, settings, state (``load_state_dict``) or the training
             mode of a module that the closure names have changed. Call ``graphed`` again after such
             a change.
+
+    Example:
+        >>> model, inputs, labels = model.cuda(), inputs.cuda(), labels.cuda()
+        >>> optimizer = fastsam.SAM(model.parameters(), torch.optim.SGD, lr=0.1)
+        >>> step = fastsam.graphed(optimizer, closure)
+        >>> for _ in range(5):
+        ...     loss = step()  # from the fourth call on a replay
     """
     if isinstance(optimizer, LETS):
         raise refuse("LETS", "it counts its steps on the host")

@@ -32,8 +32,8 @@ class MixedPrecision(plugins.MixedPrecision):  # type: ignore[misc,unused-ignore
 
     Args:
         precision: ``"16-mixed"`` or ``"bf16-mixed"``, which needs no scaler and no plugin.
-        device: The device type for ``torch.autocast`` and the scaler: ``"cuda"`` or ``"cpu"``.
-        scaler: A ``torch.amp.GradScaler`` to use. Default: a new one.
+        device: The device type for :class:`torch.autocast` and the scaler: ``"cuda"`` or ``"cpu"``.
+        scaler: A :class:`torch.amp.GradScaler` to use. Default: a new one.
     """
 
     def optimizer_step(
@@ -79,8 +79,8 @@ class FabricMixedPrecision(fabric.MixedPrecision):  # type: ignore[misc,unused-i
 
     Args:
         precision: ``"16-mixed"`` or ``"bf16-mixed"``, which needs no scaler and no plugin.
-        device: The device type for ``torch.autocast`` and the scaler: ``"cuda"`` or ``"cpu"``.
-        scaler: A ``torch.amp.GradScaler`` to use. Default: a new one.
+        device: The device type for :class:`torch.autocast` and the scaler: ``"cuda"`` or ``"cpu"``.
+        scaler: A :class:`torch.amp.GradScaler` to use. Default: a new one.
     """
 
     def optimizer_step(self, optimizer: Any, **kwargs: Any) -> Any:

@@ -51,6 +51,11 @@ def normalization_groups(model: nn.Module, more: Sequence[type] = ()) -> list[di
         TypeError: If ``model`` is no module, or ``more`` holds something else than module classes.
         ValueError: If no normalization layer has a parameter.
 
+    Example:
+        >>> groups = fastsam.normalization_groups(model)
+        >>> optimizer = fastsam.ASAM(groups, torch.optim.SGD, rho=10.0, lr=0.1)
+        >>> loss = optimizer.step(closure)  # perturbs the BatchNorm layer, and updates all
+
     Reference: Müller, Vlaar, Rolnick and Hein, "Normalization layers are all that sharpness-aware
     minimization needs", NeurIPS 2023, arXiv 2306.04226.
     """

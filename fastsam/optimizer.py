@@ -53,6 +53,17 @@ class SharpnessAwareOptimizer(ExplicitPasses):
             loads into it or assigns to them changes both.
         kept: The optimizer's own numbers: ``t``, which counts steps from 1, and what norms and
             rules accumulate. A state dict has them in every group, as ``fastsam_t`` and so on.
+
+    Example:
+        >>> optimizer = fastsam.SAM(model.parameters(), torch.optim.SGD, lr=0.1)
+        >>> loss = optimizer.step(closure)
+
+        The same pass by pass:
+
+        >>> loss_fn(model(inputs), labels).backward()
+        >>> optimizer.first_step(zero_grad=True)
+        >>> loss_fn(model(inputs), labels).backward()  # at the perturbed weights
+        >>> optimizer.second_step(zero_grad=True)
     """
 
     ascent: Ascent = UNIFIED
@@ -82,18 +93,18 @@ class SharpnessAwareOptimizer(ExplicitPasses):
 
         Args:
             closure: Computes the loss, calls ``backward`` and returns the loss (the contract of
-                ``torch.optim.LBFGS``). It may run several micro-batches, if it runs the same in
-                both calls. It is called twice; once in a step of the base, and where every ``rho``
-                is 0, unless the first pass has state to keep. Gradients are zeroed before each
-                call, as ``set_to_none`` says. With ``ascent_steps`` it is called once more for each
-                above 1. One that leaves no gradient is warned of, once.
+                :class:`torch.optim.LBFGS`). It may run several micro-batches, if it runs the same
+                in both calls. It is called twice; once in a step of the base, and where every
+                ``rho`` is 0, unless the first pass has state to keep. Gradients are zeroed before
+                each call, as ``set_to_none`` says. With ``ascent_steps`` it is called once more for
+                each above 1. One that leaves no gradient is warned of, once.
             second_closure: Is called in its place for the second pass, where the gradient that
                 updates the weights is to be another function's than the one that perturbs them: of
                 another loss, of other samples. Both are called in a step of the base, too, which
                 takes the second one's gradient; where ``perturbs_next`` is False you may leave the
                 first one out. Default: the same.
-            grad_scaler: A ``torch.amp.GradScaler`` with which the closure scales the loss that it
-                calls ``backward`` on. A gradient that is not finite in either pass restores the
+            grad_scaler: A :class:`torch.amp.GradScaler` with which the closure scales the loss that
+                it calls ``backward`` on. A gradient that is not finite in either pass restores the
                 weights and skips the step; ``grad_scaler.update()`` is to be called after it, and
                 ``grad_scaler.step`` and ``unscale_`` are not.
 

@@ -50,6 +50,14 @@ class per_replica:  # noqa: N801 - used like a function
         TypeError: If it is another module.
         RuntimeError: If its replicas are not whole: a module of it is sharded over all ranks.
 
+    Example:
+        >>> model = torch.nn.parallel.DistributedDataParallel(model)
+        >>> own = fastsam.per_replica(model)
+        >>> optimizer = fastsam.SAM(
+        ...     model.parameters(), torch.optim.SGD, lr=0.1, ascent_context=own
+        ... )
+        >>> loss = optimizer.step(closure)
+
     Reference: Foret, Kleiner, Mobahi and Neyshabur, "Sharpness-aware minimization for efficiently
     improving generalization", ICLR 2021: m-sharpness, with a perturbation for each accelerator.
     """

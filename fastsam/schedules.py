@@ -28,6 +28,17 @@ class RhoScheduler:
     Raises:
         TypeError: If ``optimizer`` is another one.
         ValueError: If a group has no such key, or the first radius is out of range.
+
+    Example:
+        >>> class Halving(fastsam.RhoScheduler):
+        ...     def rho_of(self, initial, group, index):
+        ...         return initial * 0.5**self.last_step
+        >>> optimizer = fastsam.SAM(model.parameters(), torch.optim.SGD, rho=0.4, lr=0.1)
+        >>> radius = Halving(optimizer)
+        >>> loss = optimizer.step(closure)
+        >>> radius.step()
+        >>> optimizer.param_groups[0]["rho"]
+        0.2
     """
 
     def __init__(self, optimizer: SharpnessAwareOptimizer, key: str = "rho"):
@@ -121,7 +132,7 @@ class LambdaRho(RhoScheduler):
 
     .. math:: \rho_t = \rho_0\, \lambda(t)
 
-    As ``torch.optim.lr_scheduler.LambdaLR`` is for the learning rate::
+    As :class:`torch.optim.lr_scheduler.LambdaLR` is for the learning rate::
 
         scheduler = fastsam.LambdaRho(optimizer, lambda t: min(1.0, (t + 1) / 1000))
         for x, y in batches:
@@ -141,6 +152,16 @@ class LambdaRho(RhoScheduler):
         TypeError: If ``optimizer`` is another one, or ``rho_lambda`` cannot be called.
         ValueError: If there are not as many functions as groups, a group has no such key, or a
             radius is out of range.
+
+    Example:
+        >>> optimizer = fastsam.SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1)
+        >>> radius = fastsam.LambdaRho(optimizer, lambda t: min(1.0, (t + 1) / 4))  # a warm-up
+        >>> for _ in range(2):
+        ...     print(optimizer.param_groups[0]["rho"])
+        ...     loss = optimizer.step(closure)
+        ...     radius.step()
+        0.025
+        0.05
     """
 
     def __init__(
@@ -197,6 +218,15 @@ class ProportionalRho(RhoScheduler):
     Raises:
         TypeError: If ``optimizer`` is another one.
         ValueError: If a bound or a radius is out of range.
+
+    Example:
+        >>> optimizer = fastsam.GSAM(model.parameters(), torch.optim.SGD, rho=0.6, lr=0.1)
+        >>> scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=100)
+        >>> radius = fastsam.ProportionalRho(optimizer, rho_min=0.1)
+        >>> for _ in range(3):
+        ...     loss = optimizer.step(closure)
+        ...     scheduler.step()
+        ...     radius.step()
 
     Reference: Zhuang, Gong, Yuan, Cui, Adam, Dvornek, Tatikonda, Duncan and Liu, "Surrogate gap
     minimization improves sharpness-aware training", ICLR 2022, arXiv 2203.08065.
@@ -291,6 +321,13 @@ def tail(
     Raises:
         TypeError: If ``optimizer`` is another one.
         ValueError: If a value is out of range.
+
+    Example:
+        >>> optimizer = fastsam.SAM(model.parameters(), torch.optim.SGD, lr=0.1)
+        >>> radius = fastsam.tail(optimizer, total_steps=10, fraction=0.2)
+        >>> for _ in range(10):
+        ...     loss = optimizer.step(closure)  # calls it twice in the last two steps
+        ...     radius.step()
     """
     Integer(1)("total_steps", total_steps)
     fraction = FRACTION("fraction", fraction)

@@ -63,10 +63,10 @@ def check_method(
     step that fails, or is undone, leaves weights and state as they were, bit for bit, and so does
     an optimizer go on that was resumed, copied or pickled. First gradients that are zero or not
     finite do no harm. What is changed in the groups counts in the next step. ``skip_nonfinite``, a
-    ``torch.amp.GradScaler``, ``master_weights`` and ``rounding="stochastic"`` do what they promise;
-    so do CUDA graphs where there is a GPU, and parameters on two where there are two. Options that
-    the class refuses with ValueError are left out. Not for ascents with ``noise``, which follows
-    from the order of the parameters: some checks change that.
+    :class:`torch.amp.GradScaler`, ``master_weights`` and ``rounding="stochastic"`` do what they
+    promise; so do CUDA graphs where there is a GPU, and parameters on two where there are two.
+    Options that the class refuses with ValueError are left out. Not for ascents with ``noise``,
+    which follows from the order of the parameters: some checks change that.
 
     Args:
         cls: A subclass of ``fastsam.rules.SharpnessAwareOptimizer``.
@@ -83,6 +83,14 @@ def check_method(
         TypeError: If ``cls`` is no such class, or does not take the arguments.
         ValueError, ImportError, RuntimeError: If a backend is unknown or does not run here; if the
             class refuses its arguments.
+
+    Example:
+        >>> class SmoothGSAM(fastsam.rules.SharpnessAwareOptimizer):
+        ...     ascent, descent = fastsam.VaSSO.ascent, fastsam.GSAM.descent
+        ...     def __init__(self, params, base, rho=0.05, theta=0.9, alpha=0.4, **kwargs):
+        ...         own = {"theta": theta, "alpha": alpha}
+        ...         super().__init__(params, base, rho=rho, own=own, **kwargs)
+        >>> fastsam.testing.check_method(SmoothGSAM, torch.optim.SGD, lr=0.1, backends=["torch"])
     """
     if not (isinstance(cls, type) and issubclass(cls, SharpnessAwareOptimizer)):
         raise TypeError(f"cls must be a subclass of SharpnessAwareOptimizer, got {cls!r}")

@@ -1,6 +1,6 @@
 r"""The theory of Unified SAM: step sizes and radii with a guarantee, and a sampler to go with them.
 
-They are for :class:`fastsam.UnifiedSAM` with plain ``torch.optim.SGD`` (no momentum, no weight
+They are for :class:`fastsam.UnifiedSAM` with plain :class:`torch.optim.SGD` (no momentum, no weight
 decay) on a mean :math:`f` of :math:`n` losses :math:`f_i`, each :math:`L_i`-smooth, where
 :math:`f` satisfies the Polyak-Lojasiewicz (PL) inequality
 :math:`\|\nabla f\|^2 \ge 2\mu (f - f^*)`, as every :math:`\mu`-strongly convex :math:`f` does::
@@ -46,6 +46,10 @@ class Sampling:
     ``A`` and ``B`` are as in the authors' experiment script (confidence: high; which printed
     statement they are was not checked), :math:`C` is our own derivation. The tests check the
     inequality.
+
+    Example:
+        >>> fastsam.theory.Sampling.minibatch(n=100, size=10, largest_smoothness=11.0)
+        Sampling(A=1.0, B=0.9090909090909091, smoothness=11.0)
     """
 
     A: float
@@ -118,6 +122,10 @@ class StepSizes(NamedTuple):
     Attributes:
         rho: Radius of the perturbation, above 0.
         lr: Learning rate, above 0.
+
+    Example:
+        >>> fastsam.theory.StepSizes(rho=0.1, lr=0.01)._asdict()
+        {'rho': 0.1, 'lr': 0.01}
     """
 
     rho: float
@@ -127,10 +135,11 @@ class StepSizes(NamedTuple):
 def step_sizes(sampling: Sampling, pl: float, lam: float = 0.5, k: int | None = None) -> StepSizes:
     r"""The radius and the learning rate for a smooth PL objective, constant or decreasing.
 
-    .. math:: \rho &= \frac{1}{4L} \min\Bigl\{1, \frac{\mu}{2 (B\mu + A)(1 - \lambda)^2}\Bigr\},
-              \qquad \gamma = \frac1L \min\Bigl\{2, \frac{\mu}{8 (B\mu + A)}\Bigr\} \\
-              \rho_k &= \min\Bigl\{\rho, \frac{1}{2k + 1}\Bigr\}, \qquad
-              \gamma_k = \min\Bigl\{\gamma, \frac{2k + 1}{(k + 1)^2 \mu}\Bigr\}
+    .. math:: \rho &= \frac{1}{4L}
+              \min\Bigl\lbrace 1, \frac{\mu}{2 (B\mu + A)(1 - \lambda)^2}\Bigr\rbrace,
+              \qquad \gamma = \frac1L \min\Bigl\lbrace 2, \frac{\mu}{8 (B\mu + A)}\Bigr\rbrace \\
+              \rho_k &= \min\Bigl\lbrace \rho, \frac{1}{2k + 1}\Bigr\rbrace, \qquad
+              \gamma_k = \min\Bigl\lbrace \gamma, \frac{2k + 1}{(k + 1)^2 \mu}\Bigr\rbrace
 
     With the constant sizes :math:`\mathrm{E} f(w_k) - f^*` is at most
 
@@ -162,6 +171,13 @@ def step_sizes(sampling: Sampling, pl: float, lam: float = 0.5, k: int | None = 
 
     The sizes are as in the authors' experiment script (confidence: high; which printed theorem it
     is was not checked). The bound is our own derivation, which leads to the same sizes.
+
+    Example:
+        >>> sampling = fastsam.theory.Sampling.single(largest_smoothness=2.0)
+        >>> sizes = fastsam.theory.step_sizes(sampling, pl=0.5)
+        >>> optimizer = fastsam.UnifiedSAM(
+        ...     model.parameters(), torch.optim.SGD, lam=0.5, **sizes._asdict()
+        ... )
     """
     L = sampling.smoothness
     allowed = f"a number above 0 and at most the sampling's smoothness {L!r}"
@@ -195,7 +211,7 @@ class ImportanceSampler(WeightedRandomSampler):
 
     Args:
         smoothness: Every :math:`L_i`, shape ``(n,)``, finite and above 0; ``n`` is at most
-            :math:`2^{24}`, as ``torch.multinomial`` has it.
+            :math:`2^{24}`, as :func:`torch.multinomial` has it.
         num_samples: Number of samples in one pass, at least 1. Default None: ``n``.
         generator: Source of randomness. Default None: torch's own.
 
@@ -208,6 +224,12 @@ class ImportanceSampler(WeightedRandomSampler):
 
     The probabilities are as in the authors' experiment script (confidence: high), which leaves the
     factors out.
+
+    Example:
+        >>> sampler = fastsam.theory.ImportanceSampler([1.0, 1.0, 2.0], num_samples=8)
+        >>> sampler.weights.tolist()
+        [0.25, 0.25, 0.5]
+        >>> chosen = list(sampler)  # eight indices, half of them 2 on average
 
     Reference: As for the module.
     """

@@ -70,7 +70,7 @@ def sharpness(
         loss_closure: Computes the loss at the present weights and returns it, a tensor of one
             element. It does not call ``backward``, unlike the closure of ``step``, and should give
             the same loss for the same weights, so let it hold its batch. It may use
-            ``torch.autocast``.
+            :class:`torch.autocast`.
         rho: Radius, at least 0; a number or a 0-dim tensor.
         adaptive: Whether to use ASAM's element-wise scale. Default False.
         eta: Added to ``|w|`` in the adaptive scale, at least 0. Default 0; ASAM's is 0.01.
@@ -91,6 +91,11 @@ def sharpness(
 
     Parameters in float16 or bfloat16 are perturbed in float32 and then rounded to their own dtype,
     in which most of a small perturbation is lost: measure a copy in float32.
+
+    Example:
+        >>> rise = fastsam.sharpness(model, lambda: loss_fn(model(inputs), labels), rho=0.05)
+        >>> bool(rise > 0)
+        True
 
     Reference: Foret, Kleiner, Mobahi and Neyshabur, "Sharpness-aware minimization for efficiently
     improving generalization", ICLR 2021; Kwon, Kim, Park and Choi, "ASAM", ICML 2021.

@@ -32,6 +32,13 @@ class Landscape:
             given to :func:`loss_landscape` again, for another model to be compared.
         labels: What each direction is, for an axis.
         figure: The figure, if it was asked for.
+
+    Example:
+        >>> plane = fastsam.loss_landscape(
+        ...     model, lambda: loss_fn(model(inputs), labels), ndim=2, points=5
+        ... )
+        >>> plane.losses.shape
+        (5, 5)
     """
 
     coordinates: np.ndarray[Any, np.dtype[np.float64]]
@@ -154,6 +161,15 @@ def loss_landscape(
             ``normalization`` leaves nothing of it.
         RuntimeError: As :func:`sharpness`.
         ImportError: If ``figure`` and matplotlib is not installed.
+
+    Example:
+        >>> line = fastsam.loss_landscape(
+        ...     model, lambda: loss_fn(model(inputs), labels), "gradient", points=5, span=0.2
+        ... )
+        >>> line.coordinates.tolist()
+        [-0.2, -0.1, 0.0, 0.1, 0.2]
+        >>> bool(line.losses[0] < line.losses[2] < line.losses[4])  # up along the gradient
+        True
 
     Reference: Li, Xu, Taylor, Studer and Goldstein, "Visualizing the loss landscape of neural
     nets", NeurIPS 2018.

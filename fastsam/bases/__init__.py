@@ -47,7 +47,7 @@ def register_base(cls: type[Optimizer], base: Base) -> None:
         base: The declaration of its update.
 
     Raises:
-        TypeError: If ``cls`` is not a subclass of ``torch.optim.Optimizer``, or ``base`` not a
+        TypeError: If ``cls`` is not a subclass of :class:`torch.optim.Optimizer`, or ``base`` not a
             :class:`Base`.
         ValueError: If the class has been registered with another declaration.
     """

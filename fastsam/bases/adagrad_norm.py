@@ -31,7 +31,7 @@ class AdaGradNorm(Optimizer):
     most the largest number of the parameter's dtype.
 
     Args:
-        params: Parameters or parameter groups, as in ``torch.optim``.
+        params: Parameters or parameter groups, as in :mod:`torch.optim`.
         lr: Learning rate, at least 0; a number or a tensor of one element. Default 1e-2.
         initial_accumulator_value: Where :math:`b^2` starts, at least 0. Default 0.
         maximize: Ascend instead of descend. Default False.
@@ -39,6 +39,10 @@ class AdaGradNorm(Optimizer):
     Raises:
         ValueError: If ``lr`` or ``initial_accumulator_value`` is negative or not finite, ``lr`` a
             tensor of several elements, or ``maximize`` neither True nor False.
+
+    Example:
+        >>> optimizer = fastsam.SAM(model.parameters(), fastsam.AdaGradNorm, rho=0.05, lr=1.0)
+        >>> loss = optimizer.step(closure)
 
     Reference: Ward, Wu and Bottou, "AdaGrad stepsizes: sharp convergence over nonconvex
     landscapes", ICML 2019.
@@ -60,7 +64,7 @@ class AdaGradNorm(Optimizer):
         self._write_own(self.param_groups)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in ``torch.optim``.
+        """As in :mod:`torch.optim`.
 
         Raises:
             ValueError: If a hyper-parameter is out of range; nothing has been added then.
@@ -75,12 +79,12 @@ class AdaGradNorm(Optimizer):
         write_kept(groups, self.kept)
 
     def state_dict(self) -> dict[str, Any]:
-        """As in ``torch.optim``, with the accumulator in every group."""
+        """As in :mod:`torch.optim`, with the accumulator in every group."""
         self._write_own(self.param_groups)
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in ``torch.optim``, with the accumulator.
+        """As in :mod:`torch.optim`, with the accumulator.
 
         Raises:
             ValueError: If the state dict is another optimizer's, or a number in it out of range.

@@ -22,26 +22,30 @@ class AdaSAM(SharpnessAwareOptimizer):
 
     :math:`g` is the gradient at :math:`w`, :math:`\tilde g` the one at :math:`w + e`.
     :math:`v` and :math:`\hat v` start at ``eps ** 2``, :math:`m` at 0; no eps is added. For SAM on
-    ``torch.optim.Adam`` itself, use :class:`SAM` with that base.
+    :class:`torch.optim.Adam` itself, use :class:`SAM` with that base.
 
     Cost: that of ``SAM`` on ``torch.optim.AdamW(amsgrad=True)``: 56 bytes per element in float32
     (reduce 4, perturb 16, update 36), three launches. The state is in float32 whatever the
     parameter's dtype (float64 for float64).
 
     Args:
-        params: Parameters, named parameters or parameter groups, as in ``torch.optim``.
+        params: Parameters, named parameters or parameter groups, as in :mod:`torch.optim`.
         lr: Learning rate, at least 0.
         rho: Radius, at least 0.
         betas: Each in [0, 1). Default (0.9, 0.999).
         eps: Square root of where the accumulators start, at least 1e-18. Default 1e-8.
         weight_decay: Decoupled weight decay, at least 0; not in the paper. Default 0.
         backend: As in :class:`SAM`.
-        maximize: Maximize the objective, as in ``torch.optim``. Default False.
+        maximize: Maximize the objective, as in :mod:`torch.optim`. Default False.
         **kwargs: ``renormalize`` and what follows it among the arguments of :class:`SAM`.
 
     Raises:
         ValueError: If a hyper-parameter is out of range, or ``backend`` unknown.
         ImportError, RuntimeError: As :class:`SAM`.
+
+    Example:
+        >>> optimizer = fastsam.AdaSAM(model.parameters(), lr=1e-3, rho=0.05)
+        >>> loss = optimizer.step(closure)
 
     Reference: Sun, Shen, Zhong, Ding, Chen, Sun, Li, Sun and Tao, "AdaSAM: boosting sharpness-aware
     minimization with adaptive learning rate and momentum for training deep neural networks", 2023.

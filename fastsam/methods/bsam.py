@@ -133,7 +133,7 @@ class BSAM(SharpnessAwareOptimizer):
     tensor.
 
     Args:
-        params: Parameters, named parameters or parameter groups, as in ``torch.optim``.
+        params: Parameters, named parameters or parameter groups, as in :mod:`torch.optim`.
         lr: Learning rate, at least 0. Default 0.5.
         n: :math:`N`, the number of training examples, at least 1. Needed.
         rho: :math:`\rho`, at least 0. Default 0.01.
@@ -141,7 +141,7 @@ class BSAM(SharpnessAwareOptimizer):
         prior_precision: Precision of the prior, at least 0. Default 40.
         damping: :math:`\gamma`, at least 0. Default 0.1.
         backend: As in :class:`SAM`; of the perturbation.
-        maximize: Maximize the objective, as in ``torch.optim``. Default False.
+        maximize: Maximize the objective, as in :mod:`torch.optim`. Default False.
         **kwargs: ``renormalize`` and what follows it among the arguments of :class:`SAM`, but for
             ``perturb_every``, ``start``, ``stop``, ``perturb_when`` and ``ascent_steps``.
             ``max_grad_norm`` bounds the norm of :math:`\tilde g`, and ``skip_nonfinite`` looks at
@@ -152,6 +152,12 @@ class BSAM(SharpnessAwareOptimizer):
             ``n``; RuntimeError by :meth:`first_step` where :meth:`noise` was not around the pass
             before it. :class:`LETS`, ``plain_step``, ``step_micro_batches`` and ``per_replica``
             are refused.
+
+    Example:
+        >>> optimizer = fastsam.BSAM(model.parameters(), lr=0.1, n=len(inputs))
+        >>> loss = optimizer.step(closure)
+        >>> with torch.no_grad(), optimizer.sampled(0):  # a sample of the Gaussian
+        ...     probabilities = model(inputs).softmax(-1)
 
     Reference: Möllenhoff and Khan, "SAM as an optimal relaxation of Bayes", ICLR 2023, arXiv
     2210.01620. The equations and defaults are those of the authors' code.

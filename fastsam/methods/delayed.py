@@ -59,6 +59,10 @@ class DelayedSAM(MSAM):
     Raises:
         TypeError, ValueError, ImportError, RuntimeError: As :class:`MSAM`, but for what that says
             of a momentum.
+
+    Example:
+        >>> optimizer = fastsam.DelayedSAM(model.parameters(), torch.optim.Adagrad, lr=0.1)
+        >>> loss = optimizer.step(closure)  # calls it once
     """
 
     def __init__(

@@ -76,6 +76,10 @@ class ESAM(SharpnessAwareOptimizer):
             ``beta`` out of range, or ``renormalize=True``. :class:`LETS` needs
             ``hessian="difference"``.
 
+    Example:
+        >>> optimizer = fastsam.ESAM(model.parameters(), torch.optim.SGD, beta=0.5, lr=0.1)
+        >>> loss = optimizer.step(closure)
+
     Reference: Du, Yan, Feng, Zhou, Zhen, Goh and Tan, "Efficient sharpness-aware minimization for
     improved training of neural networks", ICLR 2022, arXiv 2110.03141.
     """
@@ -132,6 +136,11 @@ def select_samples(before: Tensor, after: Tensor, fraction: float) -> Tensor:
         TypeError: If the losses are no tensors.
         ValueError: If they are not of one dimension and one length, or there are none; if
             ``fraction`` is out of range.
+
+    Example:
+        >>> before, after = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.4, 0.2, 0.9])
+        >>> fastsam.select_samples(before, after, 0.5)
+        tensor([0, 2])
 
     Reference: Du, Yan, Feng, Zhou, Zhen, Goh and Tan, "Efficient sharpness-aware minimization for
     improved training of neural networks", ICLR 2022, arXiv 2110.03141.

@@ -95,6 +95,10 @@ class FriendlySAM(SharpnessAwareOptimizer):
         TypeError, ValueError, ImportError, RuntimeError: As :class:`SAM`; ValueError also for a
             ``sigma`` or ``lmbda`` out of range.
 
+    Example:
+        >>> optimizer = fastsam.FriendlySAM(model.parameters(), torch.optim.SGD, lmbda=0.6, lr=0.1)
+        >>> loss = optimizer.step(closure)
+
     Reference: Li, Zhou, He, Cheng and Huang, "Friendly sharpness-aware minimization", CVPR 2024,
     arXiv 2403.12350. The equations are those of the authors' code.
     """

@@ -133,6 +133,14 @@ class FunctionalSAM(SharpnessAwareOptimizer):
             ``preconditioned`` with a base that keeps no ``exp_avg_sq``. :class:`LETS` refuses it,
             as no second gradient of the loss is there, nor is a loss at :math:`w + e`.
 
+    Example:
+        >>> optimizer = fastsam.FunctionalSAM(model.parameters(), torch.optim.AdamW, lr=1e-3)
+        >>> def closure():
+        ...     loss = loss_fn(optimizer.outputs(model(inputs)), labels)
+        ...     loss.backward()
+        ...     return loss
+        >>> loss = optimizer.step(closure)
+
     Reference: Singh, Mobahi, Agarwala and Dauphin, "Avoiding spurious sharpness minimization
     broadens applicability of SAM", ICML 2025, arXiv 2502.02407. The definition is sure; the
     preconditioned form, with its constants, was read in independent code.
@@ -390,7 +398,8 @@ def functional_closures(
         inputs: What the model takes: a tuple is its arguments, a dict its keyword arguments,
             anything else its one argument.
         targets: What the loss takes besides.
-        grad_scaler: A ``torch.amp.GradScaler`` to scale the loss with; give it to ``step``, too.
+        grad_scaler: A :class:`torch.amp.GradScaler` to scale the loss with; give it to ``step``,
+        too.
         context: Gives a context manager around forward and loss, as
             ``lambda: torch.autocast("cuda", torch.bfloat16)``. Default None.
 
@@ -399,6 +408,11 @@ def functional_closures(
 
     Raises:
         TypeError: If ``model`` or ``loss_fn`` is no function, or ``context`` gives no context.
+
+    Example:
+        >>> optimizer = fastsam.FunctionalSAM(model.parameters(), torch.optim.AdamW, lr=1e-3)
+        >>> closures = fastsam.functional_closures(model, loss_fn, inputs, labels)
+        >>> loss = optimizer.step(*closures)
     """
     for name, function in (("model", model), ("loss_fn", loss_fn)):
         if not callable(function):

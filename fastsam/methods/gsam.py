@@ -86,6 +86,10 @@ class GSAM(SharpnessAwareOptimizer):
             ``alpha`` out of range, or one of a group that is not the first group's, and for an
             unknown ``variant``.
 
+    Example:
+        >>> optimizer = fastsam.GSAM(model.parameters(), torch.optim.AdamW, alpha=0.6, lr=1e-3)
+        >>> loss = optimizer.step(closure)
+
     Reference: Zhuang, Gong, Yuan, Cui, Adam, Dvornek, Tatikonda, Duncan and Liu, "Surrogate gap
     minimization improves sharpness-aware training", ICLR 2022, arXiv 2203.08065. The equations are
     those of the authors' code.

@@ -62,6 +62,10 @@ class LESAM(SharpnessAwareOptimizer):
         TypeError, ValueError, ImportError, RuntimeError: As :class:`SAM`; TypeError also for a
             ``rho``, ValueError for a ``sigma`` or ``rho_max`` out of range.
 
+    Example:
+        >>> optimizer = fastsam.LESAM(model.parameters(), torch.optim.SGD, sigma=0.1, lr=0.1)
+        >>> loss = optimizer.step(closure)
+
     Reference: Wang, Liu, Xie and Gao, "Fix the loss, not the radius: rethinking the adversarial
     perturbation of sharpness-aware minimization", ICML 2026, arXiv 2605.10183. The equation is that
     of the authors' code. They let :math:`\sigma` fall to 0 in the last epochs, along a cosine:

@@ -80,7 +80,7 @@ class LETS(SharedState):
             of about 1 % of the radius at a time.
         hessian: ``"diag"`` (default) or ``"difference"``.
         interval: Steps from one update of the radius to the next, at least 1. Default 1.
-        rho_optimizer: Optimizer class for :math:`\nu`. Default ``torch.optim.Adam``.
+        rho_optimizer: Optimizer class for :math:`\nu`. Default :class:`torch.optim.Adam`.
         **rho_kwargs: Its other arguments.
 
     Raises:
@@ -88,6 +88,15 @@ class LETS(SharedState):
             optimizers that step without a closure.
         ValueError: If another argument is out of range; if the first group's radius is 0, or a
             group has no ``lr``; if ``optimizer`` has master weights, which keep no old ones.
+
+    Example:
+        >>> sam = fastsam.SAM(model.parameters(), torch.optim.SGD, lr=0.1)
+        >>> optimizer = fastsam.LETS(sam, hessian="difference")
+        >>> def val_closure():  # the same with a batch that is not trained on
+        ...     loss = loss_fn(model(val_inputs), val_labels)
+        ...     loss.backward()
+        ...     return loss
+        >>> loss = optimizer.step(closure, val_closure)
 
     Reference: Wang, Jiang, Fu and Zhang, "Enhancing sharpness-aware minimization by learning
     perturbation radius", ECML-PKDD 2024, arXiv 2408.08222.

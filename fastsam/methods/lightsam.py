@@ -167,8 +167,8 @@ class LightSAM(SharpnessAwareOptimizer):
     that is kept from step to step.
 
     Args:
-        params: Parameters, named parameters or parameter groups, as in ``torch.optim``. Groups may
-            set ``lr``, ``rho``, ``betas``, ``eps`` and ``weight_decay`` for themselves.
+        params: Parameters, named parameters or parameter groups, as in :mod:`torch.optim`. Groups
+            may set ``lr``, ``rho``, ``betas``, ``eps`` and ``weight_decay`` for themselves.
         lr: Learning rate, at least 0.
         rho: Radius, at least 0; constant, as the scaling adapts it. Where it is 0 the first pass
             still takes place, for the accumulators.
@@ -177,12 +177,16 @@ class LightSAM(SharpnessAwareOptimizer):
         eps: Square root of where the accumulators start, at least 1e-18. Default 1e-8.
         weight_decay: Decoupled weight decay, at least 0; not in the paper. Default 0.
         backend: As in :class:`SAM`.
-        maximize: Maximize the objective, as in ``torch.optim``. Default False.
+        maximize: Maximize the objective, as in :mod:`torch.optim`. Default False.
         **kwargs: ``renormalize`` and what follows it among the arguments of :class:`SAM`.
 
     Raises:
         ValueError: If a hyper-parameter is out of range, or ``rule`` or ``backend`` unknown.
         ImportError, RuntimeError: As :class:`SAM`.
+
+    Example:
+        >>> optimizer = fastsam.LightSAM(model.parameters(), lr=1e-3, rho=1e-3, rule="adam")
+        >>> loss = optimizer.step(closure)
 
     Reference: Cheng, Shen, Sun, Yin, Cao and Chen, "LightSAM: parameter-agnostic sharpness-aware
     minimization", arXiv 2505.24399. The equations of I and II are sure; III was read in a

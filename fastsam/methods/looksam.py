@@ -94,6 +94,11 @@ class LookSAM(SharpnessAwareOptimizer):
             ``perturb_every``, ValueError for a ``k`` or ``alpha`` out of range, or an ``alpha`` of
             a group that is not the first group's.
 
+    Example:
+        >>> optimizer = fastsam.LookSAM(model.parameters(), torch.optim.SGD, k=5, lr=0.1)
+        >>> for _ in range(5):
+        ...     loss = optimizer.step(closure)  # calls it twice in the first of these steps
+
     Reference: Liu, Mai, Chen, Hsieh and You, "Towards efficient and scalable sharpness-aware
     minimization", CVPR 2022, arXiv 2203.02714. The authors' code could not be read; the equations
     are the paper's, as independent code has them. There the norms may be of each parameter; here

@@ -109,6 +109,10 @@ class MSAM(SharpnessAwareOptimizer):
             optimizer that keeps no momentum or is not fused, ValueError for a setting of a first
             pass.
 
+    Example:
+        >>> optimizer = fastsam.MSAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
+        >>> loss = optimizer.step(closure)  # calls it once
+
     Reference: Becker, Altrock and Risse, "Momentum-SAM: sharpness aware minimization without
     computational overhead", arXiv 2401.12033. The equation is that of the authors' code.
     """

@@ -226,6 +226,12 @@ class PreconditionedSAM(SharpnessAwareOptimizer):
             is given and not used. In a step TypeError or ValueError if the function gives
             something else; nothing has changed then. :class:`LETS` needs ``hessian="difference"``.
 
+    Example:
+        >>> optimizer = fastsam.PreconditionedSAM(
+        ...     model.parameters(), torch.optim.AdamW, preconditioner="second_moment", lr=1e-3
+        ... )
+        >>> loss = optimizer.step(closure)
+
     Reference: Zhang, Li and Giannakis, "Preconditioned sharpness-aware minimization: unifying
     analysis and a novel learning algorithm", ICASSP 2025, arXiv 2501.06603. Both forms follow from
     the definition; the rest is said above.

@@ -36,6 +36,12 @@ class SharpnessRatio:
 
     The paper (see :class:`SAMAR`) adapts by this ratio; its constants could not be read. The
     clipping, its defaults and the smoothing are ours.
+
+    Example:
+        >>> rule = fastsam.SharpnessRatio(c=1.5)
+        >>> lam, sharpness, previous = torch.tensor([1.0, 0.25, 0.2])
+        >>> rule(lam, sharpness, previous)
+        tensor(1.2500)
     """
 
     c: float = 1.1

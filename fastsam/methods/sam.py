@@ -39,15 +39,16 @@ class SAM(SharpnessAwareOptimizer):
     three launches.
 
     Args:
-        params: Parameters, named parameters or parameter groups, as in ``torch.optim``. Groups
+        params: Parameters, named parameters or parameter groups, as in :mod:`torch.optim`. Groups
             may set ``rho``, ``adaptive`` and ``eta`` for themselves. One with ``perturb=False`` is
             not perturbed and not part of the norm, only updated; it costs nothing in the first
             pass, and has no state of the ascent. ``renormalize`` refuses it.
-        base_optimizer: Optimizer class for the update. ``torch.optim.SGD``, ``Adam``, ``AdamW``,
-            ``Adagrad`` and ``fastsam.AdaGradNorm`` run fused with the rest of the step; any other
-            class is stepped by itself, with the final gradient in ``.grad``. A group may have
-            another class under the key ``base_optimizer``, and that one's arguments as its other
-            keys; the class given here, with ``base_kwargs``, is for the groups without.
+        base_optimizer: Optimizer class for the update. :class:`torch.optim.SGD`,
+            :class:`~torch.optim.Adam`, :class:`~torch.optim.AdamW`, :class:`~torch.optim.Adagrad`
+            and :class:`AdaGradNorm` run fused with the rest of the step; any other class is stepped
+            by itself, with the final gradient in ``.grad``. A group may have another class under
+            the key ``base_optimizer``, and that one's arguments as its other keys; the class given
+            here, with ``base_kwargs``, is for the groups without.
         rho: Radius of the perturbation, at least 0; a 0-dim tensor stays on its device.
             Default 0.05. A group whose ``rho`` is 0 stays part of the norm, so that the others
             are perturbed by less than theirs; ``perturb=False`` is the way out. Where it is 0 in
@@ -56,8 +57,9 @@ class SAM(SharpnessAwareOptimizer):
         eta: Added to ``|w|`` in the adaptive scale, at least 0. Default 0.
         renormalize: SSAM's rescaling of the second gradient, see :class:`SSAM`. Default False.
         max_grad_norm: Clip the final gradient to this global norm, as
-            ``torch.nn.utils.clip_grad_norm_`` does: a norm that is NaN makes every weight NaN, an
-            infinite one those whose gradient is (``skip_nonfinite`` prevents both). Default None.
+            :func:`torch.nn.utils.clip_grad_norm_` does: a norm that is NaN makes every weight NaN,
+            an infinite one those whose gradient is (``skip_nonfinite`` prevents both). Default
+            None.
         skip_nonfinite: Where the second gradient's norm is not finite, restore the weights and
             leave the state alone. Default False. With a base optimizer that is not fused, this
             synchronises with the device once a step.
@@ -135,10 +137,10 @@ class SAM(SharpnessAwareOptimizer):
             that owns its memory, alone (one of which no view is held, and that is neither a view
             nor a shard), if its base is fused and it has no master weights. All others are copied
             and perturbed in place, and False lets all be. With True a CUDA graph of a part of the
-            step, as by ``torch.cuda.make_graphed_callables``, would go on with the address that it
-            has recorded; where one is known to have been captured, parameters stay in place, as
-            they do in ``fastsam.graphed``. A capture by hand refuses True. A view taken between
-            the passes goes on following its parameter; what has noted the address alone, as other
+            step, as by :func:`torch.cuda.make_graphed_callables`, would go on with the address that
+            it has recorded; where one is known to have been captured, parameters stay in place, as
+            they do in ``fastsam.graphed``. A capture by hand refuses True. A view taken between the
+            passes goes on following its parameter; what has noted the address alone, as other
             libraries may, reads ``w`` there. The scratch memory, as large as the parameters, is
             kept from step to step. On the host each parameter takes some microseconds more per
             step. ``"auto"``: on a CPU, with torch, parameters of 16,384 elements and more; with
@@ -149,12 +151,16 @@ class SAM(SharpnessAwareOptimizer):
 
     Raises:
         TypeError: If ``base_optimizer`` is not an optimizer class, needs a closure itself, or has
-            a group key of fastsam's, as ``torch.optim.Adadelta`` has its own ``rho``.
+            a group key of fastsam's, as :class:`torch.optim.Adadelta` has its own ``rho``.
         ValueError: If a hyper-parameter is out of range or ``backend`` is unknown; with several
             bases also for two of one name, for ``AdaGradNorm`` among them, and for master weights
             where one is not fused.
         ImportError: If ``backend="triton"`` and Triton is not installed.
         RuntimeError: If ``backend="triton"`` and the parameters are not on a GPU.
+
+    Example:
+        >>> optimizer = fastsam.SAM(model.parameters(), torch.optim.AdamW, rho=0.2, lr=1e-3)
+        >>> loss = optimizer.step(closure)
 
     Reference: Foret, Kleiner, Mobahi and Neyshabur, "Sharpness-aware minimization for efficiently
     improving generalization", ICLR 2021.
@@ -289,6 +295,10 @@ class ASAM(SAM):
         TypeError, ValueError, ImportError, RuntimeError: As :class:`SAM`; ValueError also for
             another ``p`` or ``form``, and for ``adaptive=True`` in a group with the layer-wise one.
 
+    Example:
+        >>> optimizer = fastsam.ASAM(model.parameters(), torch.optim.SGD, rho=0.5, lr=0.1)
+        >>> loss = optimizer.step(closure)
+
     Reference: Kwon, Kim, Park and Choi, "ASAM: adaptive sharpness-aware minimization for
     scale-invariant learning of deep neural networks", ICML 2021.
     """
@@ -345,6 +355,10 @@ class UnifiedSAM(SharpnessAwareOptimizer):
         TypeError, ValueError, ImportError, RuntimeError: As :class:`SAM`; ValueError also for a
             ``lam`` that is out of range or gives a value that is.
 
+    Example:
+        >>> optimizer = fastsam.UnifiedSAM(model.parameters(), torch.optim.SGD, lam="1/t", lr=0.1)
+        >>> loss = optimizer.step(closure)  # the first step is SAM's, as t = 1
+
     Reference: Oikonomou and Loizou, "Sharpness-aware minimization: general analysis and improved
     rates", ICLR 2025, arXiv 2503.02225.
     """
@@ -397,6 +411,10 @@ class USAM(UnifiedSAM):
     Raises:
         TypeError, ValueError, ImportError, RuntimeError: As :class:`SAM`.
 
+    Example:
+        >>> optimizer = fastsam.USAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.1)
+        >>> loss = optimizer.step(closure)
+
     Reference: Andriushchenko and Flammarion, "Towards understanding sharpness-aware
     minimization", ICML 2022.
     """
@@ -430,6 +448,10 @@ class SSAM(UnifiedSAM):
 
     Raises:
         TypeError, ValueError, ImportError, RuntimeError: As :class:`SAM`.
+
+    Example:
+        >>> optimizer = fastsam.SSAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.1)
+        >>> loss = optimizer.step(closure)
 
     Reference: Tan, Zhang, Liu and Gong, "Stabilizing sharpness-aware minimization through a simple
     renormalization strategy", JMLR 2025, arXiv 2401.07250.

@@ -119,6 +119,11 @@ class SAMAR(SharpnessAwareOptimizer):
         TypeError, ValueError, ImportError, RuntimeError: As :class:`SAM`; TypeError also for a
             ``rule`` that cannot be called, ValueError for a ``lam`` out of range.
 
+    Example:
+        >>> rule = fastsam.SharpnessRatio(c=1.2, smoothing=0.9)
+        >>> optimizer = fastsam.SAMAR(model.parameters(), torch.optim.SGD, rule=rule, lr=0.1)
+        >>> loss = optimizer.step(closure)
+
     Reference: Zou, Deng and Sun, "Sharpness-aware minimization with adaptive regularization for
     training deep neural networks", 2024, arXiv 2412.16854.
     """

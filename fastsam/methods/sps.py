@@ -85,7 +85,7 @@ class SAMSPS(UnifiedSAM):
     the second reduction. No state.
 
     Args:
-        params: Parameters, named parameters or parameter groups, as in ``torch.optim``.
+        params: Parameters, named parameters or parameter groups, as in :mod:`torch.optim`.
         rho: Radius, at least 0. Default 0.1.
         lam: As in :class:`UnifiedSAM`. Default 1: SAM's ascent.
         loss_min: :math:`\ell^*`, finite. Default 0. One value for all groups.
@@ -101,6 +101,11 @@ class SAMSPS(UnifiedSAM):
             for a ``loss_min`` or ``lr_max`` out of range. In a step TypeError without a loss, or
             for one that is no number; the weights have been restored then. :class:`LETS` refuses
             it, as the step size is none of the radius's.
+
+    Example:
+        >>> optimizer = fastsam.SAMSPS(model.parameters(), rho=0.1)
+        >>> loss = optimizer.step(closure)
+        >>> step_size = optimizer.metrics["step_size"]
 
     Reference: Oikonomou and Loizou, "Adaptive sharpness-aware minimization with a Polyak-type step
     size: a theory-grounded scheduler", ICML 2026, arXiv 2606.01827. The equation is the paper's and

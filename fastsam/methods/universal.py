@@ -170,6 +170,12 @@ class UniversalSAM(SharpnessAwareOptimizer):
             from no gradient; ``per_replica`` and a second closure are refused, as the losses of a
             step have to be of one batch.
 
+    Example:
+        >>> optimizer = fastsam.UniversalSAM(
+        ...     model.parameters(), torch.optim.SGD, phi=lambda x: x, psi=torch.tanh, lr=0.1
+        ... )
+        >>> loss = optimizer.step(closure)
+
     Reference: Tahmasebi, Soleymani, Bahri, Jegelka and Jaillet, "A universal class of
     sharpness-aware minimization algorithms", ICML 2024, arXiv 2406.03682. The equations are those
     of the paper.
@@ -446,6 +452,10 @@ class TraceSAM(UniversalSAM):
     Raises:
         TypeError, ValueError, ImportError, RuntimeError: As :class:`UniversalSAM`.
 
+    Example:
+        >>> optimizer = fastsam.TraceSAM(model.parameters(), torch.optim.SGD, rho=0.01, lr=0.1)
+        >>> loss = optimizer.step(closure)
+
     Reference: Tahmasebi, Soleymani, Bahri, Jegelka and Jaillet, "A universal class of
     sharpness-aware minimization algorithms", ICML 2024, arXiv 2406.03682. The equation and the
     defaults are the authors'.
@@ -490,6 +500,10 @@ class DetSAM(UniversalSAM):
 
     Raises:
         TypeError, ValueError, ImportError, RuntimeError: As :class:`UniversalSAM`.
+
+    Example:
+        >>> optimizer = fastsam.DetSAM(model.parameters(), torch.optim.SGD, weight=0.1, lr=0.1)
+        >>> loss = optimizer.step(closure)
 
     Reference: Tahmasebi, Soleymani, Bahri, Jegelka and Jaillet, "A universal class of
     sharpness-aware minimization algorithms", ICML 2024, arXiv 2406.03682. The equation and the
@@ -537,6 +551,10 @@ class FrobSAM(UniversalSAM):
 
     Raises:
         TypeError, ValueError, ImportError, RuntimeError: As :class:`UniversalSAM`.
+
+    Example:
+        >>> optimizer = fastsam.FrobSAM(model.parameters(), torch.optim.SGD, samples=2, lr=0.1)
+        >>> loss = optimizer.step(closure)
 
     Reference: Tahmasebi, Soleymani, Bahri, Jegelka and Jaillet, "A universal class of
     sharpness-aware minimization algorithms", ICML 2024, arXiv 2406.03682. The equation and the

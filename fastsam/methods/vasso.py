@@ -88,6 +88,10 @@ class VaSSO(SharpnessAwareOptimizer):
         TypeError, ValueError, ImportError, RuntimeError: As :class:`SAM`; ValueError also for a
             ``theta`` out of range.
 
+    Example:
+        >>> optimizer = fastsam.VaSSO(model.parameters(), torch.optim.SGD, theta=0.4, lr=0.1)
+        >>> loss = optimizer.step(closure)
+
     Reference: Li and Giannakis, "Enhancing sharpness-aware optimization through variance
     suppression", NeurIPS 2023. The equation is that of the authors' code.
     """

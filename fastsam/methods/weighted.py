@@ -118,6 +118,10 @@ class WSAM(SharpnessAwareOptimizer):
             ``gamma`` out of range, or one of a group that is not the first group's, and for a
             base without ``lr``.
 
+    Example:
+        >>> optimizer = fastsam.WSAM(model.parameters(), torch.optim.SGD, gamma=0.8, lr=0.1)
+        >>> loss = optimizer.step(closure)
+
     Reference: Yue, Jiang, Ye, Gao, Liu and Zhang, "Sharpness-aware minimization revisited: weighted
     sharpness as a regularization term", KDD 2023, arXiv 2305.15817. The equations are those of the
     authors' code.
@@ -177,6 +181,10 @@ class GNP(SharpnessAwareOptimizer):
     Raises:
         TypeError, ValueError, ImportError, RuntimeError: As :class:`SAM`; ValueError also for an
             ``alpha`` out of range, or one of a group that is not the first group's.
+
+    Example:
+        >>> optimizer = fastsam.GNP(model.parameters(), torch.optim.SGD, alpha=0.8, lr=0.1)
+        >>> loss = optimizer.step(closure)
 
     Reference: Zhao, Zhang and Hu, "Penalizing gradient norm for efficiently improving
     generalization in deep learning", ICML 2022, arXiv 2202.03599. The second equation is that of

@@ -81,6 +81,14 @@ class Number:
         others: Whether what is neither a number, a tensor nor a string is somebody else's to
             check.
         words: The range, for messages. Default: made of the above.
+
+    Example:
+        >>> probability = fastsam.rules.Number(low=0, high=1, with_high=True)
+        >>> probability("beta", 1)
+        1.0
+        >>> probability("beta", 2)
+        Traceback (most recent call last):
+        ValueError: beta must be in [0, 1], got 2
     """
 
     low: float = 0.0
@@ -179,6 +187,11 @@ class Flag:
     Args:
         only: The one of both that is allowed. Default None: both are.
         why: What is said of it.
+
+    Example:
+        >>> fastsam.rules.Flag()("centered", "yes")
+        Traceback (most recent call last):
+        ValueError: centered must be True or False, got 'yes'
     """
 
     only: bool | None = None

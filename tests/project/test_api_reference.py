@@ -1,17 +1,26 @@
-"""The API reference builds, lacks nothing, and every public docstring says what it has to."""
+"""The API reference builds, lacks nothing and works in a browser; docstrings and their examples."""
 
 import ast
+import doctest
+import fcntl
 import inspect
+import os
 import re
 import shlex
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import fastsam
+import fastsam.testing
+from fastsam.step import spec
+
+import site_checks
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMON = fastsam.optimizer.SharpnessAwareOptimizer
@@ -25,6 +34,16 @@ PUBLIC = {
     for name in fastsam.__all__
     if name not in ("theory", "rules")
 } | {f"fastsam.theory.{name}": getattr(fastsam.theory, name) for name in THEORY}
+#: What else has an example of its own; those of the other rules are files that the guide shows.
+WITH_EXAMPLES = PUBLIC | {
+    "fastsam.optimizer.SharpnessAwareOptimizer": COMMON,
+    "fastsam.rules.Flag": fastsam.rules.Flag,
+    "fastsam.rules.Number": fastsam.rules.Number,
+    "fastsam.testing.check_method": fastsam.testing.check_method,
+}
+#: Examples that take what not every machine has, or a group of processes: here of one.
+ON_A_GPU = ("fastsam.graphed",)
+OF_RANKS = ("fastsam.compare_ranks", "fastsam.per_replica")
 #: Modules for other training loops, which need not be there: read, not imported.
 LOOPS = ("accelerate", "huggingface", "lightning")
 #: What users are given and do not make, so that it refuses nothing.
@@ -85,25 +104,39 @@ def names_in(module):
                     yield f"fastsam.{module}.{node.name}.{inner.name}"
 
 
-@pytest.fixture(scope="module")
-def page(tmp_path_factory):
-    """The page, made by the command of docs/api.md in another folder."""
+def build(folder):
+    """The command of docs/api.md, with another folder."""
     text = (ROOT / "docs" / "api.md").read_text()
     (command,) = re.findall(r"^pip install .* && (sphinx-build .*)$", text, re.MULTILINE)
     _, *arguments, out = shlex.split(command)
-    folder = tmp_path_factory.mktemp("reference")
     built = subprocess.run(
         [sys.executable, "-m", "sphinx", *arguments, folder], capture_output=True, text=True,
         cwd=ROOT,
     )  # fmt: skip
     assert built.returncode == 0, built.stdout + built.stderr
     assert out.startswith("build/")  # which git ignores
-    return (folder / "index.html").read_text()
 
 
-def test_nothing_is_missing_from_the_page(page):
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The folder with the pages, built once even where workers share the tests."""
+    for package in ("furo", "latex2mathml", "sphinx"):
+        pytest.importorskip(package, reason=f"{package} is not installed: pip install -e '.[docs]'")
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    with open(folder / "reference.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        folder /= "reference"
+        if not (folder / "objects.inv").exists():  # what Sphinx writes last
+            build(folder)
+    return folder
+
+
+def test_nothing_is_missing_from_the_site(site):
     """Sphinx leaves out what has no docstring."""
-    present = set(re.findall(r'id="(fastsam[\w.]*)"', page))
+    text = "".join(path.read_text() for path in site.glob("*.html"))
+    present = set(re.findall(r'id="(fastsam[\w.]*)"', text))
     common = {f"fastsam.optimizer.{COMMON.__name__}.{name}" for name, _ in public_methods(COMMON)}
     names = {cls: name for name, cls in PUBLIC.items() if isinstance(cls, type)}
     own = {
@@ -118,11 +151,80 @@ def test_nothing_is_missing_from_the_page(page):
     assert "fastsam.accelerate.AcceleratedSAM.step" in loops
 
 
-def test_every_equation_is_on_the_page(page):
+def test_every_equation_is_on_the_site(site):
+    text = "".join(path.read_text() for path in site.glob("*.html"))
     docs = [inspect.getdoc(value) for value in (*PUBLIC.values(), COMMON)]
     # those of classes and functions; methods and the module have some, too
-    assert page.count('<div class="math') >= sum(doc.count(".. math::") for doc in docs) > 20
-    assert ":math:" not in page and ".. math" not in page
+    assert text.count('<div class="math">\n<math') >= sum(doc.count(".. math::") for doc in docs) > 20
+    assert ":math:" not in text and ".. math" not in text
+
+
+def test_links(site):
+    """To files and places that are there, and to pages of torch's that torch.inv has."""
+    pages = sorted(site.glob("*.html"))
+    assert {"index.html", "methods.html", "search.html"} <= {path.name for path in pages}
+    found = [site_checks.Page(path.read_text()) for path in pages]
+    for path, page in zip(pages, found, strict=True):
+        assert not page.broken_links(path), path.name
+        assert not page.loaded_from_elsewhere(), path.name
+    torch_links = {link for page in found for link in page.links if "pytorch.org" in link}
+    inventory = (ROOT / "docs" / "reference" / "torch.inv").read_text().splitlines()[3:]
+    known = {line.split()[2] for line in inventory}
+    assert {re.sub("#.*", "", link).split("/stable/")[1] for link in torch_links} <= known
+    assert any(link.endswith("torch.optim.AdamW.html#torch.optim.AdamW") for link in torch_links)
+
+
+@pytest.mark.parametrize("name", ["methods", "analysis", "optimizer"])
+def test_in_a_browser(site, tmp_path, name):
+    """The equations of three pages are drawn, with no network, and links lead somewhere."""
+    browser = site_checks.Browser(tmp_path)
+    html = browser.open(site / f"{name}.html", then=site_checks.MEASURE)
+    page = site_checks.Page(html)
+    assert not page.broken_links(site / f"{name}.html")
+    equations = site_checks.measured(html)
+    assert len(equations) == (site / f"{name}.html").read_text().count("<math") > 5
+    for equation in equations:
+        assert equation["width"] > 3 and equation["height"] > 3, equation
+        # numerators stand above denominators; without MathML both are on one line
+        assert all(top["bottom"] <= below["top"] + 1 for top, below in equation["fractions"])
+    assert any(equation["fractions"] for equation in equations)
+
+
+def test_search_in_a_browser(site, tmp_path):
+    html = site_checks.Browser(tmp_path).open(site / "search.html", "q=Polyak")
+    assert "methods.html" in "".join(re.findall(r'<ul class="search">.*?</ul>', html, re.DOTALL))
+
+
+@pytest.fixture
+def names(monkeypatch):
+    """What examples share; nothing that they declare is left afterwards."""
+    monkeypatch.setattr(spec, "_DECLARED", weakref.WeakSet(spec._DECLARED))
+    torch.manual_seed(0)
+    path, shared = ROOT / "docs" / "reference" / "example_setup.py", {}
+    exec(compile(path.read_text(), path, "exec"), shared)
+    return shared
+
+
+@pytest.fixture
+def one_rank():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.gpu) if n in ON_A_GPU else n for n in WITH_EXAMPLES]
+)
+def test_example(name, names, request):
+    text = section(inspect.cleandoc(WITH_EXAMPLES[name].__doc__), "Example")
+    if name in OF_RANKS:
+        request.getfixturevalue("one_rank")
+    test = doctest.DocTestParser().get_doctest(text, {}, name, None, None)
+    assert test.examples and "fastsam." in text
+    test.globs = names  # not a copy: what an example names anew, the closure uses
+    output = []
+    failed, _ = doctest.DocTestRunner(verbose=False).run(test, output.append, clear_globs=False)
+    assert not failed, "".join(output)
 
 
 @pytest.mark.parametrize("name", PUBLIC)

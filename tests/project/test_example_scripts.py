@@ -44,9 +44,9 @@ def test_complete_saves_and_goes_on(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(module.torch, "save", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        module.main(2, file)
+        module.main(2, checkpoint=file)
     monkeypatch.undo()
-    assert module.main(2, file) > 50
+    assert module.main(2, checkpoint=file) > 50
     lines = capsys.readouterr().out.splitlines()
     assert [line[:8] for line in lines] == ["epoch 1:", "epoch 2:"]
 

@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = sorted((ROOT / "fastsam").rglob("*.py"))
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
 def run(*command):
@@ -32,7 +33,13 @@ def test_mypy():
     settings = configparser.ConfigParser()
     settings.read(ROOT / "setup.cfg")
     assert settings["mypy"].getboolean("strict")
-    assert f"no issues found in {len(MODULES)} source files" in run("mypy")
+    assert f"no issues found in {len(MODULES) + len(EXAMPLES)} source files" in run("mypy")
+
+
+def test_pyright_of_examples():
+    """As an editor shows them: with the types that users of the package see."""
+    pytest.importorskip("pyright", reason="pyright is not installed: pip install -e '.[types]'")
+    assert "0 errors, 0 warnings" in run("pyright")
 
 
 def test_imports():

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 KERNELS = {f"fastsam/{p.relative_to(ROOT)}" for p in (ROOT / "kernels").rglob("*.py")}
 PACKAGE = {str(p.relative_to(ROOT)) for p in (ROOT / "fastsam").rglob("*.py")}
 #: What is in the repository; beside it lie caches, virtual environments and what commands wrote.
-FOLDERS = (".ci", "bench", "docs", "fastsam", "kernels", "tests")
+FOLDERS = (".ci", "bench", "docs", "examples", "fastsam", "kernels", "tests")
 LEFT_OUT = shutil.ignore_patterns("__pycache__", "train")  # bench/results/train, from the README
 
 
@@ -85,7 +85,7 @@ def test_sdist_holds_what_its_tests_need(made):
     expected = {str(p.relative_to(made.source)) for p in made.source.rglob("*") if p.is_file()}
     expected = {n for n in expected if ".egg-info/" not in n}
     assert {n for n in names if ".egg-info/" not in n} == expected | {"PKG-INFO"}
-    assert expected > PACKAGE | {"LICENSE", "tests/conftest.py", "docs/api.md", ".ci/run"}
+    assert expected > PACKAGE | {"LICENSE", "tests/conftest.py", "docs/api.md", "examples/lora.py", ".ci/run"}
 
 
 def environment(folder: Path, without: tuple[str, ...]) -> Path:
