@@ -19,15 +19,7 @@ def split_closures(
     .. math:: g = \nabla L_{B'}(w), \quad \tilde g = \nabla L_B(w + e), \quad
               B' = \text{the first } \lceil \gamma \lvert B \rvert \rceil \text{ samples of } B
 
-    A step then costs :math:`1 + \gamma` forward and backward passes instead of 2::
-
-        def closure(batch):
-            x, y = batch
-            loss = loss_fn(model(x), y)
-            loss.backward()
-            return loss
-
-        optimizer.step(*fastsam.split_closures(closure, (x, y), ascent_fraction=0.25))
+    A step then costs :math:`1 + \gamma` forward and backward passes instead of 2.
 
     The step returns the loss at :math:`w` of the part. Steps of the base alone (``perturb_every``,
     ``start``, ``stop``) take the gradient of the whole batch, and call both closures; where
@@ -56,6 +48,16 @@ def split_closures(
         TypeError: If ``closure`` is not callable, or no tensor with samples is in ``batch``.
         ValueError: If the tensors differ in their number of samples or have none; if
             ``ascent_fraction`` is out of range.
+
+    Example:
+        >>> optimizer = fastsam.SAM(model.parameters(), torch.optim.SGD, lr=0.1)
+        >>> def closure(batch):
+        ...     x, y = batch
+        ...     loss = loss_fn(model(x), y)
+        ...     loss.backward()
+        ...     return loss
+        >>> closures = fastsam.split_closures(closure, (inputs, labels), ascent_fraction=0.25)
+        >>> loss = optimizer.step(*closures)
 
     Reference: Bahri, Mobahi and Tay, "Sharpness-aware minimization improves language model
     generalization", ACL 2022, arXiv 2110.08529, who compute the ascent on a part of the batch.
