@@ -69,7 +69,7 @@ class frozen_batch_norm:  # noqa: N801 - used like a function
         ...     model.parameters(), torch.optim.SGD, lr=0.1, descent_context=frozen
         ... )
         >>> loss = optimizer.step(closure)
-        >>> model[1].num_batches_tracked  # of two passes
+        >>> model[1].num_batches_tracked  # in two passes
         tensor(1)
     """
 

@@ -57,15 +57,19 @@ class frozen_updates:  # noqa: N801 - used like a function
         TypeError: If one of them is neither, or there is none.
 
     Example:
-        >>> seen = torch.zeros(())  # what a forward pass counts
-        >>> count = model.register_forward_hook(lambda *_: seen.add_(len(inputs)))
-        >>> frozen = fastsam.frozen_updates(seen)
+        >>> average = torch.optim.swa_utils.AveragedModel(model)
+        >>> def closure():
+        ...     average.update_parameters(model)  # as models with a momentum encoder do
+        ...     loss = loss_fn(model(inputs), labels)
+        ...     loss.backward()
+        ...     return loss
+        >>> frozen = fastsam.frozen_updates(average)
         >>> optimizer = fastsam.SAM(
         ...     model.parameters(), torch.optim.SGD, lr=0.1, descent_context=frozen
         ... )
         >>> loss = optimizer.step(closure)
-        >>> seen
-        tensor(32.)
+        >>> average.n_averaged  # in two passes
+        tensor(1)
     """
 
     def __init__(self, *followers: Module | Tensor):

@@ -24,7 +24,10 @@ for _name in NEEDED:
 
 
 class SAMTrainerMixin:
-    """Gives a Trainer's steps their second pass; write it before the Trainer's class.
+    """Gives a Trainer's steps their second pass; write it before the Trainer's class::
+
+        class SAMSeq2SeqTrainer(SAMTrainerMixin, Seq2SeqTrainer):
+            pass
 
     The Trainer's loop goes on as it is: the gradients that it accumulates over its micro-batches
     are the first pass's. After the last of them the weights are perturbed along their sum, all

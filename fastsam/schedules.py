@@ -32,7 +32,7 @@ class RhoScheduler:
     Example:
         >>> class Halving(fastsam.RhoScheduler):
         ...     def rho_of(self, initial, group, index):
-        ...         return initial * 0.5**self.last_step
+        ...         return initial * 0.5**self.steps
         >>> optimizer = fastsam.SAM(model.parameters(), torch.optim.SGD, rho=0.4, lr=0.1)
         >>> radius = Halving(optimizer)
         >>> loss = optimizer.step(closure)

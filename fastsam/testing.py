@@ -85,12 +85,9 @@ def check_method(
             class refuses its arguments.
 
     Example:
-        >>> class SmoothGSAM(fastsam.rules.SharpnessAwareOptimizer):
-        ...     ascent, descent = fastsam.VaSSO.ascent, fastsam.GSAM.descent
-        ...     def __init__(self, params, base, rho=0.05, theta=0.9, alpha=0.4, **kwargs):
-        ...         own = {"theta": theta, "alpha": alpha}
-        ...         super().__init__(params, base, rho=rho, own=own, **kwargs)
-        >>> fastsam.testing.check_method(SmoothGSAM, torch.optim.SGD, lr=0.1, backends=["torch"])
+        >>> fastsam.testing.check_method(
+        ...     fastsam.GSAM, torch.optim.SGD, lr=0.1, alpha=0.3, backends=["torch"]
+        ... )
     """
     if not (isinstance(cls, type) and issubclass(cls, SharpnessAwareOptimizer)):
         raise TypeError(f"cls must be a subclass of SharpnessAwareOptimizer, got {cls!r}")

@@ -136,10 +136,10 @@ def step_sizes(sampling: Sampling, pl: float, lam: float = 0.5, k: int | None = 
     r"""The radius and the learning rate for a smooth PL objective, constant or decreasing.
 
     .. math:: \rho &= \frac{1}{4L}
-              \min\Bigl\lbrace 1, \frac{\mu}{2 (B\mu + A)(1 - \lambda)^2}\Bigr\rbrace,
-              \qquad \gamma = \frac1L \min\Bigl\lbrace 2, \frac{\mu}{8 (B\mu + A)}\Bigr\rbrace \\
-              \rho_k &= \min\Bigl\lbrace \rho, \frac{1}{2k + 1}\Bigr\rbrace, \qquad
-              \gamma_k = \min\Bigl\lbrace \gamma, \frac{2k + 1}{(k + 1)^2 \mu}\Bigr\rbrace
+              \min\left\{1, \frac{\mu}{2 (B\mu + A)(1 - \lambda)^2}\right\},
+              \qquad \gamma = \frac1L \min\left\{2, \frac{\mu}{8 (B\mu + A)}\right\} \\
+              \rho_k &= \min\left\{\rho, \frac{1}{2k + 1}\right\}, \qquad
+              \gamma_k = \min\left\{\gamma, \frac{2k + 1}{(k + 1)^2 \mu}\right\}
 
     With the constant sizes :math:`\mathrm{E} f(w_k) - f^*` is at most
 

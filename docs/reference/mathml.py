@@ -10,12 +10,12 @@ logger = logging.getLogger(__name__)
 def mathml(node, display):
     tex = node.astext()
     if "&" in tex or r"\\" in tex:
-        tex = rf"\begin{{aligned}}{tex}\end{{aligned}}"
+        tex = rf"\begin{{split}}{tex}\end{{split}}"
     try:
         found = convert(tex, display=display)
     except Exception as error:  # the converter has a class for each fault
         found = f"\\ {error!r}"
-    if "\\" in found:  # also what it does not know and lets through
+    if "\\" in found or ">&<" in found:  # also what it does not know and lets through
         logger.warning("no MathML for %s: %s", tex, found, location=node)
     return found
 

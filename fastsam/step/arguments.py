@@ -84,8 +84,8 @@ class Number:
 
     Example:
         >>> probability = fastsam.rules.Number(low=0, high=1, with_high=True)
-        >>> probability("beta", 1)
-        1.0
+        >>> probability("beta", 0.5)
+        0.5
         >>> probability("beta", 2)
         Traceback (most recent call last):
         ValueError: beta must be in [0, 1], got 2

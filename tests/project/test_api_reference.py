@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 import fastsam
 import fastsam.testing
 from fastsam.step import spec
 
+import processes
 import site_checks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,7 +41,7 @@ WITH_EXAMPLES = PUBLIC | {
     "fastsam.rules.Number": fastsam.rules.Number,
     "fastsam.testing.check_method": fastsam.testing.check_method,
 }
-#: Examples that take what not every machine has, or a group of processes: here of one.
+#: Examples that take what not every machine has, or a group of processes.
 ON_A_GPU = ("fastsam.graphed",)
 OF_RANKS = ("fastsam.compare_ranks", "fastsam.per_replica")
 #: Modules for other training loops, which need not be there: read, not imported.
@@ -155,7 +155,8 @@ def test_every_equation_is_on_the_site(site):
     text = "".join(path.read_text() for path in site.glob("*.html"))
     docs = [inspect.getdoc(value) for value in (*PUBLIC.values(), COMMON)]
     # those of classes and functions; methods and the module have some, too
-    assert text.count('<div class="math">\n<math') >= sum(doc.count(".. math::") for doc in docs) > 20
+    drawn = text.count('<div class="math">\n<math')
+    assert drawn >= sum(doc.count(".. math::") for doc in docs) > 20
     assert ":math:" not in text and ".. math" not in text
 
 
@@ -192,39 +193,44 @@ def test_in_a_browser(site, tmp_path, name):
 
 def test_search_in_a_browser(site, tmp_path):
     html = site_checks.Browser(tmp_path).open(site / "search.html", "q=Polyak")
-    assert "methods.html" in "".join(re.findall(r'<ul class="search">.*?</ul>', html, re.DOTALL))
+    (found,) = re.findall(r'<ul[^>]*class="search"[^>]*>(.*?)</ul>', html, re.DOTALL)
+    assert 'href="methods.html' in found
 
 
-@pytest.fixture
-def names(monkeypatch):
-    """What examples share; nothing that they declare is left afterwards."""
-    monkeypatch.setattr(spec, "_DECLARED", weakref.WeakSet(spec._DECLARED))
+def run_example(name):
+    """With what all examples share, which the reference's first page shows."""
+    text = section(inspect.cleandoc(WITH_EXAMPLES[name].__doc__), "Example")
+    test = doctest.DocTestParser().get_doctest(text, {}, name, None, None)
+    assert test.examples and "fastsam." in text, f"{name} has no example"
     torch.manual_seed(0)
-    path, shared = ROOT / "docs" / "reference" / "example_setup.py", {}
-    exec(compile(path.read_text(), path, "exec"), shared)
-    return shared
+    path = ROOT / "docs" / "reference" / "example_setup.py"
+    exec(compile(path.read_text(), path, "exec"), test.globs)
+    output = []
+    runner = doctest.DocTestRunner(verbose=False)
+    failed, _ = runner.run(test, out=output.append, clear_globs=False)
+    assert not failed, "".join(output)
 
 
-@pytest.fixture
-def one_rank():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+def run_on_rank(rank, size):
+    for name in OF_RANKS:
+        run_example(name)
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.gpu) if n in ON_A_GPU else n for n in WITH_EXAMPLES]
-)
-def test_example(name, names, request):
-    text = section(inspect.cleandoc(WITH_EXAMPLES[name].__doc__), "Example")
-    if name in OF_RANKS:
-        request.getfixturevalue("one_rank")
-    test = doctest.DocTestParser().get_doctest(text, {}, name, None, None)
-    assert test.examples and "fastsam." in text
-    test.globs = names  # not a copy: what an example names anew, the closure uses
-    output = []
-    failed, _ = doctest.DocTestRunner(verbose=False).run(test, output.append, clear_globs=False)
-    assert not failed, "".join(output)
+    "name",
+    [pytest.param(name, marks=pytest.mark.gpu) if name in ON_A_GPU else name
+     for name in WITH_EXAMPLES if name not in OF_RANKS],
+)  # fmt: skip
+def test_example(name, monkeypatch):
+    monkeypatch.setattr(spec, "_DECLARED", weakref.WeakSet(spec._DECLARED))  # theirs do not stay
+    run_example(name)
+
+
+def test_examples_of_ranks():
+    try:
+        processes.run(2, run_on_rank)
+    finally:
+        processes.close()
 
 
 @pytest.mark.parametrize("name", PUBLIC)

@@ -14,12 +14,12 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 
 #: Run in the page: how large each equation is, and where the parts of its fractions are.
 MEASURE = """
-const place = node => { const r = node.getBoundingClientRect(); return {top: r.top, bottom: r.bottom}; };
-const equations = [...document.querySelectorAll("math")].map(math => {
-  const r = math.getBoundingClientRect();
-  const fractions = [...math.querySelectorAll("mfrac")].map(f => [...f.children].map(place));
-  return {width: r.width, height: r.height, text: math.textContent, fractions};
-});
+const place = node => node.getBoundingClientRect().toJSON();
+const equations = [...document.querySelectorAll("math")].map(math => ({
+  text: math.textContent,
+  fractions: [...math.querySelectorAll("mfrac")].map(f => [...f.children].map(place)),
+  ...place(math),
+}));
 const found = document.createElement("script");
 found.type = "application/json";
 found.id = "measured";
