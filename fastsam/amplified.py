@@ -18,8 +18,11 @@ def _weighted(state: dict[str, Tensor], sums: dict[str, Tensor], h: Columns) -> 
 
 @functools.lru_cache(maxsize=64)
 def amplified(factor: float) -> Descent:
-    """``u = g + factor * (g~ - g)``; the same object for the same factor, as plans compare it."""
+    """``u = g + factor * (g~ - g)``; the same object for the same factor, as plans compare it.
+
+    Of a parameter without a first gradient no difference is known, and nothing is amplified.
+    """
     return Descent(
         name="amplified", kernel="fastsam.kernels.descent.weighted", coefficients=_weighted,
-        columns=functools.partial(_columns, factor),
+        columns=functools.partial(_columns, factor), fills=True,
     )  # fmt: skip

@@ -21,7 +21,7 @@ from .step.caches import forget_weights
 from .step.capture import check_capture, is_captured
 from .step.collect import Collector
 from .step.dtypes import Dtypes
-from .step.flight import Backup, InFlight, check_unperturbed
+from .step.flight import Backup, InFlight, check_unperturbed, with_all_firsts
 from .step.gradients import take_over
 from .step.kept import give_kept, keep, keep_last, room_for_last
 from .step.precision import find_masters, find_places
@@ -252,7 +252,7 @@ class Passes:
                 follow_casts(batch, spec, states, base)
             if flight.scale is not None or self.scalars.carries_scale:
                 batch = self._scale(batch, Scalar.INVERSE_SCALE, spec, flight, backend, states)
-            flight.give_to(batch)
+            lacks_firsts = flight.give_to(batch)
             last = None
             if spec.ascent.follows_last:
                 kept = batch
@@ -275,7 +275,12 @@ class Passes:
             if self.recording is not None and spec.has_unfused:  # which may write to gradients
                 seen = replace(batch, grads=[grad.clone() for grad in batch.grads])
             if batch.params:
-                self._update(batch, spec, flight, states, backend, base, scalars)
+                due = batch
+                if lacks_firsts and spec.descent is not None and spec.descent.fills:
+                    serving = self.backends.serving(backend, batch)
+                    scaled = flight.scale is not None and serving.takes_scaled
+                    due = with_all_firsts(batch, scalars if scaled else None)
+                self._update(due, spec, flight, states, backend, base, scalars)
             else:  # nothing to update, nor to reject
                 flight.undo()
                 _measure_nothing(scalars)

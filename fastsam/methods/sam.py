@@ -88,7 +88,8 @@ class SAM(SharpnessAwareOptimizer):
             :math:`\alpha`. The other steps are the base optimizer's as before. Costs what
             :class:`WSAM` does with ``decouple=False``: 44 bytes instead of 40. Not with classes
             whose update is made of both gradients already, nor ``ascent_steps`` above 1; where
-            the first gradient's norm is not finite, :math:`u = \tilde g`. Default False.
+            the first gradient's norm is not finite, :math:`u = \tilde g`, and so it is for a
+            parameter without a first gradient. Default False.
         master_weights: Keep a float32 copy behind every float16 and bfloat16 parameter, perturb
             and update that, and round the result. It is in the state, under ``master_weight``;
             where somebody has written to a parameter since, that counts. The base's state is in

@@ -2,13 +2,15 @@
 
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+
+from fastsam.kernels.layout import Scalar
 
 from .batch import Batch, identical
 from .caches import forget_weights
@@ -156,8 +158,12 @@ class InFlight:
         ends: Sequence[Tensor] = batch.owners[:1] + batch.owners[-1:]
         self.seen = [Mark(param) for param in ends if param.grad is not None]
 
-    def give_to(self, batch: Batch) -> None:
-        """Let the second pass's batch have what the first pass left."""
+    def give_to(self, batch: Batch) -> bool:
+        """Let the second pass's batch have what the first pass left.
+
+        Returns:
+            Whether first gradients are kept, and some of the batch's parameters had none.
+        """
         if self.ascent is not None:
             self.ascent.give_to(batch)
         if self.firsts is not None:
@@ -167,6 +173,8 @@ class InFlight:
             else:
                 by_owner = dict(zip(owners, grads, strict=True))
                 batch.firsts = [by_owner.get(param) for param in batch.owners]
+                return any(first is None for first in batch.firsts)
+        return False
 
     def start_again(self) -> None:
         """Have the unperturbed weights in the parameters, for another perturbation of them."""
@@ -198,6 +206,23 @@ class InFlight:
         self._end()
         if self.ascent is not None:
             self.ascent.commit(states, captured)
+
+
+def with_all_firsts(batch: Batch, scalars: Tensor | None) -> Batch:
+    """The second pass's batch, in which a first gradient that is missing is the second one.
+
+    Args:
+        batch: After :meth:`InFlight.give_to`.
+        scalars: The optimizer's, where gradients carry loss scales, which may differ. Else None.
+    """
+    assert batch.firsts is not None
+    firsts: list[Tensor | None] = []
+    for first, grad in zip(batch.firsts, batch.grads, strict=True):
+        if first is None and scalars is not None:
+            ratio = scalars[Scalar.INVERSE_SCALE] / scalars[Scalar.FIRST_INVERSE_SCALE]
+            first = (grad * ratio.to(grad.device, non_blocking=True)).to(grad.dtype)
+        firsts.append(grad if first is None else first)
+    return replace(batch, firsts=firsts)
 
 
 def write(pairs: list[tuple[Tensor, Tensor]]) -> None:

@@ -289,6 +289,8 @@ class Descent(Rule):
             :math:`a_1`, is kept in the memory of the first gradient: as the state that the ascent
             names as ``keeps``. A step that is rejected leaves that as it was.
         reuses: Whether that state stands in the place of the first gradient, in a step of one pass.
+        fills: Whether a parameter without a first gradient has its second one in the place of it:
+            :math:`u = (c + c_1)\, \tilde g` there. Default: it counts as zeros.
         columns: ``(group)``, of the first group, to the rule's hyper-parameters, at most four.
         scalars: Numbers that the rule keeps from step to step, at most two, each with its start.
         given: In the place of scalars, numbers that are known before the second pass's reduction
@@ -316,6 +318,7 @@ class Descent(Rule):
     rate: bool = False
     keeps: bool = False
     reuses: bool = False
+    fills: bool = False
     columns: Callable[[Group], Columns] = _no_columns
     scalars: Mapping[str, float] = field(default_factory=dict)
     given: Sequence[str] = ()

@@ -27,7 +27,7 @@ def final_gradient(first, second, backend="torch", **kwargs):
     optimizer = fastsam.SAM(params, torch.optim.SGD, lr=1.0, backend=backend, **kwargs)
     for half, grads in ((optimizer.first_step, first), (optimizer.second_step, second)):
         for param, g in zip(params, grads, strict=True):
-            param.grad = torch.full_like(param, g)
+            param.grad = None if g is None else torch.full_like(param, g)
         half()
     return [-param.item() for param in params]
 
@@ -52,6 +52,41 @@ def test_by_hand(kwargs, u, backend):
 def test_a_first_gradient_that_is_not_finite_stays_out():
     found = final_gradient([float("inf"), 4.0], [3.0, 3.0], perturb_every=3, amplify=True)
     assert found == [3.0, 3.0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Rprop])  # the other is not fused
+def test_a_parameter_without_a_first_gradient_is_not_amplified(base, backend):
+    """No difference is known of it: it takes its second gradient, in the norm of u as well."""
+    amplified = {"backend": backend, "perturb_every": 3, "amplify": True}
+    if base is torch.optim.SGD:
+        assert final_gradient([1.0, None], [3.0, 3.0], **amplified) == [7.0, 3.0]
+        assert final_gradient([None, None], [3.0, 4.0], **amplified) == [3.0, 4.0]
+        found = final_gradient([1.0, None], [3.0, 4.0], max_grad_norm=0.1, **amplified)
+        assert found == pytest.approx([0.7 / 65**0.5, 0.4 / 65**0.5], rel=1e-5)
+    params = [torch.nn.Parameter(torch.zeros(3, device=DEVICE)) for _ in range(2)]
+    optimizer = fastsam.SAM(params, base, lr=1.0, **amplified)
+    params[0].grad = torch.ones_like(params[0])
+    optimizer.first_step()
+    params[1].grad = torch.full_like(params[1], 3.0)
+    optimizer.second_step()
+    if base is torch.optim.Rprop:  # which finds u in .grad
+        assert params[1].grad.tolist() == [3.0] * 3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nor_where_its_second_gradient_carries_another_loss_scale(backend):
+    params = [torch.nn.Parameter(torch.zeros(1, device=DEVICE)) for _ in range(2)]
+    optimizer = fastsam.SAM(params, torch.optim.SGD, lr=1.0, amplify=3.0, backend=backend)
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=8.0)
+    scaler.scale(torch.zeros((), device=DEVICE))  # from here on it has a scale
+    params[0].grad = torch.full_like(params[0], 8.0)
+    optimizer.first_step(grad_scaler=scaler)
+    for param in params:
+        param.grad = torch.full_like(param, 3.0 * 8.0)
+    scaler.unscale_(optimizer)
+    optimizer.second_step(grad_scaler=scaler)
+    assert [-param.item() for param in params] == pytest.approx([7.0, 3.0], rel=1e-6)
 
 
 def test_steps_in_between_are_the_bases():
