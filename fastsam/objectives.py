@@ -29,6 +29,18 @@ class Mixture:
     plain: Any = 0.0
     weighted: Any = 0.0
 
+    def where(self, square: Any) -> "Mixture":
+        """This where the radius's square is above 0, and else ``g`` alone; a number or a tensor."""
+        if not isinstance(square, Tensor):
+            return self if square else Mixture(0.0, 1.0)
+        some = square > 0
+        plain, weighted = (
+            torch.where(some, x, 0.0) if isinstance(x, Tensor) else x
+            for x in (self.plain, self.weighted)
+        )
+        last, first = torch.where(some, self.last, 0.0), torch.where(some, self.first, 1.0)
+        return Mixture(last, first, plain, weighted)
+
 
 class Objective(ABC):
     """How a step's gradients are mixed."""

@@ -131,7 +131,8 @@ class UniversalSAM(SharpnessAwareOptimizer):
     A perturbation moves the parameters that had a gradient in the pass before it. A missing
     gradient counts as zeros, but for the last: without that a parameter is only restored.
     ``rho=0`` in all groups is the base optimizer. :math:`x` has the radius of the first perturbed
-    group. In groups with ``maximize`` it is the objective's negative that is minimised, and whose
+    group; where its square is 0, which a schedule on the device may let it become, :math:`u = g`.
+    In groups with ``maximize`` it is the objective's negative that is minimised, and whose
     sharpness is measured. A first gradient that is not finite is in :math:`u` as it is; where the
     step takes norms (``max_grad_norm``, a loss scale) :math:`u` is the last gradient then. With
     ``skip_nonfinite`` a step is skipped where a gradient of any pass, or a coefficient of
@@ -390,13 +391,22 @@ class UniversalSAM(SharpnessAwareOptimizer):
             samples.decay, samples.weight = self.objective.running(self._rises())
 
     def _rises(self) -> list[Tensor]:
-        """The losses' rises so far, by the radius's square."""
+        """The losses' rises so far, by the radius's square; 0 where that is 0."""
         at_w, *others = self._losses
-        group = next(filter(is_perturbed, self.param_groups), self.param_groups[0])
-        rho = group["rho"]
-        if isinstance(rho, Tensor):
-            rho = rho.detach().to(at_w)
-        return [sign_of(group) * (loss - at_w) / rho**2 for loss in others]
+        sign, square = sign_of(self._first_perturbed), self._squared_radius(at_w)
+        if isinstance(square, Tensor):
+            return [torch.where(square > 0, sign * (x - at_w) / square, 0.0) for x in others]
+        return [sign * (x - at_w) / square if square else torch.zeros_like(x) for x in others]
+
+    @property
+    def _first_perturbed(self) -> Group:
+        group: Group = next(filter(is_perturbed, self.param_groups), self.param_groups[0])
+        return group
+
+    def _squared_radius(self, like: Tensor) -> Any:
+        """A number, or a 0-dim tensor as ``like`` is."""
+        rho = self._first_perturbed["rho"]
+        return rho.detach().to(like) ** 2 if isinstance(rho, Tensor) else rho**2
 
     def _finish(self, batch: Batch, spec: StepSpec, flight: InFlight) -> None:
         if flight.perturbs:
@@ -417,6 +427,8 @@ class UniversalSAM(SharpnessAwareOptimizer):
         weight = self.param_groups[0]["weight"]
         xs = self._rises() if self._losses else []
         found = self.objective.mixture(xs, weight, self.samples)
+        if xs:
+            found = found.where(self._squared_radius(xs[0]))
         first = found.first
         if flight.samples is not None:
             firsts = flight.firsts or ([], [])

@@ -98,6 +98,22 @@ def test_radius_0_is_the_base_optimizer():
     assert all(map(torch.equal, run.params, params))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["det", "det-3", "frob-4", "general"])
+@pytest.mark.parametrize("rho", [0.0, "tensor", 1e-200])
+def test_a_radius_that_becomes_0_leaves_the_gradient(rho, kind, backend):
+    """Bit for bit: on the device, in explicit passes, and where only the square is 0."""
+    on_device = torch.zeros((), dtype=torch.float64, device=DEVICE)
+    run = Training(kind, backend, rho=on_device if rho == "tensor" else rho)
+    base = Training("trace", backend, rho=0.0)
+    for _ in range(2):
+        while run.optimizer.ascents_left:
+            run.optimizer.first_step(zero_grad=True, loss=run.backward())
+        run.optimizer.second_step(loss=run.backward())
+        base.step()
+    np.testing.assert_array_equal(run.weights, base.weights)
+
+
 def test_exponentials_are_relative_to_the_largest():
     """exp(800) overflows; the coefficients do not."""
     xs = [torch.tensor(x, dtype=torch.float64) for x in (-1600.0, -1599.0, -1598.0)]
@@ -327,6 +343,25 @@ def test_16_bit_weights(backend, setting):
         found = np.concatenate([x.ravel() for x in numpy(masters)])
         assert np.abs(found - near).max() < 0.01  # w, w + e and gradients were rounded
     run.step(2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_perturbation_is_rounded_by_bits_of_its_own(backend):
+    """Up in both as often as two independent numbers say."""
+    param = torch.nn.Parameter(torch.ones(1 << 14, dtype=torch.bfloat16, device=DEVICE))
+    optimizer = fastsam.TraceSAM([param], torch.optim.SGD, lr=0.1, rho=0.2 * 2**-7, samples=2,
+                                 rounding="stochastic", backend=backend)  # fmt: skip
+    ups, chances = [], []
+    for sample in range(2):
+        param.grad = torch.zeros_like(param)
+        optimizer.first_step()
+        ups.append(numpy([param])[0] > 1)
+        chances.append(np.clip(0.2 * oracle_noise.normal(0, 0, 0, sample, (1 << 14,)), 0, 1))
+    optimizer.restore()
+    alone = [up.mean() for up in ups]
+    np.testing.assert_allclose(alone, np.mean(chances, axis=1), atol=0.01)
+    both, expected = (ups[0] & ups[1]).mean(), np.mean(chances[0] * chances[1])
+    assert abs(both - expected) < 0.003  # with the same bits the mean of the smaller: 0.02 more
 
 
 def test_parameters_may_move_to_scratch_memory():
