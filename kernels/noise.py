@@ -27,6 +27,13 @@ def noise_key(table, columns, tensor, scalars):
 
 
 @triton.jit
+def rounding_key(key):
+    """What the bits depend on that round what such noise perturbs: in no two perturbations the
+    same, nor those of an ascent along a gradient, which may follow in the same step."""
+    return mix(key ^ tl.full([], 0x5851F42D, tl.uint32))
+
+
+@triton.jit
 def draw(index, key, dtype: tl.constexpr):
     """Uniform in (-1, 1): odd multiples of 2^-24; ``index`` counts elements in memory order."""
     bits = mix(index.to(tl.uint32) * tl.full([], 0x9E3779B1, tl.uint32) + key)

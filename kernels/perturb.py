@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .choice import takes_part
 from .layout import Hyper, Scalar
-from .noise import draw, noise_key
+from .noise import draw, noise_key, rounding_key
 from .rounding import pass_key, round_weight
 from .stream import (
     ASCENT0,
@@ -124,10 +124,12 @@ def _perturb(table, columns, tensor, start, offsets, mask, row, scalars, origin,
         all_loads_first()
     norm = norm_of(table, columns, tensor, scalars, ACC, SEGMENTS)
     scale = length(row, scalars, norm, RADIUS, ACCUMULATES, ACC)
-    key = pass_key(table, columns, tensor, scalars, 0) if STOCHASTIC else 0
     if NOISE:
-        g = draw(start + offsets, noise_key(table, columns, tensor, scalars), ACC)
+        noise = noise_key(table, columns, tensor, scalars)
+        g = draw(start + offsets, noise, ACC)
+        key = rounding_key(noise) if STOCHASTIC else 0
     else:
+        key = pass_key(table, columns, tensor, scalars, 0) if STOCHASTIC else 0
         g = g.to(ACC) * (tl.load(scalars + FIRST_INVERSE_SCALE).to(ACC) * tl.load(row + SIGN))
     w = newest(held, stored, P) if HAS_MASTER else stored.to(ACC)
     new = state

@@ -4,8 +4,9 @@ A perturbation or an update far below a weight's resolution is lost when it is r
 Rounded up with the probability of the distance, it is kept in the mean over the weights.
 
 The random bits are a hash of where they are used: seed and tensor (the table's key), step and pass,
-element. So they are the same however tensors are grouped, and in every backend
-(``fastsam/backends/rounding.py`` has the same arithmetic in torch).
+element. Of what noise perturbs they are a hash of what the noise depends on (``noise.py``). So they
+are the same however tensors are grouped, and in every backend (``fastsam/backends/rounding.py`` has
+the same arithmetic in torch).
 """
 
 import triton

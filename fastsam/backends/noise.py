@@ -10,7 +10,11 @@ from fastsam.step.spec import StepSpec
 
 def drawn(batch: Batch, k: int, spec: StepSpec, scalars: Tensor) -> Tensor:
     """A number in (-1, 1) for every element of parameter ``k``, in the dtype of the arithmetic."""
+    return uniform(batch.params[k], key_of(batch, k, spec, scalars))
+
+
+def key_of(batch: Batch, k: int, spec: StepSpec, scalars: Tensor) -> Tensor:
+    """What the numbers of parameter ``k`` depend on in the present perturbation; 0-dim int64."""
     assert spec.seed is not None and batch.places is not None
     step, sample = (scalars[slot].long() & LOW for slot in (Scalar.NOISE_STEP, Scalar.SAMPLE))
-    key = noise_key(tensor_key(spec.seed, batch.places[k]), step, sample)
-    return uniform(batch.params[k], key)
+    return noise_key(tensor_key(spec.seed, batch.places[k]), step, sample)

@@ -8,8 +8,10 @@ from torch import Tensor
 
 from fastsam.kernels.layout import Scalar
 from fastsam.step.batch import Batch
-from fastsam.step.bits import LOW, SLICE, mix, tensor_key
+from fastsam.step.bits import LOW, SLICE, mix, rounding_key, tensor_key
 from fastsam.step.spec import StepSpec
+
+from .noise import key_of
 
 
 def add_noise(x: Tensor, like: Tensor, key: Tensor) -> Tensor:
@@ -41,6 +43,8 @@ def rounded(
     if not spec.stochastic or param.dtype != torch.bfloat16:
         return x
     assert spec.seed is not None
+    if spec.ascent.noise and not descends:
+        return add_noise(x, param, rounding_key(key_of(batch, k, spec, scalars)))
     count = 2 * scalars[Scalar.ROUNDING_STEP].long() + descends
     assert batch.places is not None
     key = mix(tensor_key(spec.seed, batch.places[k]) ^ mix(count & LOW))

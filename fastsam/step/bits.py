@@ -37,6 +37,11 @@ def noise_key(tensor: int, step: Bits, sample: Bits) -> Bits:
     return mix(of_step ^ mix(sample ^ 0x80000000))
 
 
+def rounding_key(noise: Bits) -> Bits:
+    """What the bits depend on that round what such noise perturbs; from :func:`noise_key`."""
+    return mix(noise ^ 0x5851F42D)
+
+
 def uniform(like: Tensor, key: int | Tensor) -> Tensor:
     """A number in (-1, 1) for every element of ``like``, in the dtype of the arithmetic.
 

@@ -108,6 +108,24 @@ def test_16_bit_weights(backend, setting):
     assert run.optimizer.state[run.params[0]]["precision"].dtype == torch.float32
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_noise_and_perturbation_are_rounded_by_bits_of_their_own(backend):
+    """Weights that the noise has rounded up are in the ascent, half a step away, as any others."""
+    param = torch.nn.Parameter(torch.ones(1 << 14, dtype=torch.bfloat16, device=DEVICE))
+    optimizer = fastsam.BSAM([param], n=1e6, rho=2**-8, rounding="stochastic", backend=backend)
+    with optimizer.noise():
+        up = param.detach() > 1
+    with optimizer.sampled(0):
+        other = param.detach() > 1
+    with optimizer.noise():
+        assert torch.equal(up, param.detach() > 1)
+        param.grad = torch.ones_like(param)
+    optimizer.first_step()
+    both = (param.detach() > 1)[up].double().mean()
+    assert 400 < up.sum() < 1200 and abs(float(both) - 0.5) < 0.1
+    assert float((up & other).double().mean()) < 0.008
+
+
 # --- samples ----------------------------------------------------------------------------------
 
 
