@@ -286,6 +286,14 @@ class ProportionalRho(RhoScheduler):
             raise
 
 
+class _FollowsOptimizer(LambdaRho):
+    """A schedule over the optimizer's own count of steps, also where that was resumed or skips."""
+
+    def _apply(self) -> None:
+        self.steps = self.optimizer.kept["t"] - 1
+        super()._apply()
+
+
 def tail(
     optimizer: SharpnessAwareOptimizer,
     total_steps: int,
@@ -306,7 +314,10 @@ def tail(
 
     It sets ``optimizer.start`` and takes back ``optimizer.stop``. Like every constructor argument
     these are not saved: a resumed run calls ``tail`` again, and loads the state dicts of optimizer
-    and schedule.
+    and schedule. Where the rise is follows from the optimizer's own count of steps
+    (``kept["t"]``), wherever in the training ``tail`` is called. The schedule's state has the
+    radii themselves: without it a run that is resumed within the rise takes the risen part for
+    the whole.
 
     Args:
         optimizer: One of fastsam's, but :class:`LETS`.
@@ -339,7 +350,7 @@ def tail(
     def factor(t: int) -> float:
         return min(1.0, (t - start + 1) / rise) if t >= start else 1.0
 
-    schedule = LambdaRho(optimizer, factor)
+    schedule = _FollowsOptimizer(optimizer, factor)
     optimizer.start = start
     optimizer.stop = None
     return schedule

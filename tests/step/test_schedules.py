@@ -245,6 +245,27 @@ def test_a_tail_resumed_is_the_tail():
         assert torch.equal(one["params"][0], other["params"][0])
 
 
+@pytest.mark.parametrize("comes_before_the_state", [False, True])
+def test_a_tail_called_in_mid_run_counts_the_optimizers_steps(comes_before_the_state):
+    """Without the schedule's state: the rise is where it is in a run that was not interrupted."""
+    whole = sam()
+    for _ in range(4):
+        whole.step(loss_of(whole))
+    resumed = sam()
+    if not comes_before_the_state:
+        resumed.load_state_dict(whole.state_dict())
+    radius = fastsam.tail(resumed, 12, fraction=0.5, ramp=0.5)
+    if comes_before_the_state:
+        resumed.load_state_dict(whole.state_dict())
+    seen = []
+    for _ in range(4, 12):
+        seen.append(radii(resumed)[0])
+        resumed.step(loss_of(resumed))
+        radius.step()
+    assert seen[2:] == pytest.approx([0.2 / 3, 0.4 / 3, *[0.2] * 4])
+    assert radius.state_dict()["steps"] == 12
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 
