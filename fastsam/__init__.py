@@ -21,7 +21,7 @@ from .methods.lightsam import LightSAM
 from .methods.looksam import LookSAM
 from .methods.momentum import MSAM
 from .methods.preconditioned import PreconditionedSAM
-from .methods.ratio import SharpnessRatio
+from .methods.ratio import SharpnessRatio, SharpnessTrend
 from .methods.sam import ASAM, SAM, SSAM, USAM, UnifiedSAM
 from .methods.samar import SAMAR
 from .methods.sps import SAMSPS
@@ -38,7 +38,7 @@ __all__ = ["ASAM", "BSAM", "ESAM", "GNP", "GSAM", "LESAM", "LETS", "MSAM", "SAM"
            "SAMSPS", "SSAM", "USAM", "WSAM", "AdaGradNorm", "AdaSAM", "DelayedSAM", "DetSAM",
            "FriendlySAM", "FrobSAM", "FunctionalSAM", "LambdaRho", "Landscape", "LightSAM",
            "LookSAM", "PreconditionedSAM", "ProportionalRho", "RhoScheduler", "SharpnessRatio",
-           "TraceSAM", "UnifiedSAM", "UniversalSAM", "VaSSO", "compare_ranks", "frozen_batch_norm",
-           "frozen_updates", "functional_closures", "graphed", "loss_landscape",
-           "normalization_groups", "per_replica", "rules", "select_samples", "sharpness",
-           "split_closures", "tail", "theory"]  # fmt: skip
+           "SharpnessTrend", "TraceSAM", "UnifiedSAM", "UniversalSAM", "VaSSO", "compare_ranks",
+           "frozen_batch_norm", "frozen_updates", "functional_closures", "graphed",
+           "loss_landscape", "normalization_groups", "per_replica", "rules", "select_samples",
+           "sharpness", "split_closures", "tail", "theory"]  # fmt: skip

@@ -274,8 +274,8 @@ class Configured(SharedState):
             slots["ascent_squared_norms"] = Scalar.ACCUMULATED
             self.kept["ascent_squared_norms"] = self.ascent.accumulator(group)
         if self.descent is not None:
-            names = zip(self.descent.scalars, (Scalar.DESCENT0, Scalar.DESCENT1), strict=False)
-            slots |= dict(names)
+            places = Scalar.DESCENT0, Scalar.DESCENT1, Scalar.DESCENT2
+            slots |= dict(zip(self.descent.scalars, places, strict=False))
             self.kept |= self.descent.scalars
         if self.rounding == "stochastic" or self.ascent.chooses:
             slots["rounding_step"] = Scalar.ROUNDING_STEP

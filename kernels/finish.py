@@ -25,6 +25,7 @@ DESCENT0 = tl.constexpr(int(Scalar.DESCENT0))
 USED_DESCENT0 = tl.constexpr(int(Scalar.USED_DESCENT0))
 SHARPNESS = tl.constexpr(int(Scalar.SHARPNESS))
 DESCENT1 = tl.constexpr(int(Scalar.DESCENT1))
+DESCENT2 = tl.constexpr(int(Scalar.DESCENT2))
 HYPERGRADIENT = tl.constexpr(int(Scalar.HYPERGRADIENT))
 INVERSE_SCALE = tl.constexpr(int(Scalar.INVERSE_SCALE))
 FOUND_INF = tl.constexpr(int(Scalar.FOUND_INF))
@@ -73,8 +74,11 @@ def finish_ascent(hyper, scalars, direction_squared, grad_squared, sum2, sum3, s
 @triton.jit
 def finish_descent(hyper, scalars, measured_squared, plain_squared, sharpness, product,
                    first_squared, tasks, ACCUMULATES: tl.constexpr, COEFFICIENTS: tl.constexpr,
-                   ADAPTED: tl.constexpr):  # fmt: skip
-    """From the second gradient's norms, and a rule's products, to the coefficients of ``u``."""
+                   ADAPTED: tl.constexpr, THREE: tl.constexpr = False):  # fmt: skip
+    """From the second gradient's norms, and a rule's products, to the coefficients of ``u``.
+
+    ``THREE`` says whether the rule has three scalars, and not two at most.
+    """
     measured = tl.sqrt(measured_squared)
     plain = tl.sqrt(plain_squared)
     n = tl.load(scalars + GRAD_NORM)
@@ -90,7 +94,11 @@ def finish_descent(hyper, scalars, measured_squared, plain_squared, sharpness, p
     if COEFFICIENTS is not None:
         used = tl.load(scalars + DESCENT0)
         tl.store(scalars + USED_DESCENT0, used)
-        state = used, tl.load(scalars + DESCENT1), tl.load(scalars + LOSS)
+        if THREE:
+            old = used, tl.load(scalars + DESCENT1), tl.load(scalars + DESCENT2)
+        else:
+            old = used, tl.load(scalars + DESCENT1)
+        state = old + (tl.load(scalars + LOSS),)
         found = COEFFICIENTS(state, first_squared, gamma * gamma * plain_squared, gamma * product,
                              hyper + DESCENT)  # fmt: skip
         if len(found) == 3:
@@ -135,10 +143,20 @@ def finish_descent(hyper, scalars, measured_squared, plain_squared, sharpness, p
             if (tasks & ADAPT) != 0:
                 # 0 says that nothing was perturbed
                 valid = accepted & is_finite(sharpness) & is_finite(n) & (sharpness != 0)
-                old = tl.load(scalars + DESCENT0), tl.load(scalars + DESCENT1)
                 new = ADAPTED(old, sharpness, hyper + DESCENT)
                 tl.store(scalars + DESCENT0, tl.where(valid, new[0], old[0]))
                 tl.store(scalars + DESCENT1, tl.where(valid, new[1], old[1]))
+                if THREE:
+                    tl.store(scalars + DESCENT2, tl.where(valid, new[2], old[2]))
+
+
+@triton.jit
+def finish_three(hyper, scalars, measured_squared, plain_squared, sharpness, product,
+                 first_squared, tasks, ACCUMULATES: tl.constexpr, COEFFICIENTS: tl.constexpr,
+                 ADAPTED: tl.constexpr):  # fmt: skip
+    """The same for a rule with three scalars."""
+    finish_descent(hyper, scalars, measured_squared, plain_squared, sharpness, product,
+                   first_squared, tasks, ACCUMULATES, COEFFICIENTS, ADAPTED, True)  # fmt: skip
 
 
 @triton.jit

@@ -71,10 +71,12 @@ def counters(programs: int) -> int:
 
 #: Columns of the hyper-parameter table: one width, so that no kernel depends on the base.
 WIDTH = 25
-#: State tensors per parameter that the tables have rows for, and scalars of a descent rule.
+#: State tensors per parameter that the tables have rows for, scalars that a descent rule keeps, and
+#: numbers that one is given.
 BASE_STATES = 3
 ASCENT_STATES = 2
-DESCENT_SCALARS = 2
+DESCENT_SCALARS = 3
+DESCENT_GIVEN = 2
 
 
 class Row(IntEnum):
@@ -162,6 +164,7 @@ class Scalar(IntEnum):
     SAMPLE = 28  # the number of the present perturbation in its step, where there are several
     LOSS = 29  # at w + e, where the descent rule takes it
     RATE = 30  # the step size that such a rule gives to the base
+    DESCENT2 = 31  # the third of the descent rule's scalars
 
 
 class Task(IntFlag):

@@ -17,7 +17,7 @@ from .equations import columns_of, element_scale, perturbation, radius, seen_by,
 from .weights import ListBackup
 
 #: Where a descent rule's scalars are, in the order of their declaration.
-SCALARS = Scalar.DESCENT0, Scalar.DESCENT1
+SCALARS = Scalar.DESCENT0, Scalar.DESCENT1, Scalar.DESCENT2
 #: And where the coefficients are of what goes past the base: of the second gradient, and the first.
 BESIDE = Scalar.APART, Scalar.FIRST_APART
 

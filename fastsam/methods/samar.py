@@ -14,7 +14,7 @@ from fastsam.optimizer import SharpnessAwareOptimizer
 from fastsam.step.arguments import Number, shown
 from fastsam.step.spec import Columns, Descent, Group
 
-from .ratio import SharpnessRatio
+from .ratio import SharpnessRatio, SharpnessTrend
 
 #: The next lam from lam, the sharpness and the one before.
 LamRule = Callable[[Tensor, Tensor, Tensor], Any]
@@ -54,8 +54,41 @@ def _adapt(
     return {"lam": torch.where(usable, adapted.to(lam), lam), "sharpness": sharpness}
 
 
+def _trend_columns(rule: SharpnessTrend, lam: float, group: Group) -> Columns:
+    return {"LAM": lam, "RATIO": rule.c, "FAST": rule.fast, "SLOW": rule.slow}
+
+
+def _averaged(old: Tensor, sharpness: Tensor, decay: float) -> Tensor:
+    """An average with one value more; NaN before the first."""
+    return torch.where(old.isnan(), sharpness, decay * old + (1 - decay) * sharpness)
+
+
+def _follow(
+    rule: SharpnessTrend, lam: float, state: dict[str, Tensor], sharpness: Tensor, h: Columns
+) -> dict[str, Tensor]:
+    """lam stays at the first measurement, which both averages start at."""
+    fast = _averaged(state["sharpness"], sharpness, rule.fast)
+    slow = _averaged(state["slow_sharpness"], sharpness, rule.slow)
+    adapted = rule(torch.full_like(fast, lam), fast, slow)
+    known = ~state["slow_sharpness"].isnan()
+    adapted = torch.where(known & adapted.isfinite(), adapted, state["lam"])
+    return {"lam": adapted, "sharpness": fast, "slow_sharpness": slow}
+
+
 def mixture(rule: LamRule, lam: float) -> Descent:
     """SAMAR's descent with this rule, and lam at first."""
+    if isinstance(rule, SharpnessTrend):
+        return Descent(
+            name="trend",
+            kernel="fastsam.kernels.descent.trend",
+            coefficients=_coefficients,
+            sums=("first", "second", "product", "sharpness"),
+            columns=partial(_trend_columns, rule, float(lam)),
+            scalars={"lam": float(lam), "sharpness": math.nan, "slow_sharpness": math.nan},
+            least={"lam": 0.0} if type(rule) is SharpnessTrend else {},
+            adapt=partial(_follow, rule, float(lam)),
+            adapts_on_host=type(rule) is not SharpnessTrend,
+        )
     return Descent(
         name="mix",
         kernel="fastsam.kernels.descent.mix",
@@ -69,8 +102,8 @@ def mixture(rule: LamRule, lam: float) -> Descent:
     )
 
 
-#: With SAMAR's own rule, as it is by default.
-MIX = mixture(SharpnessRatio(), 1.0)
+#: With SAMAR's own rules; the first is the default.
+MIX, TREND = mixture(SharpnessRatio(), 1.0), mixture(SharpnessTrend(), 1.0)
 
 
 class SAMAR(SharpnessAwareOptimizer):
@@ -88,8 +121,8 @@ class SAMAR(SharpnessAwareOptimizer):
 
     What is the paper's and what is ours: the objective, and that :math:`\lambda` adapts by the
     ratio of successive sharpness values, are from the paper's published description. Its formulas
-    and constants could not be read, so the measurement of :math:`s_k` and :class:`SharpnessRatio`
-    are our reading, and every constant is open. ``rule`` may be replaced.
+    and constants could not be read, so the measurement of :math:`s_k`, :class:`SharpnessRatio` and
+    :class:`SharpnessTrend` are our readings, and every constant is open. ``rule`` may be replaced.
 
     A parameter without a first gradient counts as having a zero one. Where the first gradient's
     norm is not finite, :math:`u = \tilde g`. A step in which no sharpness could be measured, or in
@@ -100,19 +133,22 @@ class SAMAR(SharpnessAwareOptimizer):
     the update, in its own memory where the step sets it to None (``zero_grad=True``, as in
     ``step``) and nobody else has it, else as a copy, whose memory is kept from step to step. With
     SGD and momentum 52 bytes per element in float32 (reduce 4, perturb 16, reduce 8, update 24),
-    four launches. :math:`\lambda` and :math:`s_{k-1}` stay on the device; they are saved with the
-    state, and are in ``kept["lam"]`` and ``kept["sharpness"]``. ``metrics`` has the lam of the last
-    step and the sharpness that it measured.
+    four launches, with either rule. :math:`\lambda` and :math:`s_{k-1}` stay on the device; they
+    are saved with the state, and are in ``kept["lam"]`` and ``kept["sharpness"]``. With
+    :class:`SharpnessTrend` the latter is the fast average and ``kept["slow_sharpness"]`` the slow
+    one; a state dict of another rule has none, and loading that leaves it as it is. ``metrics`` has
+    the lam of the last step and the sharpness that it measured.
 
     Args:
         params, base_optimizer: As in :class:`SAM`.
         rho: Radius, at least 0. Default 0.05.
         lam: :math:`\lambda_0`, at least 0. Default 1.
-        rule: A :class:`SharpnessRatio`, whose equation runs inside the reduction, or any callable
-            that takes :math:`\lambda_k`, :math:`s_k` and :math:`s_{k-1}` as 0-dim tensors on the
-            device and gives the next :math:`\lambda`; what it is given is NaN in place of an
-            :math:`s_{k-1}` that does not exist yet. Its answer is not used then, nor where it is
-            not finite. State of its own is not saved. Default ``SharpnessRatio()``.
+        rule: A :class:`SharpnessRatio` or :class:`SharpnessTrend`, whose equations run inside the
+            reduction, or any callable that takes :math:`\lambda_k`, :math:`s_k` and
+            :math:`s_{k-1}` as 0-dim tensors on the device and gives the next :math:`\lambda`; what
+            it is given is NaN in place of an :math:`s_{k-1}` that does not exist yet. Its answer is
+            not used then, nor where it is not finite. State of its own is not saved. Default
+            ``SharpnessRatio()``.
         **kwargs: The other arguments of :class:`SAM`, and the base optimizer's.
 
     Raises:
@@ -139,7 +175,10 @@ class SAMAR(SharpnessAwareOptimizer):
     ):
         lam = Number(tensors=None)("lam", lam)
         if not (rule is None or callable(rule)):
-            raise TypeError(f"rule must be a SharpnessRatio or another callable, got {shown(rule)}")
+            raise TypeError(
+                "rule must be a SharpnessRatio, a SharpnessTrend or another callable, got "
+                f"{shown(rule)}"
+            )
         self._rule = SharpnessRatio() if rule is None else rule
         self.descent = mixture(self._rule, lam)
         super().__init__(params, base_optimizer, rho=rho, **kwargs)

@@ -36,7 +36,7 @@ TENSORS = ("rho", "eta", "lr", "weight_decay")
 #: Hyper-parameters that may be infinite: ASGD's start, Rprop's bounds, what Adafactor clips at.
 ENDLESS = ("t0", "step_sizes", "d")
 #: Those of the optimizer's own numbers that only an option makes.
-OPTIONAL = ("rounding_step",)
+OPTIONAL = ("rounding_step", "slow_sharpness")
 
 
 @dataclass(frozen=True)

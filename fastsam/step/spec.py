@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastsam.kernels.layout import ASCENT_STATES, BASE_STATES, DESCENT_SCALARS
+from fastsam.kernels.layout import ASCENT_STATES, BASE_STATES, DESCENT_GIVEN, DESCENT_SCALARS
 
 from .arguments import Argument
 
@@ -292,7 +292,8 @@ class Descent(Rule):
         fills: Whether a parameter without a first gradient has its second one in the place of it:
             :math:`u = (c + c_1)\, \tilde g` there. Default: it counts as zeros.
         columns: ``(group)``, of the first group, to the rule's hyper-parameters, at most four.
-        scalars: Numbers that the rule keeps from step to step, at most two, each with its start.
+        scalars: Numbers that the rule keeps from step to step, each with its start: at most two, or
+            with ``adapt`` three.
         given: In the place of scalars, numbers that are known before the second pass's reduction
             and which nothing keeps, at most two: the optimizer's class gives them in every step.
         least: What some of them are at least. A state dict with less, or with a number that is not
@@ -346,9 +347,11 @@ class Descent(Rule):
                 f"descent {self.name!r} may have {DESCENT_SCALARS} scalars, got "
                 f"{', '.join(self.scalars)}"
             )
-        if self.given and (self.scalars or self.sums or len(self.given) > DESCENT_SCALARS):
+        if len(self.scalars) > 2 and self.adapt is None:
+            raise ValueError(f"descent {self.name!r} has three scalars and needs adapt with them")
+        if self.given and (self.scalars or self.sums or len(self.given) > DESCENT_GIVEN):
             raise ValueError(
-                f"descent {self.name!r} has given numbers and may have {DESCENT_SCALARS} of them, "
+                f"descent {self.name!r} has given numbers and may have {DESCENT_GIVEN} of them, "
                 "and neither scalars nor sums"
             )
         if clash := [name for name in self.scalars if name in RESERVED]:

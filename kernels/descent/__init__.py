@@ -2,15 +2,15 @@
 
 A file has ``Columns``, the rule's hyper-parameters as its declaration names them, at most four,
 and these functions, which one thread runs in float64 when the sums are known. ``state`` is a tuple
-of two: the rule's scalars, in the order of their declaration.
+of the rule's scalars, in the order of their declaration: of three where it has three, else of two.
 
 | function | gives | needed |
 | --- | --- | --- |
 | ``coefficients(state, first, second, product, h)`` | ``c, c1`` (and ``a, a1``) | always |
-| ``adapt(state, sharpness, h)`` | the scalars after this step, a tuple of two | with ``adapt`` |
+| ``adapt(state, sharpness, h)`` | the scalars after this step, as many | with ``adapt`` |
 
-``coefficients`` finds the loss at ``w + e`` as a third entry of ``state``, where the declaration
-asks for it, and ``<g~, e>`` in the place of ``product``, where it asks for ``"rise"``. With
+``coefficients`` finds the loss at ``w + e`` in ``state`` after these, where the declaration asks
+for it, and ``<g~, e>`` in the place of ``product``, where it asks for ``"rise"``. With
 ``rate`` it gives a third number, the step size.
 
 ``first`` is the first gradient's squared norm, ``second`` the second's, after SSAM's rescaling if

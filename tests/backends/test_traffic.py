@@ -52,6 +52,7 @@ class Case:
 
 
 LIGHT = {"lr": 0.1, "rho": 0.1}
+TREND = {"rule": fastsam.SharpnessTrend()}
 PRECONDITIONED = {"preconditioned": True, "by_hand": True}
 CASES = {
     "SAM + SGD": Case(fastsam.SAM),
@@ -74,6 +75,7 @@ CASES = {
     "LookSAM + SGD": Case(fastsam.LookSAM, kernels=TWO_NORMS, floor=56),
     "MSAM + SGD": Case(fastsam.MSAM),  # v instead of g
     "SAMAR + SGD": Case(fastsam.SAMAR, kernels=TWO_NORMS, floor=52),  # SAM's; g~ and g, and g again
+    "SAMAR by its trend": Case(fastsam.SAMAR, SGD, TREND, TWO_NORMS, 52),
     # SAM's without momentum, and both gradients once more
     "SAMSPS": Case(FixedLoss, None, {}, TWO_NORMS),
     # SAM's, and the variance: read, read, written; and the mean: read, written

@@ -10,6 +10,7 @@ import fastsam
 
 from networks import bits, closure_of, model_and_data, same
 from registry import BACKENDS, DEVICE, DTYPES
+from trajectories import check_trajectory
 
 FP32 = DTYPES["fp32"]
 SGD = {"base_optimizer": torch.optim.SGD, "lr": 0.1}
@@ -199,3 +200,133 @@ def test_samar_is_the_gradient_of_the_regularised_loss():
     second = torch.autograd.grad(loss_fn(), params)
     for w, x, y, new in zip(before, g, second, after, strict=True):
         torch.testing.assert_close(new, w - 0.1 * (-0.7 * x + 1.7 * y), rtol=1e-5, atol=1e-7)
+
+
+# --- the rule by two averages ---------------------------------------------------------------------
+
+TREND = fastsam.SharpnessTrend(c=1.2, fast=0.5, slow=0.9)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", ["fp32", "fp64"])
+def test_the_trends_trajectory(dtype, backend):
+    shapes, groups = [(1031,), (6, 7)], [{"params": [0]}, {"params": [1], "rho": 0.1}]
+    check_trajectory("samar-trend", "adagrad_norm", DTYPES[dtype], backend, shapes, groups, 5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_lam_follows_the_trend_and_comes_back(backend):
+    """On 1/2 w^2, where s = rho |w| + rho^2 / 2; the sharpness falls, and then stays."""
+    param = torch.nn.Parameter(torch.ones((), dtype=torch.float64, device=DEVICE))
+    optimizer = fastsam.SAMAR([param], rho=0.1, lam=0.5, rule=TREND, backend=backend, **SGD)
+    w, lam, a, b = 1.0, 0.5, None, None
+    for step in range(80):
+        if step == 20:
+            optimizer.param_groups[0]["lr"] = 0.0
+        optimizer.step(lambda: (param**2 / 2).backward())
+        assert float(optimizer.metrics["lam"]) == pytest.approx(lam, rel=1e-10)
+        s = 0.1 * abs(w) + 0.005
+        a, b = (s, s) if a is None else (0.5 * a + 0.5 * s, 0.9 * b + 0.1 * s)
+        w -= (0.1 if step < 20 else 0.0) * (w + lam * 0.1)
+        lam = 0.5 * min(max(a / b, 1 / 1.2), 1.2)
+        kept = [float(optimizer.kept[name]) for name in ("lam", "sharpness", "slow_sharpness")]
+        assert kept == pytest.approx([lam, a, b], rel=1e-10)
+        if step == 19:
+            assert lam == 0.5 / 1.2
+    assert lam == pytest.approx(0.5, rel=0.02)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_averages_that_are_not_positive(backend):
+    """Of what falls along its gradient: -rho w^2 / 2 at first, then rising through 0."""
+    param = torch.nn.Parameter(torch.ones((), dtype=torch.float64, device=DEVICE))
+    optimizer = fastsam.SAMAR([param], rho=1.0, rule=TREND, backend=backend, **SGD | {"lr": 0.0})
+    found = []
+    for s in (-4.0, -3.0, 4.0, 1.0):  # a: -4, -3.5, 0.25, 0.625; b: -4, -3.9, -3.11, -2.699
+        for value, half in ((1.0, optimizer.first_step), (2 * s - 1, optimizer.second_step)):
+            param.grad = torch.full_like(param, value)
+            half()
+        found.append(float(optimizer.kept["lam"]))
+    assert found == pytest.approx([1.0, 1.0, 1.2, 1.2], rel=1e-12)
+    assert float(optimizer.kept["slow_sharpness"]) == pytest.approx(-2.699, rel=1e-9)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["zero", "nan", "skipped"])
+def test_a_step_that_measures_nothing_leaves_both_averages(kind, backend):
+    param = torch.nn.Parameter(torch.ones(20, device=DEVICE))
+    optimizer = fastsam.SAMAR(
+        [param], rho=0.5, lam=0.7, rule=TREND, skip_nonfinite=True, backend=backend, **SGD
+    )
+    bad = {"zero": (0.0, 1.0), "nan": (math.nan, 1.0), "skipped": (1.0, math.nan)}[kind]
+    kept = []
+    for pair in ((1.0, 2.0), (1.5, 2.0), bad):
+        for value, half in zip(pair, (optimizer.first_step, optimizer.second_step), strict=True):
+            param.grad = torch.full_like(param, value)
+            half()
+        kept.append([float(optimizer.kept[k]) for k in ("lam", "sharpness", "slow_sharpness")])
+    assert kept[0] != kept[1] == kept[2] and param.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_trend_is_resumed_and_other_rules_are_taken_over(backend):
+    def trained(optimizer, loss_fn, steps):
+        for _ in range(steps):
+            optimizer.step(closure_of(loss_fn))
+        return optimizer
+
+    def make(rule, start):
+        model, loss_fn = model_and_data()
+        model.load_state_dict(start)
+        optimizer = fastsam.SAMAR(model.parameters(), rho=0.3, rule=rule, backend=backend, **SGD)
+        return model, optimizer, loss_fn
+
+    start = model_and_data()[0].state_dict()
+    model, whole, loss_fn = make(TREND, start)
+    trained(whole, loss_fn, 3)
+    middle, state = {k: x.clone() for k, x in model.state_dict().items()}, whole.state_dict()
+    trained(whole, loss_fn, 3)
+    other, resumed, other_loss = make(TREND, middle)
+    resumed.load_state_dict(state)
+    trained(resumed, other_loss, 3)
+    assert same(bits(model), bits(other))
+    for rule in (None, lambda lam, sharpness, previous: lam):  # have no slow average
+        _, one, one_loss = make(rule, start)
+        state = trained(one, one_loss, 3).state_dict()
+        assert not any("slow" in key for key in state["param_groups"][0])
+        _, resumed, resumed_loss = make(TREND, middle)
+        resumed.load_state_dict(state)
+        assert math.isnan(resumed.kept["slow_sharpness"])
+        assert float(resumed.kept["sharpness"]) == float(one.kept["sharpness"])
+        trained(resumed, resumed_loss, 2)
+        assert float(resumed.kept["slow_sharpness"]) > 0
+        one.load_state_dict(resumed.state_dict())
+        trained(one, one_loss, 1)
+
+
+class Halved(fastsam.SharpnessTrend):
+    def __call__(self, lam, fast, slow):
+        return super().__call__(lam, fast, slow) / 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_rule_made_of_the_trend_runs_on_the_host(backend):
+    model, loss_fn = model_and_data()
+    optimizer = fastsam.SAMAR(model.parameters(), rule=Halved(c=1), backend=backend, **SGD)
+    for _ in range(3):
+        optimizer.step(closure_of(loss_fn))
+    assert float(optimizer.metrics["lam"]) == 0.5
+    assert float(optimizer.kept["slow_sharpness"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "match"),
+    [
+        ({"c": 0.5}, "c must be at least 1"),
+        ({"fast": 1.0}, r"fast must be in \[0, 1\), got 1.0"),
+        ({"slow": 0.5}, "slow must be at least fast=0.9, got 0.5"),
+    ],
+)
+def test_a_trend_out_of_range(kwargs, match):
+    with pytest.raises(ValueError, match=match):
+        fastsam.SharpnessTrend(**kwargs)

@@ -50,9 +50,9 @@ LOOPS = ("accelerate", "huggingface", "lightning")
 RESULTS = ("fastsam.Landscape", "fastsam.theory.StepSizes")
 #: What no paper describes; the docstring of the module names the one of fastsam.theory.
 NO_PAPER = ("fastsam.DelayedSAM", "fastsam.Landscape", "fastsam.SharpnessRatio",
-            "fastsam.frozen_batch_norm", "fastsam.compare_ranks", "fastsam.frozen_updates",
-            "fastsam.functional_closures", "fastsam.graphed", "fastsam.LambdaRho",
-            "fastsam.RhoScheduler", "fastsam.tail")  # fmt: skip
+            "fastsam.SharpnessTrend", "fastsam.frozen_batch_norm", "fastsam.compare_ranks",
+            "fastsam.frozen_updates", "fastsam.functional_closures", "fastsam.graphed",
+            "fastsam.LambdaRho", "fastsam.RhoScheduler", "fastsam.tail")  # fmt: skip
 
 SECTION = r"^{}:\n((?:(?: .*)?\n)+)"
 

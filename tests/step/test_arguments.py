@@ -73,7 +73,7 @@ RANGES = {
     "p": [*NO_NUMBER[:2], None, 1, 0, "2", True],
     "beta": [*NO_NUMBER, None, 1, *NO_TENSOR],
     "damping": [*NO_NUMBER, None, 0, *NO_TENSOR],
-    "smoothing": [*NO_NUMBER, None, 1, *NO_TENSOR],
+    **dict.fromkeys(("smoothing", "fast", "slow"), [*NO_NUMBER, None, 1, *NO_TENSOR]),
     "c": [*NO_NUMBER, None, 0.9, *NO_TENSOR],
     **dict.fromkeys(("lam_min", "lam_max"), [*NO_NUMBER, None, *NO_TENSOR]),
     "base_optimizer": [None, "SGD", torch.optim.LBFGS, fastsam.SAM, torch.optim.SGD([META], 0.1)],
@@ -101,7 +101,7 @@ def create(name, **kwargs):
     cls = getattr(fastsam, name)
     if name == "LETS":
         return cls(kwargs.pop("optimizer", fastsam.SAM(params(), **SGD)), **kwargs)
-    if name == "SharpnessRatio":
+    if name in ("SharpnessRatio", "SharpnessTrend"):
         return cls(**kwargs)
     own = (
         {}
@@ -119,7 +119,8 @@ def arguments():
     for name in ("SAM", "ASAM", "USAM", "UnifiedSAM", "SSAM", "VaSSO", "SAMAR", "FriendlySAM",
                  "LESAM", "GSAM", "WSAM", "GNP", "MSAM", "DelayedSAM", "LookSAM",
                  "PreconditionedSAM", "SAMSPS", "ESAM", "LightSAM",
-                 "AdaSAM", "AdaGradNorm", "LETS", "SharpnessRatio"):  # fmt: skip
+                 "AdaSAM", "AdaGradNorm", "LETS", "SharpnessRatio",
+                 "SharpnessTrend"):  # fmt: skip
         parameters = inspect.signature(getattr(fastsam, name)).parameters
         for key, parameter in parameters.items():
             if parameter.kind is not inspect.Parameter.VAR_KEYWORD and key != "params":

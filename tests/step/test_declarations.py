@@ -65,7 +65,9 @@ def states(*names):
          "'loss', got "
          "'third'"),
         (partial(descent, scalars=dict.fromkeys("abc", 0.0)),
-         "descent 'mine' may have 2 scalars, got a, b, c"),
+         "descent 'mine' has three scalars and needs adapt with them"),
+        (partial(descent, scalars=dict.fromkeys("abcd", 0.0)),
+         "descent 'mine' may have 3 scalars, got a, b, c, d"),
         (partial(descent, scalars={"t": 0.0}), "scalars of descent 'mine' must have none of the"),
         (partial(descent, adapt=nothing, scalars={"a": 0.0}),
          "descent 'mine' has adapt and needs scalars, and 'sharpness' among its sums"),

@@ -75,6 +75,25 @@ class Ratio:
         return min(max(lam * q, self.lam_min), self.lam_max)
 
 
+@dataclass(frozen=True)
+class Trend:
+    """SAMAR's other rule: lam_{k+1} = lam clip(a_k / b_k, 1/c, c).
+
+    a_k = fast a_{k-1} + (1 - fast) s_k and b_k = slow b_{k-1} + (1 - slow) s_k, which start at the
+    first sharpness; that leaves lam as it is. Without a positive b_k, the ratio is c if a_k is
+    positive and 1 if not. `lam` is the first step's.
+    """
+
+    lam: float = 1.0
+    c: float = 2.0
+    fast: float = 0.9
+    slow: float = 0.99
+
+    def __call__(self, a: float, b: float) -> float:
+        ratio = a / b if b > 0 else self.c if a > 0 else 1.0
+        return self.lam * min(max(ratio, 1 / self.c), self.c)
+
+
 class Oracle:
     """One optimizer over several weights: an ascent rule, a descent rule and a base update.
 
@@ -138,8 +157,8 @@ class Oracle:
             far, whether it takes part.
         loss: At w + e, of the base "sps", whose step size is, for min(size, lr) to be taken,
             [loss - loss_min - <e, u>]+ / ||u||^2, 0 where that is NaN (Oikonomou & Loizou 2026).
-        mix: SAMAR's rule for its lam: a `Ratio`, or any function of lam_k, s_k and s_{k-1}. It is
-            asked from the second sharpness on; the first lam is its `lam`, or 1.
+        mix: SAMAR's rule for its lam: a `Ratio` or a `Trend`, or any function of lam_k, s_k and
+            s_{k-1}. It is asked from the second sharpness on; the first lam is its `lam`, or 1.
         renormalize, max_grad_norm: Use SSAM's gamma; clip u to this plain norm.
         skip_nonfinite: Leave weights and state alone when a second gradient is not finite.
         storage, grad_storage, state_storage: Roundings of weights (perturbed ones too), gradients
@@ -155,7 +174,8 @@ class Oracle:
         a2, b2: The scalar accumulators of the ascent and of the base.
         t: Number of ascents, those of skipped steps included.
         draws: Number of ascents by noise.
-        lam, sharpness: SAMAR's for the next step: lam, and the (smoothed) s_k, None at first.
+        lam, sharpness, slow: SAMAR's for the next step: lam, the (smoothed) s_k or the fast
+            average, and the slow one; None at first.
         of_second: The weight that g~ had in the last step, past the base as well, SAMAR's aside.
         terms: With a descent rule, the sizes of what it has added to each weight, times lr.
         e: The perturbations of the last step, unrounded; none where nothing is perturbed.
@@ -211,6 +231,7 @@ class Oracle:
         self.t = 0
         self.draws = 0
         self.lam, self.sharpness = float(getattr(mix, "lam", 1.0)), None
+        self.slow: float | None = None
         self.metrics: dict[str, float] = {"skipped": 0}
         start = self.groups[0].get("eps", 0.0) ** 2
         self.a2 = 0.0 if ascent == "variance" else start
@@ -501,7 +522,13 @@ class Oracle:
         if sharpness == 0 or not np.isfinite(n) or not np.isfinite(sharpness):
             return
         if previous is None:
-            self.sharpness = sharpness
+            self.sharpness = self.slow = sharpness
+            return
+        if isinstance(self._mix, Trend):
+            fast, slow = self._mix.fast, self._mix.slow
+            self.sharpness = fast * previous + (1 - fast) * sharpness
+            self.slow = slow * self.slow + (1 - slow) * sharpness
+            self.lam = self._mix(self.sharpness, self.slow)
             return
         smoothing = getattr(self._mix, "smoothing", 0.0)
         self.sharpness = smoothing * previous + (1 - smoothing) * sharpness

@@ -134,6 +134,7 @@ HAND = {"by_hand": True}
 #: Everything that composes with a method, at once.
 ALL = {"renormalize": True, "max_grad_norm": 0.5, "skip_nonfinite": True}
 RATIO = {"c": 1.2, "lam_min": 0.3, "lam_max": 1.5, "smoothing": 0.4}
+TREND = {"c": 1.3, "fast": 0.3, "slow": 0.8}
 METHODS = {
     "sam": Method(fastsam.SAM),
     "asam": Method(fastsam.ASAM, {}, {"rho": 0.5, "eta": 0.01} | ADAPTIVE),
@@ -260,13 +261,20 @@ METHODS = {
     ),
     "adasam": Method(fastsam.AdaSAM, {"rho": 0.05}, {}, {}, ("uncorrected_amsgrad",)),
 }  # fmt: skip
-#: What tests that take all methods have no use for: methods of whose steps some have one pass, and
-#: a setting whose equation depends on another's. Each has tests of its own (``test_msam.py``,
-#: ``test_delayed.py``, ``test_looksam.py``, ``test_amplify.py``).
+#: What tests that take all methods have no use for: methods of whose steps some have one pass, a
+#: setting whose equation depends on another's, and a rule that differs from another in what it
+#: makes of one number. Each has tests of its own (``test_msam.py``, ``test_delayed.py``,
+#: ``test_looksam.py``, ``test_amplify.py``, ``test_samar.py``).
 OTHERS = {
     # GNP's equation, with the weight of the setting
     "sam-amplified": Method(
         fastsam.SAM, {"amplify": 1.7}, {"alpha": 1.7}, {"descent": "gnp"}, THREE
+    ),
+    "samar-trend": Method(
+        fastsam.SAMAR,
+        {"rho": 0.5, "eta": 0.1, "lam": 0.8, "rule": fastsam.SharpnessTrend(**TREND)} | ADAPTIVE
+        | ALL, {"rho": 0.5, "eta": 0.1} | ADAPTIVE, {"mix": oracles.Trend(0.8, **TREND)} | ALL,
+        ("adagrad_norm",),
     ),
     "msam": Method(
         fastsam.MSAM, {}, {"rho": 0.3}, {"ascent": "momentum"},

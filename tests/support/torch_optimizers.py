@@ -243,7 +243,7 @@ fastsam_db = [
     info(
         fastsam.SAMAR, PLAIN | {"below SAM": MOMENTUM | {"lam": 0.5}},
         [*SAM_ERRORS, ({"lam": -1.0}, ValueError, "lam must be at least 0 and finite, got -1.0"),
-         ({"rule": 1}, TypeError, "rule must be a SharpnessRatio or another callable")],
+         ({"rule": 1}, TypeError, "rule must be a SharpnessRatio, a SharpnessTrend or another")],
     ),
     info(
         fastsam.GSAM, PLAIN | {"along the first": MOMENTUM | {"alpha": 0.2, "variant": "first"}},

@@ -186,7 +186,10 @@ def descent_sums(spec: StepSpec) -> Sums:
         return Sums(NO_RULE | common | own, int(tasks), several=False)
     rule = functions_of(spec.descent, DESCENT)
     rises = "rise" in spec.descent.sums
-    common["FINISH"] = finish.finish_rise if rises else finish.finish_descent
+    if rises:
+        common["FINISH"] = finish.finish_rise
+    elif len(spec.descent.scalars) > 2:
+        common["FINISH"] = finish.finish_three
     own = {
         "TERMS": sums.of_rise if rises else sums.of_both, "SUMS": 5,
         "COEFFICIENTS": rule["coefficients"], "ADAPTED": rule["adapt"],
