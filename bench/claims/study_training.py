@@ -24,14 +24,23 @@ from common.data import Images, flip_labels, load_images, make_model
 from train import evaluate, train_epoch
 
 BATCH_SIZE = 64
+ON_SGD = {"base_optimizer": torch.optim.SGD}
 
 
 def make_samar(
     params: Iterable[Tensor], c: float, lam_min: float, lam_max: float, **settings: Any
 ) -> Any:
-    """Build SAMAR on SGD with the constants of its rule among the settings."""
+    """Build SAMAR with the constants of its rule among the settings; on SGD by default."""
     rule = fastsam.SharpnessRatio(c=c, lam_min=lam_min, lam_max=lam_max)
-    return fastsam.SAMAR(params, torch.optim.SGD, rule=rule, **settings)
+    return fastsam.SAMAR(params, **{**ON_SGD, **settings}, rule=rule)
+
+
+def make_samar_trend(
+    params: Iterable[Tensor], c: float, fast: float, slow: float, **settings: Any
+) -> Any:
+    """The same by its rule of two averages."""
+    rule = fastsam.SharpnessTrend(c=c, fast=fast, slow=slow)
+    return fastsam.SAMAR(params, **{**ON_SGD, **settings}, rule=rule)
 
 
 def make_lets(
@@ -60,9 +69,10 @@ METHODS: dict[str, Callable[..., Any]] = {
     "lightsam-3": functools.partial(fastsam.LightSAM, rule="adam"),
     "vasso": functools.partial(fastsam.VaSSO, base_optimizer=torch.optim.SGD),
     "samar": make_samar,
+    "samar-trend": make_samar_trend,
     "lets": make_lets,
 }
-WATCHED = {"lets": "rho", "samar": "lam"}  # the numbers that a method adapts
+WATCHED = {"lets": "rho", "samar": "lam", "samar-trend": "lam"}  # the numbers that a method adapts
 
 
 class Stepper:

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 import fastsam
 
 from .study_core import Result, Run
+from .study_training import WATCHED, make_samar, make_samar_trend
 from common.text import Decoder, Text, load_text, windows
 
 LENGTH = 64  # characters of a window
@@ -47,6 +48,8 @@ METHODS: dict[str, Callable[..., Any]] = {
     "functional": on_parameters(fastsam.FunctionalSAM, **ON_ADAMW),
     "functional-p": on_parameters(fastsam.FunctionalSAM, preconditioned=True, **ON_ADAMW),
     "msam": on_parameters(fastsam.MSAM, **ON_ADAMW),
+    "samar": on_parameters(make_samar, **ON_ADAMW),
+    "samar-trend": on_parameters(make_samar_trend, **ON_ADAMW),
 }
 ONE_PASS = ("adamw", "msam")  # the others take two passes a step
 
@@ -86,8 +89,11 @@ def train_decoder(run: Run) -> Result:
     mark = getattr(optimizer, "outputs", lambda logits: logits)
     count = len(windows(training, LENGTH, LENGTH - 1))  # in every epoch, wherever it begins
     schedule = CosineAnnealingLR(optimizer, T_max=run.epochs * math.ceil(count / BATCH_SIZE))
+    watched = WATCHED.get(run.method)
+    trace = [float(run.settings[watched])] if watched else []
     start = time.perf_counter()
     for _ in range(run.epochs):
+        seen = []
         shift = int(torch.randint(LENGTH, (1,), generator=order))
         cut = windows(training, LENGTH, shift)[:count]
         for chosen in torch.randperm(count, generator=order).split(BATCH_SIZE):
@@ -101,6 +107,10 @@ def train_decoder(run: Run) -> Result:
 
             optimizer.step(closure)
             schedule.step()
+            if watched:
+                seen.append(optimizer.metrics[watched].clone())
+        if watched:
+            trace.append(torch.stack(seen).mean().item())
     seconds = time.perf_counter() - start
     measured = {
         "passes": run.epochs * (1.0 if run.method in ONE_PASS else 2.0),
@@ -109,5 +119,5 @@ def train_decoder(run: Run) -> Result:
         "test_loss": evaluate(model, text.test.to(run.device)),
     }
     if not all(map(math.isfinite, measured.values())):
-        return Result(run, {"passes": measured["passes"]}, True, seconds)
-    return Result(run, measured, False, seconds)
+        return Result(run, {"passes": measured["passes"]}, True, seconds, tuple(trace))
+    return Result(run, measured, False, seconds, tuple(trace))

@@ -26,6 +26,7 @@ from claims import (
     study_regularisation,
     study_robustness,
     study_saddle,
+    study_samar,
     study_stability,
     study_training,
     text_training,
@@ -42,6 +43,7 @@ TINY = {
     study_radius: {"STARTS": (0.01, 0.1), "FIXED": (0.1,)},
     study_lambda: {"RADII": (0.1,)},
     study_regularisation: {"RADII": (0.1,)},
+    study_samar: {"RADII": dict.fromkeys(study_samar.DATA, (0.1,))},
     study_normalization: {"RADII": dict.fromkeys(study_normalization.RADII, (0.1,)) | {"sgd": ()}},
     study_flatness: {
         "HIDDEN": 2,
@@ -74,6 +76,8 @@ def run_main(folder: Path, name: str, *options: str) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("name", studies.STUDIES)
 def test_study_writes_its_three_files(name, tiny, tmp_path, capsys):
+    if name == "samar":
+        pytest.importorskip("mlxtend")
     folder = tmp_path / "made" / "here"
     rows = run_main(folder, name)
     study = studies.STUDIES[name]
@@ -476,6 +480,26 @@ def test_verdict_of_regularisation(gains, expected):
         return noisy(run, 90 + (run.method == "samar") * gains[run.label_noise])
 
     assert outcomes(study_regularisation.STUDY, outcome) == [expected]
+
+
+@pytest.mark.parametrize(
+    "gains, expected",
+    [
+        ({"digits": 1.0, "text": 1.0}, ["reproduced", "partly", "partly"]),
+        ({"mnist5k": 1.0}, ["partly", "partly", "partly"]),
+        ({"digits": 1.0, "mnist5k": 1.0, "text": -1.0}, ["not", "partly", "partly"]),
+        ({}, ["not", "not", "not"]),
+    ],
+)
+def test_verdicts_of_samar(gains, expected):
+    """By how much the second rule is better than the first, both than the base where it is."""
+
+    def outcome(run):
+        gain = gains.get(run.data, 0.0)
+        better = {"samar-trend": gain, "samar": 0.0, "sam": 0.0}.get(run.method, -abs(gain))
+        return {"accuracy": 90 + better + 2.0 * run.seed, "loss": 2 - 0.1 * better + 0.1 * run.seed}
+
+    assert outcomes(study_samar.STUDY, outcome) == expected
 
 
 def test_better_than_sgd_and_worse_than_sam_is_not_reproduced():
