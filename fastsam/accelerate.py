@@ -1,4 +1,4 @@
-"""Accelerate: its wrapper of optimizers, for steps of two passes and in every precision."""
+"""Accelerate's wrapper of optimizers, for steps of two passes and in every precision."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,9 +11,9 @@ from .step.checks import ZERO
 
 
 class AcceleratedSAM(AcceleratedOptimizer):  # type: ignore[misc,unused-ignore]
-    """What ``Accelerator.prepare`` makes of other optimizers, for one of fastsam's.
+    """Takes the place of Accelerate's own wrapper for optimizers.
 
-    ``Accelerator.prepare`` leaves it as it is and knows of it, for checkpoints and schedulers::
+    ``Accelerator.prepare`` does not wrap it again, and uses it for checkpoints and schedulers::
 
         optimizer = AcceleratedSAM(optimizer, accelerator)
         model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
@@ -36,8 +36,9 @@ class AcceleratedSAM(AcceleratedOptimizer):  # type: ignore[misc,unused-ignore]
                 if accelerator.sync_gradients:
                     batches = []
 
-    Clipping is the optimizer's own (``max_grad_norm``). Under a loss scale (``"fp16"``) a step that
-    overflows in either pass is skipped; whether it was waits for the device, as in Accelerate.
+    Clip with the optimizer's ``max_grad_norm``. Under a loss scale (``"fp16"``) a step that
+    overflows in either pass is skipped; to find that out the host waits for the device, as in
+    Accelerate.
 
     Args:
         optimizer: One of fastsam's, except ``LETS``, which needs a second closure.
@@ -64,11 +65,11 @@ class AcceleratedSAM(AcceleratedOptimizer):  # type: ignore[misc,unused-ignore]
         closure: Callable[[], Any] | None = None,
         second_closure: Callable[[], Any] | None = None,
     ) -> Any:
-        """Take a step where gradients are synchronised; before that, do nothing.
+        """Take a step if gradients are synchronised, else do nothing.
 
         Args:
             closure: As in :meth:`fastsam.SAM.step`. May be None after ``first_step`` of
-                ``.optimizer``, for its second, and where the step is the base's alone.
+                ``.optimizer``, for the second pass, and in a step of the base alone.
             second_closure: As there.
 
         Returns:

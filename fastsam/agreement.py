@@ -55,12 +55,13 @@ _meetings: "dict[str, list[tuple[weakref.ref[Any], Meeting]]]" = {}
 
 
 def compare_ranks(optimizer: Optimizer, group: Any = None) -> None:
-    """Compare an optimizer's settings on all ranks: those that its update depends on.
+    """Compare those settings of an optimizer on all ranks that its update depends on.
 
-    For models whose ranks nothing but the training loop connects. With ``DistributedDataParallel``,
-    ``fully_shard`` and other ``DTensor`` parameters it happens by itself, before the first step and
-    when a setting changes; call it there after changes that are not seen: of tensors on a device.
-    A collective: every rank of the group has to call it. It may read from the device.
+    For training loops that connect the ranks themselves. With ``DistributedDataParallel``,
+    ``fully_shard`` and other ``DTensor`` parameters the comparison is automatic, before the first
+    step and when a setting changes; it does not see changes of tensors on a device, so call this
+    after such a change. It is a collective: every rank of the group has to call it. It may read
+    from the device.
 
     Args:
         optimizer: One of fastsam's.

@@ -1,4 +1,4 @@
-"""Running statistics of batch normalisation, kept out of one of a step's two passes."""
+"""Keeps one pass of a step from updating the running statistics of batch normalisation."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -14,7 +14,7 @@ STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class frozen_batch_norm:  # noqa: N801 - used like a function
-    r"""Leave a model's running statistics as they are, whatever happens in the block.
+    r"""Restore a model's running statistics at the end of the block.
 
     A step of sharpness-aware training has two forward passes, and batch normalisation in training
     mode counts both:
@@ -22,42 +22,41 @@ class frozen_batch_norm:  # noqa: N801 - used like a function
     .. math:: m \leftarrow (1 - \beta)\, m + \beta\, \mu(w), \qquad
               m \leftarrow (1 - \beta)\, m + \beta\, \mu(w + e)
 
-    The second is a statistic of weights that the model never has when it is evaluated. Around the
-    second pass this keeps it out::
+    The second update uses perturbed weights, which the model never has when it is evaluated. Around
+    the second pass this undoes it::
 
         frozen = fastsam.frozen_batch_norm(model)
         optimizer = fastsam.SAM(model.parameters(), torch.optim.SGD, lr=0.1, descent_context=frozen)
 
     or, with explicit passes, ``with frozen:`` around the second forward and backward. The object is
-    a context manager, and calling it gives itself, so that it can also be what a function returns
-    (``descent_context=lambda: fastsam.frozen_batch_norm(model)``). As ``ascent_context`` it keeps
-    the first pass out instead.
+    a context manager, and calling it returns itself, so a function may also return it
+    (``descent_context=lambda: fastsam.frozen_batch_norm(model)``). As ``ascent_context`` it undoes
+    the update of the first pass instead.
 
-    Inside, layers in training mode still normalise with the batch's own statistics. At the end of
-    the block, also where an exception ends it, ``running_mean``, ``running_var`` and
-    ``num_batches_tracked`` of every module have the bits that they had at its start, and are the
-    same tensors in the same memory. The values are copied and written back in place, rather than
-    the layers changed, so that this holds for ``BatchNorm``, ``SyncBatchNorm``, ``InstanceNorm``
-    and other classes alike, whatever their ``momentum`` and mode, in compiled, wrapped
-    (``DistributedDataParallel``) and captured (CUDA graphs) models, and nothing is compiled again.
-    The device is not waited for.
+    Inside the block layers in training mode still normalise with the batch's own statistics. At its
+    end, also after an exception, ``running_mean``, ``running_var`` and ``num_batches_tracked`` of
+    every module have the same bits as at its start, in the same tensors. The values are copied and
+    written back in place, and the layers are not changed. So this works for ``BatchNorm``,
+    ``SyncBatchNorm``, ``InstanceNorm`` and other classes, with any ``momentum`` and in any mode, in
+    compiled, wrapped (``DistributedDataParallel``) and captured (CUDA graphs) models, and causes no
+    compilation. The host does not wait for the device.
 
-    Blocks nest, of one object or of several. Modules may come and go inside: those that the model
-    had at the start are taken care of. A buffer that was replaced inside is put back; one that
-    moved to another device or dtype stays there, with its old value; one that has another shape
-    is left alone, and so are lazy modules that begin inside.
+    Blocks of one object or of several nest. Only modules that the model has at the start of the
+    block are restored. A buffer that is replaced inside is put back. One that is moved to another
+    device or dtype stays there, with its old value. One whose shape changes is not restored, nor
+    are lazy modules that are initialised inside.
 
     Put the backward pass inside, too. With torch's own layers it may also come after the block.
-    With a class that multiplies by a buffer which it has just written to, torch then raises its
-    error about a variable "modified by an inplace operation", as the gradient would be wrong.
+    With a class that multiplies by a buffer which it has just written, torch would raise its error
+    about a variable "modified by an inplace operation", as the gradient would be wrong.
 
     Cost: a copy of the statistics in each direction (0.2 MB in ResNet-50), and memory for one.
 
     Args:
-        model: The model, wrapped or compiled as it may be.
-        buffers: Names of further buffers to keep, which some module of the model has: those of a
-            class of your own, or ``"_u"`` and ``"_v"`` of ``parametrizations.spectral_norm``,
-            which changes them in every forward. Default: none.
+        model: The model; it may be wrapped or compiled.
+        buffers: Names of further buffers to restore: those of your own classes, or ``"_u"`` and
+            ``"_v"`` of ``parametrizations.spectral_norm``, which changes them in every forward.
+            Default: none.
 
     Raises:
         TypeError: If ``model`` is not a :class:`torch.nn.Module`, or ``buffers`` are not names.

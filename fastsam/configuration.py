@@ -237,26 +237,26 @@ class Configured(SharedState):
 
     @classmethod
     def from_optimizer(cls, optimizer: Optimizer, *args: Any, **kwargs: Any) -> "Self":
-        """Make one of an optimizer that exists, as a factory gives it or a resumed run has it.
+        """Put this method around an existing optimizer, as from a factory or a resumed run.
 
-        ``SAM.from_optimizer(optimizer, rho=0.05)`` steps with that optimizer's groups, with all
-        their keys, and goes on with its state. Nothing is copied: the optimizer becomes
-        ``base_optimizer``. LR schedulers and hooks that it has keep working; its own ``step``
-        raises from then on. It is fused where its class is.
+        ``SAM.from_optimizer(optimizer, rho=0.05)`` uses that optimizer's groups, with all their
+        keys, and its state. Nothing is copied: the optimizer becomes ``base_optimizer``. Its LR
+        schedulers and hooks keep working; its own ``step`` raises an error from then on. It is
+        fused if its class is.
 
         Args:
-            optimizer: An instance of a :class:`torch.optim.Optimizer`. Keys of its groups count
-                before arguments: a group that has a ``rho`` keeps it.
-            *args: Of the constructor, after ``base_optimizer``.
-            **kwargs: The constructor's, but for the base optimizer's own.
+            optimizer: An instance of a :class:`torch.optim.Optimizer`. Keys of its groups take
+                precedence over arguments: a group that has a ``rho`` keeps it.
+            *args: Arguments of the constructor after ``base_optimizer``.
+            **kwargs: Keyword arguments of the constructor, except those of the base optimizer.
 
         Raises:
             TypeError: For an argument of the base optimizer's; if ``optimizer`` is something else
                 or one of fastsam's; for classes with an update of their own (``AdaSAM``,
                 ``LightSAM``).
             ValueError: If ``optimizer`` is the base of another of fastsam's already, or has loaded
-                a state dict of another method. The others are the constructor's. The optimizer is
-                as it was then.
+                a state dict of another method; otherwise as the constructor. The optimizer has not
+                changed then.
         """
         return take_over(cls, optimizer, args, kwargs)
 
@@ -381,7 +381,7 @@ class Configured(SharedState):
         """Load a state dict of this class, or of the :mod:`torch.optim` base on its own.
 
         State tensors keep the dtype in which they were saved, so that a resumed run goes on
-        exactly, but float64 goes with float64 parameters alone and is cast in both directions.
+        exactly. float64 state is only for float64 parameters, and is cast in both directions.
         Group keys that the saved groups lack keep their present values.
         ``base_optimizer.load_state_dict`` does the same.
 

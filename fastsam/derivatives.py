@@ -11,15 +11,15 @@ from torch import Tensor
 Outputs = Tensor | list[Tensor] | tuple[Tensor, ...]
 
 UNMARKED = (
-    "{name} needs to know the model's outputs, by which the loss's derivative is kept in the first "
-    "pass: mark them there, loss_fn(optimizer.outputs(model(x)), y), or name the module that they "
-    "come from once, optimizer.outputs_of(module), or give step two closures; with by_hand=True "
-    "the loop keeps the derivative itself"
+    "{name} needs the model's outputs, to keep the derivative of the loss with respect to them: "
+    "mark them, loss_fn(optimizer.outputs(model(x)), y), or name the module that computes them, "
+    "optimizer.outputs_of(module), or give step two closures; with by_hand=True the loop keeps the "
+    "derivative itself"
 )
 NOT_REACHED = (
-    "{name} found no derivative of the loss by the outputs that were marked: they have to be those "
-    "that the loss is computed from, and no copy. Some wrappers (mixed precision) convert what a "
-    "model returns; name the module that the outputs come from, optimizer.outputs_of(module)"
+    "{name} found no derivative of the loss with respect to the marked outputs: the loss has to be "
+    "computed from them, and not from a copy. Some wrappers (mixed precision) convert the outputs "
+    "of a model; name the module that computes them, optimizer.outputs_of(module)"
 )
 ANOTHER_BATCH = "both passes have to run the same micro-batches in the same order"
 

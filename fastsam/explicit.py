@@ -46,7 +46,7 @@ def uncompiled(function: Function) -> Function:
 
 
 class ExplicitPasses(Configured):
-    """The two passes of a step, each a call of its own, between which a loop calls ``backward``."""
+    """The two passes of a step as separate calls, for loops that call ``backward`` themselves."""
 
     _TRANSIENT: tuple[str, ...] = (
         *Configured._TRANSIENT, "_last", "_warnings", "_agreement", "_random", "_replicas",
@@ -73,12 +73,12 @@ class ExplicitPasses(Configured):
     def first_step(self, zero_grad: bool = False, *, grad_scaler: GradScaler | None = None) -> None:
         """Perturb the weights along the present gradients: ``w <- w + e``.
 
-        With ``ascent_steps`` it is called so many times, with new gradients each time;
-        ``ascents_left`` says how often still.
+        With ``ascent_steps`` it is called that many times, each time with new gradients;
+        ``ascents_left`` says how many calls are left.
 
         Args:
             zero_grad: Zero the gradients afterwards.
-            grad_scaler: The scaler of the loss that they, and those of the second pass, are of.
+            grad_scaler: The scaler of the loss, of this pass and the second.
 
         Raises:
             RuntimeError: If ``second_step`` is due; if a gradient is sparse or complex, or the
@@ -120,13 +120,13 @@ class ExplicitPasses(Configured):
     ) -> None:
         """Restore the weights and update them with the gradients taken at ``w + e``.
 
-        Warns once where there are no gradients, or they are still those of the first pass, or were
-        added to them.
+        Warns once if there are no gradients, or if they are still those of the first pass, or the
+        sum of both.
 
         Args:
             zero_grad: Zero the gradients afterwards.
-            grad_scaler: The same, or None, as in :meth:`first_step`. ``grad_scaler.update()`` is to
-                be called after this. A gradient that is not finite in either pass skips the step.
+            grad_scaler: The same as in :meth:`first_step`. Call ``grad_scaler.update()`` after
+                this. If a gradient of either pass is not finite, the step is skipped.
 
         Raises:
             RuntimeError: If ``first_step`` is due; if a gradient is sparse or complex; if
@@ -158,7 +158,7 @@ class ExplicitPasses(Configured):
     def plain_step(self, zero_grad: bool = False, *, grad_scaler: GradScaler | None = None) -> None:
         """The base optimizer's step with the present gradients: one pass, nothing perturbed.
 
-        For loops that take turns between the two kinds of step; ``perturbs_next`` says which is
+        For loops that alternate between the two kinds of step; ``perturbs_next`` says which one is
         due by ``perturb_every``, ``start`` and ``stop``.
 
         Args:
@@ -211,7 +211,7 @@ class ExplicitPasses(Configured):
             answer = perturb_when(t - 1, dict(metrics))
             if isinstance(answer, Tensor):
                 raise TypeError(
-                    "perturb_when must give a bool, got a tensor, for which the host would wait"
+                    "perturb_when must give a bool, got a tensor, which the host would wait for"
                 )
             self._asked = t, perturb_when, metrics, bool(answer)
         return self._asked[3]
@@ -248,16 +248,17 @@ class ExplicitPasses(Configured):
 
     @contextmanager
     def unperturbed(self) -> Iterator[None]:
-        """Have the weights ``w`` in the model inside the block, between the passes of a step.
+        """Put the weights ``w`` into the model inside the block, between the passes of a step.
 
-        For whoever saves or evaluates in the middle of a step, as in the second call of a closure.
-        At the end of the block, also where an exception ends it, the perturbed weights are there
-        again, bit for bit, and what was written to weights inside is gone. At other times the
-        block does nothing. Blocks nest.
+        For saving or evaluating in the middle of a step, as in the second call of a closure. At the
+        end of the block, also after an exception, the perturbed weights are put back, bit for bit;
+        changes of the weights inside the block are lost. Outside of a step the block does nothing.
+        Blocks nest.
 
-        Put neither a backward pass inside, which would add to the gradients, nor the block between
-        a forward pass and its backward pass, which autograd refuses. ``between_passes`` stays as it
-        is. :meth:`restore` undoes the step here, too; the block then ends with ``w``.
+        Do not run a backward pass inside: it would add to the gradients. Do not put the block
+        between a forward pass and its backward pass: autograd would raise an error.
+        ``between_passes`` does not change. If :meth:`restore` is called inside, the block ends with
+        ``w``.
 
         Cost: one more copy of the weights for as long as it lasts, and two copies back and forth.
         The device is not waited for.
@@ -280,9 +281,9 @@ class ExplicitPasses(Configured):
                     flight.resume()
 
     def repeated_random(self) -> AbstractContextManager[None]:
-        """Equal random numbers in all passes of a step, for loops that call ``backward``.
+        """The same random numbers in all passes of a step, for loops that call ``backward``.
 
-        To be put around forward and backward of each pass, all its micro-batches together::
+        Put it around forward and backward of each pass, with all its micro-batches::
 
             with optimizer.repeated_random():
                 loss_fn(model(x), y).backward()
@@ -291,10 +292,9 @@ class ExplicitPasses(Configured):
                 loss_fn(model(x), y).backward()
             optimizer.second_step(zero_grad=True)
 
-        In the first pass it notes where the generators stand. In the others it sets them there, and
-        at its end, also where an exception ends it, to where they stood before. Which generators,
-        and what else there is to know, is said at ``repeat_random`` of ``SAM``, which does
-        this in ``step``.
+        The first pass records the states of the generators. The others start from these, and at the
+        end, also after an exception, the states of before are put back. See ``repeat_random`` of
+        ``SAM``, which does this in ``step``, for the generators.
 
         Raises:
             RuntimeError: On entry, if it was not around the first pass of this step, or has been
@@ -323,16 +323,15 @@ class ExplicitPasses(Configured):
         if left:
             several = "samples" if self.ascent.noise else "ascent_steps"
             raise RuntimeError(
-                f"expected first_step, which has to come before another {call}: with {several} "
-                f"it comes several times before second_step, {left} more in this step"
+                f"expected first_step, not another {call}: with {several} first_step comes several "
+                f"times before second_step, {left} more in this step"
             )
         if (due == "second_step") != (self._flight is not None):
             due, undo = "first_step", ""
             if self._flight is not None:
-                due, undo = "second_step", "; where what comes between failed, call restore() first"
+                due, undo = "second_step", "; if the second pass failed, call restore() first"
             raise RuntimeError(
-                f"expected {due}, which has to come before another {call}: first_step and "
-                f"second_step alternate{undo}"
+                f"expected {due}, not another {call}: first_step and second_step alternate{undo}"
             )
 
     def _before_step(self) -> None:

@@ -1,4 +1,4 @@
-"""Networks that follow another inside its forward pass, kept out of one of a step's passes."""
+"""Keeps one pass of a step from updating networks that are averages of the trained one."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -13,33 +13,33 @@ from .step.snapshot import Place, Snapshot
 
 
 class frozen_updates:  # noqa: N801 - used like a function
-    r"""Leave modules and tensors as they are, whatever the block writes to them.
+    r"""Restore modules and tensors at the end of the block.
 
     Momentum encoders (MoCo, BYOL), averages of the weights (``AveragedModel``), queues and counters
     that a model updates inside its forward pass are updated twice in a step of two passes, the
-    second time with weights that the model never has when the step is over:
+    second time with perturbed weights:
 
     .. math:: \theta \leftarrow m\, \theta + (1 - m)\, w, \qquad
               \theta \leftarrow m\, \theta + (1 - m)\, (w + e)
 
-    Around the second pass this takes that back::
+    Around the second pass this undoes the second update::
 
         frozen = fastsam.frozen_updates(model.momentum_encoder, model.queue)
         optimizer = fastsam.SAM(model.parameters(), torch.optim.SGD, lr=0.1, descent_context=frozen)
 
     or, with explicit passes, ``with frozen:`` around the second forward and backward. The object is
-    a context manager, and calling it gives itself, so that it can also be what a function returns
+    a context manager, and calling it returns itself, so a function may also return it
     (``descent_context=lambda: fastsam.frozen_updates(model.momentum_encoder)``).
 
-    At the end of the block, also where an exception ends it, every parameter and buffer of the
-    modules, and every tensor, has the bits that it had at the start, written in place, so that this
-    holds in wrapped, compiled and captured models as well. One that was replaced inside is put
-    back, in modules. Inside, the forward pass updates and uses them as it always does: the loss of
-    the second pass is one with :math:`\theta` updated twice. The device is not waited for.
+    At the end of the block, also after an exception, every parameter and buffer of the modules, and
+    every tensor, has the same bits as at the start. They are written in place, so this works in
+    wrapped, compiled and captured models as well. Parameters and buffers of modules that are
+    replaced inside are put back. Inside the block the forward pass updates and uses them as usual:
+    the loss of the second pass uses a :math:`\theta` that was updated twice. The host does not wait
+    for the device.
 
-    Name what follows the model, and not the model: its weights are the optimizer's to restore.
-    Running statistics of the model itself are for :class:`frozen_batch_norm`. For both, write a
-    function with two contexts::
+    Do not name the model itself: the optimizer restores its weights. For its running statistics use
+    :class:`frozen_batch_norm`. For both write a function with two contexts::
 
         @contextlib.contextmanager
         def second_pass():
@@ -51,7 +51,7 @@ class frozen_updates:  # noqa: N801 - used like a function
     Cost: a copy in each direction, and memory for one.
 
     Args:
-        *followers: Modules, of which all parameters and buffers, and tensors.
+        *followers: Modules, of which all parameters and buffers are restored, and tensors.
 
     Raises:
         TypeError: If one of them is neither, or there is none.

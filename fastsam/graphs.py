@@ -24,17 +24,17 @@ from .step.sharding import is_sharded
 
 
 def graphed(optimizer: Optimizer, closure: Callable[[], Any], warmup: int = 3) -> Callable[[], Any]:
-    """A whole step in a CUDA graph, forward and backward passes included, behind one call.
+    """Capture a whole step in a CUDA graph, forward and backward passes included.
 
-    Every call of what it returns is one step, exactly as ``optimizer.step(closure)`` would take
-    it, from the first call on. The first ``warmup`` calls are steps, on a stream of their own. The
-    next one captures a step and replays it, and all later calls replay, for the price of one
-    launch on the host. Capturing itself runs nothing, so no step is taken that was not called for.
+    Each call of the returned function is one step, the same as ``optimizer.step(closure)``. The
+    first ``warmup`` calls are steps without a graph, on a separate stream. The next call captures a
+    step and replays it. All later calls replay, at the cost of one launch on the host. The capture
+    itself runs nothing, so every call is exactly one step.
 
-    The closure reads its inputs from tensors that stay where they are; write each batch there, by
-    ``copy_``, before the call. Everything that Python decides in it is decided at the capture, for
-    good. Learning rate and radius are numbers in the graph, unless they are tensors on the
-    device, which may be written to between any two calls; schedulers of :mod:`torch.optim` do that.
+    The closure reads its inputs from tensors that stay in place: write each batch into them, by
+    ``copy_``, before the call. What Python decides in the closure is decided at the capture.
+    Learning rate and radius are constants of the graph, unless they are tensors on the device;
+    these may be written to between calls, as the schedulers of :mod:`torch.optim` do.
 
     The user guide's page on CUDA graphs has a complete example.
 
@@ -42,15 +42,15 @@ def graphed(optimizer: Optimizer, closure: Callable[[], Any], warmup: int = 3) -
         optimizer: One of fastsam's, with all its parameters on one GPU. It may have taken steps.
             Steps outside, by ``optimizer.step``, may come between calls.
         closure: As for ``optimizer.step``: computes the loss, calls ``backward`` and returns the
-            loss, or tensors in tuples, lists and dicts. It has not to wait for the GPU, as
-            ``item`` and printing do.
-        warmup: How many calls come before the capture, at least 2: they create the state and the
-            tables that a captured step finds. Default 3.
+            loss, or tensors in tuples, lists and dicts. It must not wait for the GPU, as ``item``
+            and printing do.
+        warmup: Number of calls before the capture, at least 2: they create the state and the tables
+            that the captured step uses. Default 3.
 
     Returns:
-        A function without arguments, which returns what the closure does in the first pass,
-        detached. From the capture on that is the same memory in every call, which the next call
-        overwrites; take a ``clone`` to keep it. ``.grad`` is memory of the graph, too.
+        A function without arguments. It returns what the closure returns in the first pass,
+        detached. From the capture on this is the same memory in every call, and the next call
+        overwrites it: use ``clone`` to keep it. ``.grad`` is memory of the graph, too.
 
     Raises:
         TypeError: If ``optimizer`` or ``closure`` is something else.
@@ -58,13 +58,12 @@ def graphed(optimizer: Optimizer, closure: Callable[[], Any], warmup: int = 3) -
         RuntimeError: If there is no GPU to capture on, or the step cannot be captured, with the
             reason: parameters on several devices or sharded, ``LETS``, ``lam`` by schedule,
             ``perturb_every``, ``start``, ``stop``, ``repeat_random``, ``skip_nonfinite`` on a base
-            that is not fused, a loss scale, step hooks. The returned function raises it for what
-            shows at the capture, as a closure that waits for the GPU; weights and state are as
-            before that call then, and every later call raises it again. It also raises where a
-            replay would not be the step that is asked for: when parameters, groups,
-            hyper-parameters that are numbers, settings, state (``load_state_dict``) or the training
-            mode of a module that the closure names have changed. Call ``graphed`` again after such
-            a change.
+            that is not fused, a loss scale, step hooks. The returned function raises it if the
+            capture fails, as with a closure that waits for the GPU; weights and state are then as
+            before that call, and every later call raises it again. It also raises if a replay would
+            no longer be the right step, because parameters, groups, hyper-parameters that are
+            numbers, settings, state (``load_state_dict``) or the training mode of a module that the
+            closure names have changed. Call ``graphed`` again after such a change.
 
     Example:
         >>> model, inputs, labels = model.cuda(), inputs.cuda(), labels.cuda()
@@ -102,7 +101,7 @@ def _check_host(optimizer: SharpnessAwareOptimizer) -> None:
     if optimizer.repeat_random:
         raise refuse(name, "repeat_random sets generators on the host")
     if has_loss_scale(optimizer):
-        raise refuse(name, "grad_scale and found_inf, a loss scale, are not served by graphed")
+        raise refuse(name, "graphed does not support a loss scale (grad_scale and found_inf)")
     if has_hooks(optimizer):
         raise refuse(name, "it has step hooks, and a replay runs no Python")
 
@@ -198,7 +197,7 @@ class GraphedStep:
     def __call__(self) -> Any:
         """Take one step; see :func:`graphed`."""
         optimizer = self._optimizer
-        optimizer._expect("first_step", "a graphed step")
+        optimizer._expect("first_step", "graphed step")
         if self._failure:  # another try would lack what the first one has used up
             raise RuntimeError(f"{self._failure}. After a change, call fastsam.graphed again")
         if self._left:
@@ -231,8 +230,7 @@ class GraphedStep:
         if not is_served(result):
             raise RuntimeError(
                 "closure must return tensors for a graphed step, alone or in tuples, lists and "
-                f"dicts, got {type(result).__name__}: anything else would stay as it was at the "
-                "capture"
+                f"dicts, got {type(result).__name__}: other results would not change in a replay"
             )
         return detached(result)
 
@@ -254,7 +252,7 @@ class GraphedStep:
         try:
             replay = self._recorder.record(take)
             if change := assumptions.changed(optimizer):
-                raise refuse(name, f"{change[0]} in the step itself, by the host")
+                raise refuse(name, f"{change[0]} on the host during the step")
         except BaseException as error:
             with uninterrupted(insists=True):
                 self._result = None

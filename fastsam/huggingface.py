@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer: both passes of a step, in a loop that is written for one."""
+"""Hugging Face's Trainer, with both passes of a step."""
 
 from contextlib import nullcontext
 from typing import Any
@@ -24,35 +24,35 @@ for _name in NEEDED:
 
 
 class SAMTrainerMixin:
-    """Gives a Trainer's steps their second pass; write it before the Trainer's class::
+    """Adds the second pass to a Trainer's steps; name it before the Trainer's class::
 
         class SAMSeq2SeqTrainer(SAMTrainerMixin, Seq2SeqTrainer):
             pass
 
-    The Trainer's loop goes on as it is: the gradients that it accumulates over its micro-batches
-    are the first pass's. After the last of them the weights are perturbed along their sum, all
-    micro-batches run again at the perturbed weights, and the loop's call of ``optimizer.step()`` is
-    the second step. Callbacks between the two (``on_pre_optimizer_step``) see perturbed weights.
-    The logged ``loss`` is the one at the unperturbed weights, and ``grad_norm`` the norm of the
-    second gradient, before clipping.
+    The Trainer's loop is unchanged. The gradients that it accumulates over its micro-batches are
+    those of the first pass. After the last micro-batch the weights are perturbed along the sum of
+    the gradients, all micro-batches run again at the perturbed weights, and the loop's call of
+    ``optimizer.step()`` is the second step. Callbacks between the two (``on_pre_optimizer_step``)
+    see perturbed weights. The logged ``loss`` is the one at the unperturbed weights, and
+    ``grad_norm`` is the norm of the second gradient before clipping.
 
-    The optimizer is given as to any Trainer: by ``optimizer_cls_and_kwargs``, which makes groups
+    Give it the optimizer as to any Trainer: by ``optimizer_cls_and_kwargs``, which makes groups
     with and without weight decay, by ``optimizers=(optimizer, None)`` or in ``create_optimizer``.
 
     Of the ``TrainingArguments``:
 
     - ``gradient_accumulation_steps``: one perturbation for all micro-batches of a step.
-    - ``max_grad_norm`` becomes the optimizer's, if it has none: it is of the final gradient.
-    - ``bf16``, ``fp16``: an overflow in either pass skips the step, and the scheduler's.
-    - schedulers and ``resume_from_checkpoint``: as ever, bit for bit.
+    - ``max_grad_norm`` becomes that of the optimizer, if it has none: it clips the final gradient.
+    - ``bf16``, ``fp16``: an overflow in either pass skips the step and the scheduler's step.
+    - schedulers and ``resume_from_checkpoint``: unchanged, bit for bit.
     - ``deepspeed`` is refused.
 
     ``perturb_every``, ``start``, ``stop``, ``ascent_context`` (entered for each micro-batch),
-    ``descent_context`` and ``repeat_random`` are served, and an exception restores the weights.
-    ``LETS`` is refused: it needs a second batch. ``FunctionalSAM`` marks what the model's output
-    embeddings give (``get_output_embeddings``: a language model's logits), unless ``outputs_of``
-    has named another module; a model without them needs that, and is refused in the first step.
-    ``MSAM`` runs every micro-batch once.
+    ``descent_context`` and ``repeat_random`` are supported, and an exception restores the weights.
+    ``LETS`` is refused: it needs a second batch. ``FunctionalSAM`` marks the result of the model's
+    output embeddings (``get_output_embeddings``: the logits of a language model), unless
+    ``outputs_of`` has named another module. A model without output embeddings needs ``outputs_of``,
+    or the first step raises an error. ``MSAM`` runs every micro-batch once.
     """
 
     args: Any

@@ -1,7 +1,7 @@
-"""Lightning: nothing is needed from here but for training in float16 with a loss scale.
+"""Lightning plugins for training in float16 with a loss scale; other precisions need none.
 
-The Trainer's own plugin for it calls the closure before the optimizer's step and the step without
-one, so that there is no second pass. Fabric's gives the closure to the scaler, which refuses it.
+The Trainer's own plugin calls the closure itself and then the optimizer's step without it, so there
+is no second pass. Fabric's plugin gives the closure to the scaler, which refuses it.
 """
 
 from collections.abc import Callable
@@ -19,16 +19,16 @@ except ImportError:  # the same under their older names
 
 
 class MixedPrecision(plugins.MixedPrecision):  # type: ignore[misc,unused-ignore]
-    """Lightning's plugin for ``"16-mixed"``, whose scaler it gives to a step of two passes.
+    """Lightning's plugin for ``"16-mixed"``, for steps of two passes.
 
-    In automatic optimization, and in manual optimization where ``step`` is given a closure::
+    For automatic optimization, and for manual optimization with ``step(closure)``::
 
         trainer = Trainer(plugins=fastsam.lightning.MixedPrecision("16-mixed", "cuda"))
 
     Gradients are unscaled after each pass, before ``on_before_optimizer_step`` and clipping, which
-    therefore come twice in a step. One that is not finite, in either pass, restores the weights and
-    skips the step, on the device; then the scale is lowered. Optimizers that are not fastsam's are
-    stepped as by Lightning's plugin.
+    therefore come twice in a step. If a gradient of either pass is not finite, the weights are
+    restored and the step is skipped, on the device; then the scale is lowered. Other optimizers are
+    treated as by Lightning's plugin.
 
     Args:
         precision: ``"16-mixed"`` or ``"bf16-mixed"``, which needs no scaler and no plugin.
@@ -57,9 +57,9 @@ class MixedPrecision(plugins.MixedPrecision):  # type: ignore[misc,unused-ignore
 
 
 class FabricMixedPrecision(fabric.MixedPrecision):  # type: ignore[misc,unused-ignore]
-    """Fabric's plugin for ``"16-mixed"``, whose scaler it gives to a step of two passes.
+    """Fabric's plugin for ``"16-mixed"``, for steps of two passes.
 
-    For loops that give a closure to ``step``, which calls ``fabric.backward``::
+    For loops that give ``step`` a closure which calls ``fabric.backward``::
 
         fabric = Fabric(plugins=fastsam.lightning.FabricMixedPrecision("16-mixed", "cuda"))
         model, optimizer = fabric.setup(model, optimizer)
@@ -71,10 +71,10 @@ class FabricMixedPrecision(fabric.MixedPrecision):  # type: ignore[misc,unused-i
 
         loss = optimizer.step(closure)
 
-    A gradient that is not finite, in either pass, restores the weights and skips the step, on the
-    device; then the scale is lowered. Gradients are unscaled as they are read, and ``.grad`` stays
-    scaled; for clipping use ``max_grad_norm`` and not ``fabric.clip_gradients``. The scale is in a
-    checkpoint with the plugin's ``state_dict``. Optimizers that are not fastsam's are stepped as by
+    If a gradient of either pass is not finite, the weights are restored and the step is skipped, on
+    the device; then the scale is lowered. Gradients are unscaled as they are read, and ``.grad``
+    stays scaled: for clipping use ``max_grad_norm`` and not ``fabric.clip_gradients``. To keep the
+    scale in a checkpoint save the plugin's ``state_dict``. Other optimizers are treated as by
     Fabric's plugin.
 
     Args:

@@ -15,37 +15,38 @@ ENDS = ("LayerNorm", "RMSNorm")
 
 
 def normalization_groups(model: nn.Module, more: Sequence[type] = ()) -> list[dict[str, Any]]:
-    r"""Two parameter groups: the normalization layers', and the others', which are not perturbed.
+    r"""Make two parameter groups: normalization layers, and the others, which are not perturbed.
 
     .. math:: e_S = \rho\, \frac{g_S}{\|g_S\|}, \qquad e = 0 \text{ elsewhere}
 
     where :math:`S` are the weights and biases of all normalization layers. The norm is over
-    :math:`S` alone, and every parameter is updated with the gradient at :math:`w + e`. Any class
-    takes the groups in the place of ``params``; both may get further keys::
+    :math:`S` alone, and every parameter is updated with the gradient at :math:`w + e`. Give the
+    groups to any class as ``params``. You may add further keys to both::
 
         groups = fastsam.normalization_groups(model)
         optimizer = fastsam.ASAM(groups, torch.optim.SGD, rho=10.0, lr=0.1, momentum=0.9)
 
-    Which layers count goes by the module, not by its name: BatchNorm, SyncBatchNorm, InstanceNorm,
-    LayerNorm, GroupNorm and RMSNorm of torch, their subclasses, and classes whose own or inherited
-    name ends in ``LayerNorm`` or ``RMSNorm``. Of each the parameters that are its own count, and
-    not those of modules inside it. A parameter that several modules share is there once, in the
-    first group if one of them is a normalization layer.
+    Normalization layers are torch's BatchNorm, SyncBatchNorm, InstanceNorm, LayerNorm, GroupNorm
+    and RMSNorm, their subclasses, and classes whose own or inherited name ends in ``LayerNorm`` or
+    ``RMSNorm``. The names of the modules in the model do not matter. Only a layer's own parameters
+    count, not those of modules inside it. A parameter that several modules share appears once, in
+    the first group if one of them is a normalization layer.
 
-    Cost: the first pass touches :math:`S` alone, often a thousandth of the weights. With SGD and
-    momentum about 20 bytes per element in float32, where :class:`SAM` moves 40.
+    Cost: the first pass reads and writes only :math:`S`, often a thousandth of the weights. With
+    SGD and momentum a step moves about 20 bytes per element in float32, where :class:`SAM` moves
+    40.
 
-    The useful radius is larger than SAM's, as few weights move: the authors run :class:`ASAM`'s
-    element-wise scale at ``rho=10``. Their other forms of it are ``ASAM(groups, ...,
-    form="layerwise")``, with the scale :math:`\|w_l\| (1 + \eta)`, and ``p=float("inf")``,
-    :math:`e = \rho\, T\, \mathrm{sign}(g)`, of either form.
+    The useful radius is larger than SAM's, as few weights are perturbed: the authors use
+    :class:`ASAM`'s element-wise scale at ``rho=10``. Their other variants are
+    ``ASAM(groups, ..., form="layerwise")``, with the scale :math:`\|w_l\| (1 + \eta)`, and
+    ``p=float("inf")`` with either form, :math:`e = \rho\, T\, \mathrm{sign}(g)`.
 
     Args:
-        model: Whose parameters they are, all of them.
+        model: The model; all of its parameters are in the groups.
         more: Further classes of modules that count as normalization layers.
 
     Returns:
-        The groups. The second is left out where it would be empty.
+        The groups. The second is left out if it would be empty.
 
     Raises:
         TypeError: If ``model`` is no module, or ``more`` holds something else than module classes.

@@ -29,30 +29,30 @@ Result = TypeVar("Result")
 class SharpnessAwareOptimizer(ExplicitPasses):
     r"""Base class of fastsam's optimizers; use one of its subclasses, or write one.
 
-    A step is two passes. The first gradient ``g`` decides the perturbation: ``w <- w + e``. The
-    second, ``g~``, is taken there; then the weights are restored bit for bit and the base
-    optimizer takes its step with it. Either give :meth:`step` a closure, or alternate
-    :meth:`first_step` and :meth:`second_step`. Between the two passes ``model.state_dict()``
-    holds perturbed weights; ``state_dict()`` of the optimizer is allowed there and complete.
+    A step has two passes. The first computes the perturbation from the gradient ``g``:
+    ``w <- w + e``. The second takes the gradient ``g~`` there, restores the weights bit for bit,
+    and lets the base optimizer step with ``g~``. Either give :meth:`step` a closure, or alternate
+    :meth:`first_step` and :meth:`second_step`. Between the two passes ``model.state_dict()`` holds
+    perturbed weights; ``state_dict()`` of the optimizer may be called there and is complete.
 
-    Where the second gradient of a parameter is missing it is only restored; where its first is
-    missing it is updated but not perturbed. A first gradient whose norm is not finite perturbs
-    nothing (in LightSAM II and III, which take no norm, that goes for single elements). What a step
-    adds to the state becomes the state when the step is complete.
+    A parameter without a second gradient is only restored; one without a first gradient is updated
+    but not perturbed. A first gradient whose norm is not finite perturbs nothing (LightSAM II and
+    III take no norm; there the same holds for each element). New state becomes the state when the
+    step is complete.
 
     In the equations of the subclasses :math:`g` is the gradient at :math:`w`, :math:`\tilde g` the
     one at :math:`w + e`, and :math:`\|\cdot\|` the norm over every element of every group. A step
-    costs two forward and backward passes, one copy of the weights between them, and the bytes that
-    a class gives for itself. In groups with ``maximize`` both count as gradients of the negative
-    objective, which is minimised: the perturbation goes to where the objective is lower.
+    costs two forward and backward passes, one copy of the weights between them, and the memory
+    traffic that each class states. In groups with ``maximize`` the negative objective is minimised,
+    so the perturbation leads to where the objective is lower.
 
     Attributes:
         ascent: The rule of the perturbation; a subclass sets its own.
-        descent: The rule of ``u``; None is the second gradient. The same.
-        base_optimizer: An instance of the base. ``state`` and ``param_groups`` are its own: whoever
-            loads into it or assigns to them changes both.
-        kept: The optimizer's own numbers: ``t``, which counts steps from 1, and what norms and
-            rules accumulate. A state dict has them in every group, as ``fastsam_t`` and so on.
+        descent: The rule of ``u``; a subclass sets its own. None is the second gradient.
+        base_optimizer: The base optimizer. ``state`` and ``param_groups`` are the same objects as
+            its own.
+        kept: The optimizer's own numbers: ``t``, which counts steps from 1, and accumulators of
+            norms and rules. A state dict has them in every group, as ``fastsam_t`` and so on.
 
     Example:
         >>> optimizer = fastsam.SAM(model.parameters(), torch.optim.SGD, lr=0.1)
@@ -89,24 +89,23 @@ class SharpnessAwareOptimizer(ExplicitPasses):
         *,
         grad_scaler: GradScaler | None = None,
     ) -> Any:
-        """Take one step: sharpness-aware, or the base's where ``perturb_every`` says so.
+        """Take one step: sharpness-aware, or of the base alone as ``perturb_every`` says.
 
         Args:
             closure: Computes the loss, calls ``backward`` and returns the loss (the contract of
-                :class:`torch.optim.LBFGS`). It may run several micro-batches, if it runs the same
-                in both calls. It is called twice; once in a step of the base, and where every
-                ``rho`` is 0, unless the first pass has state to keep. Gradients are zeroed before
-                each call, as ``set_to_none`` says. With ``ascent_steps`` it is called once more for
-                each above 1. One that leaves no gradient is warned of, once.
-            second_closure: Is called in its place for the second pass, where the gradient that
-                updates the weights is to be another function's than the one that perturbs them: of
-                another loss, of other samples. Both are called in a step of the base, too, which
-                takes the second one's gradient; where ``perturbs_next`` is False you may leave the
-                first one out. Default: the same.
-            grad_scaler: A :class:`torch.amp.GradScaler` with which the closure scales the loss that
-                it calls ``backward`` on. A gradient that is not finite in either pass restores the
-                weights and skips the step; ``grad_scaler.update()`` is to be called after it, and
-                ``grad_scaler.step`` and ``unscale_`` are not.
+                :class:`torch.optim.LBFGS`). It may run several micro-batches, the same in both
+                calls. It is called twice. In a step of the base alone it is called once, and also
+                if every ``rho`` is 0, unless the first pass has state to update. Gradients are
+                zeroed before each call, as ``set_to_none`` says. With ``ascent_steps`` it is called
+                once more for each above 1. There is one warning if it leaves no gradient.
+            second_closure: Called in its place for the second pass, if the gradient for the update
+                is that of another loss or of other samples. In a step of the base alone both are
+                called, and the gradient of the second is used; if ``perturbs_next`` is False you
+                may give the second one alone. Default: the same closure.
+            grad_scaler: The :class:`torch.amp.GradScaler` with which the closure scales its loss.
+                If a gradient of either pass is not finite, the weights are restored and the step is
+                skipped. Call ``grad_scaler.update()`` after the step, and neither
+                ``grad_scaler.step`` nor ``unscale_``.
 
         Returns:
             What the first call returned: the loss at ``w``.
@@ -138,17 +137,18 @@ class SharpnessAwareOptimizer(ExplicitPasses):
 
         .. math:: u = \frac1m \sum_{i=1}^m \nabla L_i(w + e_i)
 
-        with :math:`e_i` along :math:`\nabla L_i(w)`: m-sharpness, with the memory of one more
-        gradient. In :meth:`step` a closure that runs all micro-batches perturbs along their sum.
-        Where the step is the base's (``perturb_every``, ``start``, ``stop``) :math:`e_i = 0`.
+        with :math:`e_i` along :math:`\nabla L_i(w)`: m-sharpness. It needs the memory of one more
+        gradient. (In :meth:`step` a closure that runs all micro-batches perturbs along their sum.)
+        In a step of the base alone (``perturb_every``, ``start``, ``stop``) :math:`e_i = 0`.
 
         Args:
-            closures: One for each micro-batch, at least one. Each computes the loss of its own,
-                not divided by their number, calls ``backward`` and returns the loss; each is
-                called twice, or once in a step of the base. ``.grad`` is :math:`u` afterwards.
-            grad_scaler: The scaler of the losses that the closures call ``backward`` on, as in
-                :meth:`step`: a gradient that is not finite in any pass of any micro-batch skips the
-                whole step, and ``.grad`` is :math:`u` times the scale.
+            closures: One for each micro-batch, at least one. Each computes the loss of its
+                micro-batch, not divided by their number, calls ``backward`` and returns the loss.
+                Each is called twice, or once in a step of the base alone. Afterwards ``.grad`` is
+                :math:`u`.
+            grad_scaler: The scaler of the closures' losses, as in :meth:`step`. If a gradient is
+                not finite in any pass of any micro-batch, the whole step is skipped. Afterwards
+                ``.grad`` is :math:`u` times the scale.
 
         Returns:
             What the first calls returned.
@@ -163,7 +163,7 @@ class SharpnessAwareOptimizer(ExplicitPasses):
         """
         name = type(self).__name__
         if self.renormalize or self._mixing is not None or not self._is_memoryless:
-            raise RuntimeError(f"{name} does not serve perturbations by micro-batch")
+            raise RuntimeError(f"{name} does not support perturbations by micro-batch")
         closures = check_closures(name, closures)
         self._expect("first_step", "step_micro_batches")
         scaler = check_scaler(grad_scaler, self)
@@ -175,10 +175,10 @@ class SharpnessAwareOptimizer(ExplicitPasses):
     # --- modes ---
 
     def train(self) -> None:
-        """Let the base show the weights to train, where it has two kinds (schedule-free ones do).
+        """Switch a schedule-free base to the weights that are trained.
 
-        Other bases are left alone. In a step that is under way a loop may call it once more, as
-        Hugging Face's does before every pass.
+        Other bases are left alone. It may be called again between the passes of a step, as Hugging
+        Face's loop does.
 
         Raises:
             RuntimeError: If it changes the mode between ``first_step`` and ``second_step`` or
@@ -187,7 +187,7 @@ class SharpnessAwareOptimizer(ExplicitPasses):
         self._set_mode("train")
 
     def eval(self) -> None:
-        """Let the base show the weights to evaluate and save; the other side of ``train``.
+        """Switch a schedule-free base to the weights that are evaluated and saved.
 
         Raises:
             RuntimeError: Between ``first_step`` and ``second_step`` or inside a closure.
@@ -241,14 +241,14 @@ class SharpnessAwareOptimizer(ExplicitPasses):
     def metrics(self) -> Mapping[str, Tensor]:
         """What the last step measured, as 0-dim tensors on the parameters' device.
 
-        ``grad_norm`` is the first gradient's norm over all perturbed groups (of ``T g`` in adaptive
-        ones), where the step needs it, and ``rho`` the first group's radius.
-        ``perturbed_grad_norm``, the second gradient's norm, is there where the step needs it; with
-        ``renormalize`` so is ``renormalization`` (gamma, and both norms are then of ``T g``), with
-        ``skip_nonfinite`` so is ``skipped``, the number of steps skipped so far (under a loss
-        scale, too, without which all norms are given). ``perturbed`` is 1, or 0 after a step of the
-        base alone, which measures nothing of a first pass. Reading a value synchronises with the
-        device; making the mapping does not. Empty before the first step.
+        ``rho`` is the radius of the first group. ``grad_norm`` is the norm of the first gradient
+        over all perturbed groups (of ``T g`` in adaptive ones), if the step needs it.
+        ``perturbed_grad_norm`` is the norm of the second gradient, if the step needs it. With
+        ``renormalize`` there is ``renormalization`` (gamma), and both norms are of ``T g``. With
+        ``skip_nonfinite`` or a loss scale there is ``skipped``, the number of steps skipped so far.
+        Norms are those of unscaled gradients. ``perturbed`` is 1, or 0 after a step of the base
+        alone, which has no values of a first pass. Reading a value synchronises with the device;
+        ``metrics`` itself does not. Empty before the first step.
         """
         scalars = self._passes.scalars
         if scalars.vector is None:

@@ -417,7 +417,7 @@ class Passes:
             self.scalars.drop_loss_scale()
             return batch
         if self.recording is not None:
-            raise RuntimeError("LETS does not serve gradients that carry a loss scale")
+            raise RuntimeError("LETS does not support gradients with a loss scale")
         scalars = self.scalars.on_device_of(batch)
         self.scalars.carries_scale = True
         opens_step = slot == Scalar.FIRST_INVERSE_SCALE or not flight.perturbs

@@ -20,31 +20,31 @@ class per_replica:  # noqa: N801 - used like a function
     .. math:: w^+ = w - lr\, \frac1R \sum_{r=1}^R \nabla L_r(w + e_r), \qquad
               e_r = \rho\, \frac{\nabla L_r(w)}{\|\nabla L_r(w)\|}
 
-    with :math:`L_r` the loss on the data of replica :math:`r`, where :class:`SAM` on all of it has
-    one perturbation for all. To be given as ``ascent_context``::
+    with :math:`L_r` the loss on the data of replica :math:`r`. (By default all replicas have the
+    same perturbation.) Give it as ``ascent_context``::
 
         optimizer = fastsam.SAM(..., ascent_context=fastsam.per_replica(model))
 
-    What is a replica depends on the model:
+    A replica is, depending on the model:
 
     - ``DistributedDataParallel``, or ``replicate`` on top of FSDP2: each rank. With the former it
       is the same as ``ascent_context=model.no_sync``.
     - ``fully_shard`` on a two-dimensional mesh (HSDP): each group of ranks that holds all shards.
-    - ``fully_shard`` on a one-dimensional mesh: refused. A rank holds a shard of the weights and
-      has nowhere to put a perturbation of all of them.
+    - ``fully_shard`` on a one-dimensional mesh: refused, as a rank holds only a shard of the
+      weights and cannot perturb all of them.
 
-    Cost: it saves the first of a step's two all-reduces of gradients between the replicas, and
-    changes nothing about gathering and reducing shards within one. Where the update takes the norm
-    of the first gradient (``renormalize``) or whether it is finite (a loss scale), all replicas
-    have to find the same: that is one all-reduce of two numbers, and the norm is
+    Cost: it saves the first of a step's two all-reduces of gradients between the replicas; shards
+    within a replica are gathered and reduced as before. If the update depends on the norm of the
+    first gradient (``renormalize``), or on whether it is finite (a loss scale), the replicas
+    exchange two numbers in one all-reduce; the common norm is
     :math:`\sqrt{\tfrac1R \sum_r \|\nabla L_r(w)\|^2}`. State of the ascent (VaSSO's, LightSAM's)
-    becomes each replica's own, and a checkpoint has that of one.
+    differs from replica to replica, and a checkpoint has that of one.
 
-    With explicit passes it goes around forward and backward of the first, as ``with
-    optimizer.ascent_context():``, and has to be the optimizer's ``ascent_context``, too.
+    With explicit passes use ``with optimizer.ascent_context():`` around forward and backward of the
+    first pass, and also give it to the optimizer as ``ascent_context``.
 
     Args:
-        module: The model, as ``DistributedDataParallel`` or ``fully_shard`` gave it.
+        module: The model, as returned by ``DistributedDataParallel`` or ``fully_shard``.
 
     Raises:
         TypeError: If it is another module.

@@ -1,4 +1,4 @@
-"""Schedules of the radius, as those of ``torch.optim.lr_scheduler`` are of the learning rate."""
+"""Schedules of the radius, like those of :mod:`torch.optim.lr_scheduler` for the learning rate."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,10 +19,10 @@ def _number(value: Any) -> float:
 
 
 class RhoScheduler:
-    """What schedules of the radius share. A schedule of your own defines :meth:`rho_of`.
+    """Base class of schedules of the radius. Your own schedule defines :meth:`rho_of`.
 
     Args:
-        optimizer: One of fastsam's, but :class:`LETS`, which learns its radius.
+        optimizer: One of fastsam's, but not :class:`LETS`, which learns its radius.
         key: The group key that is scheduled. Default ``"rho"``.
 
     Raises:
@@ -87,7 +87,7 @@ class RhoScheduler:
         return {"steps": self.steps, "initial": list(self.initial)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on where a schedule of the same kind was saved. The radii follow at once.
+        """Load the state of a schedule of the same kind. The radii are set at once.
 
         Raises:
             KeyError: If something is missing.
@@ -196,9 +196,9 @@ class ProportionalRho(RhoScheduler):
     .. math:: \rho_t = \rho_{\min} + (\rho_{\max} - \rho_{\min})\,
               \frac{lr_t - lr_{\min}}{lr_{\max} - lr_{\min}}
 
-    :class:`GSAM`'s authors schedule the radius so. With the defaults it is proportional to the
-    learning rate. Where the learning rate is outside of its bounds, as in a warm-up, the radius is
-    at its own. Call ``step`` after the learning rate's schedule::
+    This is the schedule of :class:`GSAM`'s authors. With the defaults the radius is proportional to
+    the learning rate. If the learning rate is outside of its bounds, as in a warm-up, the radius is
+    at the bound. Call ``step`` after the learning rate's scheduler::
 
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=1000)
         radius = fastsam.ProportionalRho(optimizer)
@@ -300,11 +300,12 @@ def tail(
     fraction: float = 0.3,
     ramp: float = 0.1,
 ) -> LambdaRho:
-    r"""Make the last part of training sharpness-aware, and what comes before the base's alone.
+    r"""Make only the last part of training sharpness-aware.
 
-    Steps from ``(1 - fraction) * total_steps`` on take two passes, so that training costs
-    ``1 + fraction`` times the base's. The radius rises to its value linearly, over the first steps
-    of that part. Meant for a learning rate that decays to the end of the same ``total_steps``::
+    Steps from ``(1 - fraction) * total_steps`` on take two passes, so training costs
+    ``1 + fraction`` times as much as the base. The radius rises linearly over the first steps of
+    that part. It is meant for a learning rate that decays until the end of the same
+    ``total_steps``::
 
         radius = fastsam.tail(optimizer, total_steps=10_000)
         for x, y in batches:
@@ -312,19 +313,18 @@ def tail(
             scheduler.step()
             radius.step()
 
-    It sets ``optimizer.start`` and takes back ``optimizer.stop``. Like every constructor argument
-    these are not saved: a resumed run calls ``tail`` again, and loads the state dicts of optimizer
-    and schedule. Where the rise is follows from the optimizer's own count of steps
-    (``kept["t"]``), wherever in the training ``tail`` is called. The schedule's state has the
-    radii themselves: without it a run that is resumed within the rise takes the risen part for
-    the whole.
+    It sets ``optimizer.start``, and ``optimizer.stop`` to None. Like every constructor argument
+    these are not saved: in a resumed run call ``tail`` again, and load the state dicts of optimizer
+    and schedule. Where the rise is follows from the optimizer's own count of steps (``kept["t"]``),
+    wherever in the training ``tail`` is called. The schedule's state has the radii themselves:
+    without it a run that is resumed within the rise takes the risen part for the whole.
 
     Args:
         optimizer: One of fastsam's, but :class:`LETS`.
         total_steps: Steps of the whole training, at least 1, counted as the optimizer's are.
-        fraction: The share that is sharpness-aware, in (0, 1]. Default 0.3.
-        ramp: The share of that part in which the radius rises, in [0, 1]. Default 0.1. With 0 it
-            is there at once.
+        fraction: The share of the steps that is sharpness-aware, in (0, 1]. Default 0.3.
+        ramp: The share of these steps over which the radius rises, in [0, 1]. Default 0.1. With 0
+            the radius has its full value at once.
 
     Returns:
         The schedule of the radius, whose ``step`` is to be called after each of the optimizer's.

@@ -1,8 +1,8 @@
-"""Checks for a method of one's own: what fastsam's tests ask of fastsam's own methods.
+"""Checks for your own methods: those of fastsam's tests.
 
-``check_method(GSAM, torch.optim.SGD, lr=0.1, momentum=0.9)`` returns if all is well and raises
-AssertionError if not, under any test framework or none. Without a GPU, ``TRITON_INTERPRET=1`` in
-the environment, set before Triton is imported, lets the Triton functions run in its interpreter.
+``check_method(GSAM, torch.optim.SGD, lr=0.1, momentum=0.9)`` raises AssertionError if a check
+fails. It needs no test framework. Without a GPU, ``TRITON_INTERPRET=1`` in the environment, set
+before Triton is imported, runs the Triton functions in Triton's interpreter.
 """
 
 import copy
@@ -56,27 +56,31 @@ def check_method(
     formula: Formula | None = None,
     **kwargs: Any,
 ) -> None:
-    """Check a method on small problems: in a second, or in Triton's interpreter in twenty.
+    """Check a method on small problems: in a second, or in twenty in Triton's interpreter.
 
-    Backends agree within rounding, in float32 and float64: on tensors of odd shapes and layouts, in
-    several groups, with gradients that are missing in one of the passes. Gradients are only read. A
-    step that fails, or is undone, leaves weights and state as they were, bit for bit, and so does
-    an optimizer go on that was resumed, copied or pickled. First gradients that are zero or not
-    finite do no harm. What is changed in the groups counts in the next step. ``skip_nonfinite``, a
-    :class:`torch.amp.GradScaler`, ``master_weights`` and ``rounding="stochastic"`` do what they
-    promise; so do CUDA graphs where there is a GPU, and parameters on two where there are two.
-    Options that the class refuses with ValueError are left out. Not for ascents with ``noise``,
-    which follows from the order of the parameters: some checks change that.
+    - Backends agree within rounding, in float32 and float64: on tensors of odd shapes and layouts,
+      in several groups, with gradients that are missing in one of the passes.
+    - Gradients are only read.
+    - A step that fails, or is undone, leaves weights and state as they were, bit for bit.
+    - An optimizer that is resumed, copied or pickled continues bit for bit.
+    - First gradients that are zero or not finite do no harm.
+    - Changes in the groups take effect in the next step.
+    - ``skip_nonfinite``, a :class:`torch.amp.GradScaler`, ``master_weights`` and
+      ``rounding="stochastic"`` work as documented; so do CUDA graphs if there is a GPU, and
+      parameters on two GPUs if there are two.
+
+    Options that the class refuses with ValueError are not checked. Not for ascents with ``noise``:
+    it depends on the order of the parameters, which some checks change.
 
     Args:
         cls: A subclass of ``fastsam.rules.SharpnessAwareOptimizer``.
-        *args, **kwargs: What it takes after ``params``, but for ``backend``.
-        backends: Which to check. Default: ``"reference"``, ``"torch"``, and ``"triton"`` if there
-            is a GPU or the environment has ``TRITON_INTERPRET=1``.
-        formula: The method written anew, without its code: takes the weights, a function that
-            gives their gradients, and a number of steps, and gives the weights after these. All
-            are lists of float64 tensors. There is one group, with the values of ``kwargs``.
-            Default None.
+        *args, **kwargs: Its arguments after ``params``, except ``backend``.
+        backends: The backends to check. Default: ``"reference"``, ``"torch"``, and ``"triton"`` if
+            there is a GPU or the environment has ``TRITON_INTERPRET=1``.
+        formula: The method written again, without its code. It takes the weights, a function that
+            returns their gradients, and a number of steps, and returns the weights after these
+            steps. Weights and gradients are lists of float64 tensors. There is one group, with the
+            values of ``kwargs``. Default None.
 
     Raises:
         AssertionError: If a check fails. Names the class, the backend, the check and what differs.

@@ -1,4 +1,4 @@
-"""How flat the loss is around given weights: sharpness, and evaluations that leave no trace."""
+"""How flat the loss is around given weights: sharpness, and evaluations without side effects."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,41 +35,41 @@ def sharpness(
     eta: float = 0.0,
     steps: int = 1,
 ) -> Tensor:
-    r"""How much the loss rises where SAM would look: sharpness within a radius.
+    r"""How much the loss rises within a radius: at SAM's perturbation, or by a longer search.
 
     .. math:: s = L(w + e) - L(w), \qquad e = \rho\, \frac{T^2 g}{\|T g\| + 10^{-12}}
 
     with :math:`T = 1`, or :math:`T = |w| + \eta` element-wise if adaptive: the perturbation of
-    :class:`SAM` and :class:`ASAM`, in which :math:`g` is the gradient at :math:`w` and the norm
-    goes over every element. It estimates the largest rise within
-    :math:`\|T^{-1} e\| \le \rho` by one step of gradient ascent. More ``steps`` search on, by
-    projected gradient ascent:
+    :class:`SAM` and :class:`ASAM`, in which :math:`g` is the gradient at :math:`w` and the norm is
+    over every element. One step of gradient ascent estimates the largest rise within
+    :math:`\|T^{-1} e\| \le \rho`. With more ``steps`` the search continues by projected gradient
+    ascent:
 
     .. math:: e_{k+1} = \Pi\Bigl(e_k + \rho\, \frac{T^2 g_k}{\|T g_k\| + 10^{-12}}\Bigr), \qquad
               s = \max_{1 \le k \le K} L(w + e_k) - L(w)
 
-    where :math:`g_k` is the gradient at :math:`w + e_k`, :math:`e_0 = 0`, :math:`T` is that of
-    :math:`w` throughout, and :math:`\Pi` scales down to the radius what exceeds it. The result
-    never falls with ``steps``, and is a lower bound of the largest rise.
+    where :math:`g_k` is the gradient at :math:`w + e_k`, :math:`e_0 = 0`, :math:`T` is always taken
+    at :math:`w`, and :math:`\Pi` scales perturbations that exceed the radius down to it. More
+    ``steps`` never give a smaller result. It is a lower bound of the largest rise.
 
-    Afterwards everything is as it was, bit for bit, also where the closure raises: weights,
-    ``.grad``, ``requires_grad``, training modes, buffers (BatchNorm's running statistics among
-    them) and torch's random state. But memory has been written to, so torch refuses a ``backward``
-    through a graph from before. Every evaluation starts from the same buffers, modes and random
-    state, so dropout draws the same masks at :math:`w` and at :math:`w + e`.
+    Afterwards everything is as before, bit for bit, also if the closure raises: weights, ``.grad``,
+    ``requires_grad``, training modes, buffers (with BatchNorm's running statistics) and torch's
+    random state. But the memory has been written to, so torch refuses a ``backward`` through a
+    graph from before. Every evaluation starts from the same buffers, modes and random state, so
+    dropout draws the same masks at :math:`w` and at :math:`w + e`.
 
     Cost: ``steps`` forward and backward passes, one more forward pass, one copy of the weights that
     have a gradient, and as much again for the gradient and for the perturbation. Nothing waits for
     a GPU.
 
     Args:
-        model: The module, or its parameters; those that need no gradient, or that the loss does not
-            depend on, stay where they are. Of parameters alone no buffers or modes are known, and
-            so none are put back. Under ``DistributedDataParallel`` each rank measures the loss of
-            its own closure, along its own gradient.
+        model: The module, or its parameters. Parameters that need no gradient, or that the loss
+            does not depend on, are not perturbed. If only parameters are given, buffers and modes
+            are not restored. Under ``DistributedDataParallel`` each rank measures the loss of its
+            own closure, along its own gradient.
         loss_closure: Computes the loss at the present weights and returns it, a tensor of one
-            element. It does not call ``backward``, unlike the closure of ``step``, and should give
-            the same loss for the same weights, so let it hold its batch. It may use
+            element. Unlike the closure of ``step`` it does not call ``backward``. It should return
+            the same loss for the same weights, so use a fixed batch. It may use
             :class:`torch.autocast`.
         rho: Radius, at least 0; a number or a 0-dim tensor.
         adaptive: Whether to use ASAM's element-wise scale. Default False.
@@ -90,7 +90,7 @@ def sharpness(
             device.
 
     Parameters in float16 or bfloat16 are perturbed in float32 and then rounded to their own dtype,
-    in which most of a small perturbation is lost: measure a copy in float32.
+    which loses most of a small perturbation: measure a copy in float32.
 
     Example:
         >>> rise = fastsam.sharpness(model, lambda: loss_fn(model(inputs), labels), rho=0.05)

@@ -123,9 +123,9 @@ def loss_landscape(
     In the plane of the gradient :math:`d_1` is orthogonal to :math:`d_0` before it is scaled;
     filter and layer normalisation keep that only about.
 
-    Everything is afterwards as it was, and starts alike in every evaluation, as for
-    :func:`sharpness`; no gradients are computed but the one that gives a direction. Random
-    directions come from the CPU, so they are the same on every device.
+    As with :func:`sharpness` everything is restored afterwards, and every evaluation starts from
+    the same state. Only the gradient for a direction is computed. Random directions come from the
+    CPU, so they are the same on every device.
 
     Cost: one evaluation for each point (``points ** 2`` in a plane), one more with its backward
     pass for the gradient; a copy of the weights and one for each direction. The host waits for a
@@ -134,9 +134,9 @@ def loss_landscape(
     Args:
         model: The module, or its parameters, as for :func:`sharpness`. Parameters that need no
             gradient stay, unless a given direction moves them.
-        loss_closure: Returns the loss at the present weights and does not call ``backward``; a
-            tensor of one element, or a number unless the gradient is asked for. As the loss of many
-            points is compared, let it hold its batch.
+        loss_closure: Returns the loss at the present weights and does not call ``backward``: a
+            tensor of one element, or a number if no gradient is needed. Use a fixed batch, as the
+            losses of many points are compared.
         directions: ``"random"``, ``"gradient"``, or a sequence of one or two lists of tensors.
             Default ``"random"``.
         ndim: 1 for a line, 2 for a plane. Default None: as many as there are given directions,

@@ -29,7 +29,7 @@ def _columns(group: Group) -> Columns:
 
 def _check(group: Mapping[str, Any]) -> None:
     if group.get("maximize"):
-        raise ValueError("maximize must be False with SAMSPS, whose loss is one to be minimised")
+        raise ValueError("maximize must be False with SAMSPS, which minimises its loss, got True")
 
 
 def _update(

@@ -85,7 +85,7 @@ def _every_step(optimizer: Any, value: Any) -> None:
 
 
 class BSAM(SharpnessAwareOptimizer):
-    r"""Bayesian SAM: a Gaussian over the weights, of which the optimizer has mean and precision.
+    r"""Bayesian SAM: learns a Gaussian over the weights, its mean and its precision.
 
     With :math:`N` the number of training examples, :math:`\delta = \text{prior precision} / N`, the
     gradient :math:`g` at a sample of the Gaussian, and :math:`\tilde g` at the perturbed mean:
@@ -97,18 +97,18 @@ class BSAM(SharpnessAwareOptimizer):
               w \leftarrow w - lr\, \frac{m}{s}, \qquad
               s \leftarrow \beta_2 s + (1 - \beta_2)(\sqrt{s}\, |g| + \gamma + \delta)
 
-    :math:`w` moves by the old :math:`s`; :math:`s` starts at 1 and :math:`m` at 0; products, roots
-    and quotients are element-wise. The weights are the mean. For predictions with the Gaussian,
-    average over samples of it::
+    The update of :math:`w` uses the old :math:`s`. :math:`s` starts at 1 and :math:`m` at 0.
+    Products, roots and quotients are element-wise. The weights are the mean of the Gaussian. For
+    predictions average over samples of it::
 
         outputs = 0
         for number in range(32):
             with optimizer.sampled(number):
                 outputs = outputs + model(x).softmax(-1) / 32
 
-    ``step(closure)`` puts the noise on the weights for the first call of the closure and takes it
-    away after it; the loss that it returns is the one there. With explicit passes the first one's
-    forward and backward go inside :meth:`noise`::
+    ``step(closure)`` adds the noise to the weights for the first call of the closure and removes it
+    afterwards; it returns the loss at the noisy weights. With explicit passes put the first forward
+    and backward inside :meth:`noise`::
 
         with optimizer.noise():
             loss_fn(model(x), y).backward()
@@ -117,20 +117,18 @@ class BSAM(SharpnessAwareOptimizer):
         optimizer.second_step(zero_grad=True)
 
     :math:`z` is a hash of ``seed``, the count of steps (``kept["noise_step"]``), the parameter's
-    place in the optimizer and the element's in memory: nothing of it is stored, a resumed run draws
-    what the run would have drawn, and ranks draw the same, by their one seed, but for shards, which
-    draw numbers of their own. Parameters that need no gradient, and groups with ``perturb=False``,
-    get neither noise nor perturbation, but the same update.
+    place in the optimizer and the element's place in memory. So it is not stored, a resumed run
+    draws the same noise, and all ranks draw the same; only shards draw numbers of their own. Groups
+    with ``perturb=False`` get no noise and no perturbation, but the same update.
 
-    A missing first gradient counts as zeros in :math:`s`. Where an element of the first gradient is
-    not finite it perturbs nothing, and its :math:`s` stays.
+    A missing first gradient counts as zero in :math:`s`. An element whose first gradient is not
+    finite is not perturbed, and its :math:`s` does not change.
 
     Cost: two forward and backward passes. In float32, as counted, 68 bytes per element in three
-    launches (noise 16, perturb 20, update 32), and 8 by torch's operators, which take the noise
-    away again. The first gradient is kept until the update, in its own memory where the step sets
-    it to None. Two states, ``exp_avg`` and ``precision``, in float32 (float64 for float64
-    parameters). On a CPU the noise takes longer than the update: it is made of integers, tensor by
-    tensor.
+    launches (noise 16, perturb 20, update 32), and 8 by torch's operators, which remove the noise.
+    The first gradient is kept until the update, in its own memory if the step sets it to None. Two
+    states, ``exp_avg`` and ``precision``, in float32 (float64 for float64 parameters). On a CPU the
+    noise takes longer than the update, as it is computed from integers, tensor by tensor.
 
     Args:
         params: Parameters, named parameters or parameter groups, as in :mod:`torch.optim`.
@@ -203,11 +201,11 @@ class BSAM(SharpnessAwareOptimizer):
 
     @contextmanager
     def noise(self) -> Iterator[None]:
-        """Have the step's sample of the Gaussian in the model, for the first of its passes.
+        """Put the step's sample of the Gaussian into the model, for the first pass.
 
         For loops that call ``backward``; ``step`` does this itself. At the end of the block, also
-        where an exception ends it, the weights are what they were, bit for bit. What was written to
-        weights inside is gone.
+        after an exception, the weights are restored bit for bit; changes of the weights inside the
+        block are lost.
 
         Raises:
             RuntimeError: Between ``first_step`` and ``second_step``, and inside another such block.
@@ -219,10 +217,11 @@ class BSAM(SharpnessAwareOptimizer):
 
     @contextmanager
     def sampled(self, number: int) -> Iterator[None]:
-        """Have a sample of the Gaussian in the model: for predictions.
+        """Put a sample of the Gaussian into the model, for predictions.
 
-        Not the step's own. Samples of one number are the same until the next step, and those of
-        different ones are independent. As in :meth:`noise`, the weights are back after it.
+        Until the next step the same number gives the same sample, and different numbers give
+        independent ones. They differ from the sample of the step. Afterwards the weights are
+        restored, as in :meth:`noise`.
 
         Args:
             number: At least 0 and below 2^31.
@@ -293,7 +292,7 @@ class BSAM(SharpnessAwareOptimizer):
     def recording(self, hessian: str | None) -> Iterator[Recording | None]:
         """For LETS, which is refused."""
         if hessian is not None:
-            raise RuntimeError("LETS does not serve BSAM, whose first gradient is not that at w")
+            raise RuntimeError("LETS does not support BSAM, whose first gradient is not taken at w")
         yield None
 
     # --- parts of them ---

@@ -31,7 +31,7 @@ AT_RANDOM = Ascent(
 def _whole_norms(optimizer: Any, renormalize: bool) -> None:
     if renormalize:
         raise ValueError(
-            "renormalize must be False with ESAM, whose first norm is of what takes part alone, "
+            "renormalize must be False with ESAM, whose first norm covers only chosen parameters, "
             "got True"
         )
 
@@ -43,26 +43,25 @@ class ESAM(SharpnessAwareOptimizer):
               z_l = \begin{cases} 1 & \text{with probability } \beta \\ 0 & \text{else}
               \end{cases}
 
-    with one :math:`z_l` for each parameter :math:`l` and step: its stochastic weight perturbation.
-    The norm is over the parameters that take part, and where none does nothing is perturbed.
-    ``beta=1`` is :class:`SAM`. All parameters are updated. The other part of ESAM, a second pass
-    over the samples whose loss has risen most, is :func:`select_samples`; both together are the
-    paper's method.
+    with one :math:`z_l` for each parameter :math:`l` and step (the paper's stochastic weight
+    perturbation). The norm is over the chosen parameters; if none is chosen, nothing is perturbed.
+    ``beta=1`` is :class:`SAM`. All parameters are updated. The other part of the paper's method is
+    :func:`select_samples`: a second pass over the samples whose loss has risen most.
 
-    The choice follows from ``seed``, the parameter's place in the optimizer and the number of steps
-    so far, and from nothing else: ranks choose alike, the shards of a parameter together, backends
-    the same, and a run that is resumed goes on with the choices that it would have made. The number
-    is ``kept["rounding_step"]``, on the device, and saved with the state; a step that is skipped,
-    as by ``skip_nonfinite``, does not count. With ``ascent_steps`` all ascents of a step have the
-    same choice.
+    The choice depends only on ``seed``, the parameter's place in the optimizer and the number of
+    steps so far. So all ranks, all shards of a parameter, all backends and a resumed run choose
+    alike. The number of steps is ``kept["rounding_step"]``, on the device, and saved with the
+    state; skipped steps, as by ``skip_nonfinite``, do not count. With ``ascent_steps`` all ascents
+    of a step have the same choice.
 
-    In ``adaptive`` groups, which the paper has not, :math:`g` becomes :math:`T^2 g` and its norm
-    :math:`\|T g\|`, as in :class:`SAM`. ``metrics["grad_norm"]`` is the norm over what took part.
+    In ``adaptive`` groups, which are not in the paper, :math:`g` becomes :math:`T^2 g` and its norm
+    :math:`\|T g\|`, as in :class:`SAM`. ``metrics["grad_norm"]`` is the norm over the chosen
+    parameters.
 
-    Cost: that of :class:`SAM` in passes, and less in bytes: of parameters that do not take part no
-    first gradient is read, with SGD and momentum :math:`32 + 8 \beta` bytes per element in float32
-    on average, in three launches. Both passes compute all gradients; it is :func:`select_samples`
-    that saves time there. No state but that number.
+    Cost: the passes of :class:`SAM` and fewer bytes, as first gradients of parameters that are not
+    chosen are not read: with SGD and momentum :math:`32 + 8 \beta` bytes per element in float32 on
+    average, in three launches. Both passes compute all gradients; :func:`select_samples` saves time
+    there. The only state is the number of steps.
 
     Args:
         params, base_optimizer: As in :class:`SAM`. Groups may set ``beta`` for themselves, too.
@@ -108,8 +107,8 @@ def select_samples(before: Tensor, after: Tensor, fraction: float) -> Tensor:
     .. math:: S = \text{the } \lceil \gamma n \rceil \text{ samples with the largest }
               \ell_i(w + e) - \ell_i(w)
 
-    The second gradient is that of their mean loss, so that a step costs one forward and backward
-    pass, one forward pass, and a second one of both over a part of the batch::
+    The second gradient is that of their mean loss. A step then costs one forward and backward pass,
+    one further forward pass, and one forward and backward pass over a part of the batch::
 
         before = loss_fn(model(x), y)            # of each sample: reduction="none"
         before.mean().backward()
@@ -120,9 +119,9 @@ def select_samples(before: Tensor, after: Tensor, fraction: float) -> Tensor:
         loss_fn(model(x[chosen]), y[chosen]).mean().backward()
         optimizer.second_step(zero_grad=True)
 
-    Nothing is waited for: how many samples there will be is known on the host. Under DDP each rank
-    selects among its own. A loss that is NaN counts as risen, and is not hidden. The other part of
-    ESAM, parameters that take part in the perturbation at random, is :class:`ESAM`.
+    The host knows the number of samples and waits for nothing. Under DDP each rank selects among
+    its own samples. A loss that is NaN counts as risen. The other part of the paper's method is
+    :class:`ESAM`.
 
     Args:
         before: Losses of the samples at :math:`w`, of one dimension.

@@ -1,4 +1,4 @@
-"""FriendlySAM: SAM along what of the gradient is particular to the batch."""
+"""FriendlySAM: SAM along the part of the gradient that is particular to the batch."""
 
 from typing import Any
 
@@ -60,33 +60,33 @@ RESIDUAL = Ascent(
 
 
 class FriendlySAM(SharpnessAwareOptimizer):
-    r"""SAM along what of the gradient is particular to the batch.
+    r"""SAM along the part of the gradient that is particular to the batch.
 
-    :math:`m` is an average of the gradients :math:`g` at :math:`w`, which stands for the gradient
-    of the whole objective. What is left of :math:`g` without it is the noise of the batch, and the
-    perturbation follows that alone:
+    :math:`m` is an average of the gradients :math:`g` at :math:`w`, an estimate of the gradient of
+    the whole objective. Without it the rest of :math:`g` is the noise of the batch, and the
+    perturbation follows the noise alone:
 
     .. math:: d = g - \sigma\, m, \qquad e = \rho\, \frac{d}{\|d\| + 10^{-12}}, \qquad
               m \leftarrow \lambda\, m + (1 - \lambda)\, g
 
-    :math:`d` has the average of before this step. A parameter's first :math:`d` is its first
-    gradient, and so is its first :math:`m`. ``sigma=0`` is :class:`SAM`. The norm is that of the
-    differences themselves; where it is 0 nothing is perturbed. In ``adaptive`` groups, which the
-    paper has not, :math:`d` becomes :math:`T^2 d` and its norm :math:`\|T d\|`, as in :class:`SAM`.
+    :math:`d` uses the average of before this step. The first :math:`d` and the first :math:`m` of a
+    parameter are its first gradient. ``sigma=0`` is :class:`SAM`. If the norm of :math:`d` is 0,
+    nothing is perturbed. In ``adaptive`` groups, which are not in the paper, :math:`d` becomes
+    :math:`T^2 d` and its norm :math:`\|T d\|`, as in :class:`SAM`.
 
     A first gradient whose norm is not finite perturbs nothing and stays out of :math:`m`.
 
     Cost: that of :class:`SAM`, and one tensor of state per parameter (``ascent_ema``, in float32,
-    or in float64 for float64 parameters; NaN while no gradient has come), read twice and written
+    or in float64 for float64 parameters; NaN before the first gradient), read twice and written
     once a step: 52 bytes per element with SGD and momentum, three launches. Between the passes both
     its old and its new value are held, so that a failed step changes nothing.
 
     Args:
         params, base_optimizer: As in :class:`SAM`. Groups may set ``sigma`` and ``lmbda`` for
             themselves, too.
-        rho: Radius, at least 0. Default 0.05; the authors' is 0.2. Where it is 0 the first pass
-            still takes place, for the average.
-        sigma: What of the average is taken away, at least 0. Default 1.
+        rho: Radius, at least 0. Default 0.05; the authors' is 0.2. With 0 the first pass still
+            runs, for the average.
+        sigma: How much of the average is subtracted, at least 0. Default 1.
         lmbda: :math:`\lambda`, weight of the average's past, in [0, 1]. Default 0.9; the authors'
             are 0.6 to 0.95.
         **kwargs: The other arguments of :class:`SAM`, and the base optimizer's.

@@ -1,4 +1,4 @@
-"""Functional-SAM: perturbs the network, and not the loss's derivative by its outputs."""
+"""Functional-SAM: perturbs the network, and keeps the derivative of the loss at the outputs."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -67,7 +67,7 @@ def _one_ascent(optimizer: Any, ascent_steps: int) -> None:
 
 
 class FunctionalSAM(SharpnessAwareOptimizer):
-    r"""Functional SAM: perturbs the network, and not the loss's derivative by its outputs.
+    r"""Functional SAM: perturbs the network, and keeps the derivative of the loss at the outputs.
 
     With the model's outputs (logits) :math:`F(w)`, their Jacobian :math:`J_F` and the loss
     :math:`L(w) = \ell(F(w))`:
@@ -80,13 +80,13 @@ class FunctionalSAM(SharpnessAwareOptimizer):
     .. math:: e = \rho\, \frac{P g}{\|P g\| + 10^{-12}}, \qquad
               P = \frac{1}{\sqrt{v} + 10^{-8}}
 
-    with :math:`v` the base's second moment (``exp_avg_sq`` of Adam and AdamW) as the step before
-    has left it, without bias correction. :math:`P = 1` in the first ``warmup`` steps, and for
-    parameters that have no second moment yet. In ``adaptive`` groups :math:`P g` becomes
-    :math:`T^2 P g` and its norm :math:`\|T P g\|`, as in :class:`SAM`.
+    with :math:`v` the base's second moment (``exp_avg_sq`` of Adam and AdamW) after the last step,
+    without bias correction. :math:`P = 1` in the first ``warmup`` steps, and for parameters without
+    a second moment. In ``adaptive`` groups :math:`P g` becomes :math:`T^2 P g` and its norm
+    :math:`\|T P g\|`, as in :class:`SAM`.
 
-    :math:`r` is kept in the first pass and put into the second one's backward, at the outputs that
-    the loop has marked::
+    :math:`r` is kept from the first pass and used in the backward of the second pass. For that the
+    loop marks the outputs::
 
         def closure():
             loss = loss_fn(optimizer.outputs(model(x)), y)
@@ -95,35 +95,35 @@ class FunctionalSAM(SharpnessAwareOptimizer):
 
         loss = optimizer.step(closure)
 
-    Where the outputs cannot be had so easily, as in a framework's training loop, name the module
-    that makes them once: ``optimizer.outputs_of(model.lm_head)``. :func:`functional_closures` makes
-    two closures of a model and a loss instead, of which the second computes no loss. A forgotten
-    mark is an error; a second pass over other batches, too.
+    If a framework hides the outputs, name the module that computes them once:
+    ``optimizer.outputs_of(model.lm_head)``. :func:`functional_closures` makes two closures from a
+    model and a loss instead; the second computes no loss. A missing mark raises an error, and so
+    does a second pass over other batches.
 
     - Several micro-batches: each has its own :math:`r`, in the order of their forward passes.
-    - A loss scale is in :math:`r`, once.
-    - Labels that the loss masks have :math:`r = 0`. A loss that does not come through the marked
+    - A loss scale is contained in :math:`r`, once.
+    - Labels that the loss masks have :math:`r = 0`. A loss that does not depend on the marked
       outputs (weight decay as a loss, router losses) is treated as by :class:`SAM`.
     - Dropout has to draw the same masks in both passes, so ``repeat_random`` is True by default;
       with explicit passes put ``repeated_random()`` around each.
     - BatchNorm: ``descent_context=fastsam.frozen_batch_norm(model)``, as for every method.
 
-    Cost: that of :class:`SAM`, and a tensor of the size of the outputs from pass to pass.
+    Cost: that of :class:`SAM`, and a tensor of the size of the outputs between the passes.
     Preconditioned with AdamW 56 bytes per element in float32 (reduce 8, perturb 20, update 28),
-    three launches; :math:`v` is read where it lies, and nothing is kept for it.
+    three launches; :math:`v` is read in place and not copied.
 
     Args:
         params, base_optimizer: As in :class:`SAM`; with ``preconditioned`` the base is Adam, AdamW
             or another that keeps ``exp_avg_sq``.
         rho: Radius, at least 0. Default 0.05.
         preconditioned: Whether the perturbation is along :math:`P g`. Default False.
-        warmup: Steps with :math:`P = 1` at first, at least 0. Default 1000, of code that is in use;
-            the paper's runs were not read.
-        normalize: Of the preconditioned form. False divides by :math:`\|g\|` and not by
+        warmup: First steps with :math:`P = 1`, at least 0. Default 1000, from independent code; the
+            value of the paper's runs is not known to us.
+        normalize: For the preconditioned form: False divides by :math:`\|g\|` and not by
             :math:`\|P g\|`, as independent code does; then weights may move by up to
             :math:`10^8 \rho`. Default True.
-        by_hand: Whether the loop sees to :math:`r` by itself: gradients of the second pass are
-            taken as they are and nothing has to be marked. Default False.
+        by_hand: Whether the loop applies :math:`r` itself: then gradients of the second pass are
+            used as they are, and nothing has to be marked. Default False.
         repeat_random: As in :class:`SAM`. Default True.
         **kwargs: The other arguments of :class:`SAM`, and the base optimizer's. Not
             ``ascent_steps``.
@@ -131,7 +131,7 @@ class FunctionalSAM(SharpnessAwareOptimizer):
     Raises:
         TypeError, ValueError, ImportError, RuntimeError: As :class:`SAM`; TypeError also for
             ``preconditioned`` with a base that keeps no ``exp_avg_sq``. :class:`LETS` refuses it,
-            as no second gradient of the loss is there, nor is a loss at :math:`w + e`.
+            as there is no gradient of the loss at :math:`w + e`.
 
     Example:
         >>> optimizer = fastsam.FunctionalSAM(model.parameters(), torch.optim.AdamW, lr=1e-3)
@@ -142,8 +142,8 @@ class FunctionalSAM(SharpnessAwareOptimizer):
         >>> loss = optimizer.step(closure)
 
     Reference: Singh, Mobahi, Agarwala and Dauphin, "Avoiding spurious sharpness minimization
-    broadens applicability of SAM", ICML 2025, arXiv 2502.02407. The definition is sure; the
-    preconditioned form, with its constants, was read in independent code.
+    broadens applicability of SAM", ICML 2025, arXiv 2502.02407. The definition is the paper's; the
+    preconditioned form and its constants are from independent code.
     """
 
     _TRANSIENT: tuple[str, ...] = (
@@ -193,21 +193,21 @@ class FunctionalSAM(SharpnessAwareOptimizer):
 
     @uncompiled
     def outputs(self, outputs: Given) -> Given:
-        """Mark the model's outputs, by which the loss's derivative is kept or repeated.
+        """Mark the model's outputs, where the derivative of the loss is kept or used again.
 
         Call it in both passes, once for each forward pass, before ``backward``.
 
         Args:
             outputs: The tensor that the loss is computed from; or several of them in a list or
-                tuple, none of which depends on another. Tensors that need no gradient are let be.
+                tuple, none of which depends on another. Tensors that need no gradient are ignored.
 
         Returns:
             The same.
 
         Raises:
             TypeError: If they are no tensors.
-            RuntimeError: In the second pass, if they have not the shapes and dtypes of the first
-                one's outputs, in their order.
+            RuntimeError: In the second pass, if their shapes and dtypes differ from those of the
+                first pass, in their order.
         """
         # nothing is kept for a step of the base alone
         if torch.is_grad_enabled() and not (self._inside_step and not self._needs_two_passes):
@@ -215,17 +215,18 @@ class FunctionalSAM(SharpnessAwareOptimizer):
         return outputs
 
     def outputs_of(self, module: Module) -> RemovableHandle:
-        """Mark whatever a module gives from now on, where gradients are recorded.
+        """Mark the outputs of a module from now on, whenever gradients are recorded.
 
-        For loops that hide the outputs: ``optimizer.outputs_of(model.lm_head)``. It has to give a
-        tensor, or a list or tuple of tensors, as :meth:`outputs` takes them. Copies of the model
+        For loops that hide the outputs: ``optimizer.outputs_of(model.lm_head)``. The module has to
+        return a tensor, or a list or tuple of tensors, as for :meth:`outputs`. Copies of the model
         mark nothing.
 
         Args:
-            module: The one from which the loss is computed: the model itself, or its last layer.
+            module: The module whose outputs the loss is computed from: the model itself, or its
+                last layer.
 
         Returns:
-            A handle; its ``remove()`` ends it.
+            A handle; its ``remove()`` ends the marking.
 
         Raises:
             TypeError: If it is no module.
@@ -274,16 +275,16 @@ class FunctionalSAM(SharpnessAwareOptimizer):
         Args:
             closure: Computes the loss of the marked outputs, calls ``backward`` and returns the
                 loss; called in both passes.
-            second_closure: Is called in its place for the second pass, and leaves :math:`u` itself;
-                nothing has to be marked then. :func:`functional_closures` makes both.
+            second_closure: Called in its place for the second pass; it computes :math:`u` itself,
+                and nothing has to be marked. :func:`functional_closures` makes both.
             grad_scaler: As in ``step`` of :class:`SAM`.
 
         Returns:
             What the first call returned.
 
         Raises:
-            RuntimeError: If no outputs were marked, or other ones in the second pass. Weights and
-                state are as they were before the step.
+            RuntimeError: If no outputs were marked, or different ones in the second pass. Weights
+                and state are as they were before the step.
         """
         self._has_two = second_closure is not None
         try:
@@ -294,7 +295,7 @@ class FunctionalSAM(SharpnessAwareOptimizer):
     def first_step(self, zero_grad: bool = False, *, grad_scaler: GradScaler | None = None) -> None:
         """Perturb the weights along the present gradients: ``w <- w + e``.
 
-        As every method does. The derivative by the outputs that were marked is kept.
+        As in every method. The derivative of the loss at the marked outputs is kept.
 
         Raises:
             RuntimeError: If none were, without ``by_hand``. Nothing has changed then.
@@ -331,8 +332,8 @@ class FunctionalSAM(SharpnessAwareOptimizer):
         """For LETS, which is refused."""
         if hessian is not None:
             raise RuntimeError(
-                f"LETS does not serve {type(self).__name__}, whose second gradient is none of the "
-                "loss: the Hessian does not follow from it"
+                f"LETS does not support {type(self).__name__}, whose second gradient is not "
+                "that of the loss: the Hessian does not follow from it"
             )
         yield None
 
@@ -387,20 +388,21 @@ def functional_closures(
 
         loss = optimizer.step(*fastsam.functional_closures(model, loss_fn, x, y))
 
-    The first computes ``loss_fn(model(x), y)`` and goes back, and keeps the derivative by the
-    outputs; with that the second goes back from the outputs at the perturbed weights. Where
-    ``model`` is a ``Module``, the statistics of its BatchNorm layers are frozen in the second.
+    The first runs ``loss_fn(model(x), y)`` and ``backward``, and keeps the derivative of the loss
+    with respect to the outputs. The second runs the model at the perturbed weights, and
+    ``backward`` from its outputs with that derivative. If ``model`` is a ``Module``, the statistics
+    of its BatchNorm layers are frozen in the second.
 
     Args:
-        model: Gives the outputs: a tensor, or a list or tuple of tensors, none of which depends on
-            another.
-        loss_fn: Gives the loss from the outputs and ``targets``.
-        inputs: What the model takes: a tuple is its arguments, a dict its keyword arguments,
-            anything else its one argument.
-        targets: What the loss takes besides.
+        model: Returns the outputs: a tensor, or a list or tuple of tensors, none of which depends
+            on another.
+        loss_fn: Returns the loss from the outputs and ``targets``.
+        inputs: The input of the model: a tuple holds its arguments, a dict its keyword arguments,
+            anything else is its one argument.
+        targets: The second argument of ``loss_fn``.
         grad_scaler: A :class:`torch.amp.GradScaler` to scale the loss with; give it to ``step``,
-        too.
-        context: Gives a context manager around forward and loss, as
+            too.
+        context: Returns a context manager for forward and loss, as in
             ``lambda: torch.autocast("cuda", torch.bfloat16)``. Default None.
 
     Returns:

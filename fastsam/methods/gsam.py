@@ -51,23 +51,24 @@ class GSAM(SharpnessAwareOptimizer):
               \tilde g\right)
 
     with :class:`SAM`'s perturbation :math:`e`, :math:`g` the gradient at :math:`w` and
-    :math:`\tilde g` the one at :math:`w + e`. In the brackets is the part of :math:`g` that is
-    orthogonal to :math:`\tilde g`. A step along it leaves :math:`f(w + e)` as it is and raises
-    :math:`f(w)`, so the gap between the two, which measures the sharpness, closes. ``alpha=0`` is
-    :class:`SAM`. With ``variant="first"`` it is the first gradient that is kept:
+    :math:`\tilde g` the one at :math:`w + e`. The term in brackets is the part of :math:`g` that is
+    orthogonal to :math:`\tilde g`. A step along it does not change :math:`f(w + e)` and raises
+    :math:`f(w)`, so it reduces the gap between the two, which measures the sharpness. ``alpha=0``
+    is :class:`SAM`. With ``variant="first"`` the first gradient is kept and the second one
+    projected:
 
     .. math:: u = g + \alpha \left(\tilde g - \frac{\langle g, \tilde g \rangle}{\|g\|^2}\, g\right)
 
     A projection onto a gradient of zeros counts as 0. Norms and products are over all elements of
-    all groups. A parameter without a first gradient counts as having a zero one. Where the first
-    gradient's norm is not finite, :math:`u = \tilde g`. With ``renormalize`` :math:`\tilde g` is
+    all groups. The first gradient of a parameter that has none counts as zero. If the norm of the
+    first gradient is not finite, :math:`u = \tilde g`. With ``renormalize`` :math:`\tilde g` is
     rescaled first; ``max_grad_norm`` bounds the norm of :math:`u`.
 
     The authors let the radius follow the learning rate, linearly between two bounds:
     :class:`ProportionalRho` does that.
 
-    Cost: that of :class:`SAM`, and a second reduction over both gradients; the first is kept until
-    the update, in its own memory where the step sets it to None (``zero_grad=True``, as in
+    Cost: that of :class:`SAM`, and a second reduction over both gradients. The first gradient is
+    kept until the update: in its own memory if the step sets it to None (``zero_grad=True``, as in
     ``step``), else as a copy. With SGD and momentum 52 bytes per element in float32 (reduce 4,
     perturb 16, reduce 8, update 24), four launches. No state.
 

@@ -1,4 +1,4 @@
-"""LE-SAM: the radius follows from a rise of the loss that is given."""
+"""LE-SAM: SAM with a radius that gives a fixed rise of the loss."""
 
 from typing import Any
 
@@ -40,19 +40,18 @@ class LESAM(SharpnessAwareOptimizer):
 
     .. math:: e = \min\!\left(\frac{\sigma}{\|g\|}, \rho_{\max}\right) \frac{g}{\|g\|}
 
-    So :math:`\langle g, e \rangle = \sigma`: to first order the loss rises by :math:`\sigma`, where
-    that takes no more than :math:`\rho_{\max}`. The smaller the gradient, the larger the radius, up
-    to that cap, without which it would grow beyond all bounds as training converges. In
-    ``adaptive`` groups, which the paper has not, :math:`g` becomes :math:`T^2 g` and
-    :math:`\|g\|` becomes :math:`\|T g\|`, as in :class:`SAM`; :math:`\sigma` keeps its meaning.
-    1e-12 is added to norms that something is divided by. A first gradient whose norm is 0 or not
-    finite perturbs nothing.
+    So :math:`\langle g, e \rangle = \sigma`: to first order the loss rises by :math:`\sigma`,
+    unless the radius is bounded by :math:`\rho_{\max}`. The radius grows as the gradient shrinks;
+    without the bound it would grow without limit as training converges. In ``adaptive`` groups,
+    which are not in the paper, :math:`g` becomes :math:`T^2 g` and :math:`\|g\|` becomes
+    :math:`\|T g\|`, as in :class:`SAM`; :math:`\sigma` keeps its meaning. 1e-12 is added to norms
+    in denominators. A first gradient whose norm is 0 or not finite perturbs nothing.
 
     Cost: that of :class:`SAM`. No state.
 
     Args:
-        params, base_optimizer: As in :class:`SAM`. Groups may set ``sigma`` for themselves, and
-            ``rho``, under which the groups have :math:`\rho_{\max}`.
+        params, base_optimizer: As in :class:`SAM`. Groups may have their own ``sigma``, and their
+            own :math:`\rho_{\max}` under the key ``rho``.
         sigma: Rise of the loss, at least 0 and finite. Default 0.35.
         rho_max: Largest radius, at least 0 and finite; a 0-dim tensor stays on its device.
             Default 0.5.

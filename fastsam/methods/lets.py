@@ -1,4 +1,4 @@
-"""LETS: the radius is learned, by how much it closes the gap between validation and training."""
+"""LETS: learns the radius from the gap between validation and training loss."""
 
 import copy
 import inspect
@@ -39,7 +39,7 @@ class LETS(SharedState):
     r"""Learning to sharpen: any optimizer of the family, with a radius that is learned.
 
     The radius minimises :math:`\tfrac12 (L_{val}(w^*(\rho)) - L_{tr}(w^*(\rho)))^2`. After a step
-    of the wrapped optimizer to :math:`w^+`, both losses and their gradients are taken there:
+    of the wrapped optimizer to :math:`w^+`, both losses and their gradients are computed there:
 
     .. math:: h = -lr\; a\, \langle \delta, H \hat e \rangle, \qquad
               a = L_{val}(w^+) - L_{tr}(w^+), \quad
@@ -56,26 +56,26 @@ class LETS(SharedState):
     hides the scale, not the sign.
 
     A scalar optimizer then moves :math:`\nu = \log \rho` against :math:`\rho h`, so that
-    :math:`\rho` stays positive. Groups with different radii keep their ratios: what is learned is
-    the first one's, and a common factor for all.
+    :math:`\rho` stays positive. The radius of the first group is learned, and groups with different
+    radii keep their ratios.
 
-    The update counts as :math:`w^+ = w - lr\, c\, \tilde g`, whatever else the base does; :math:`c`
-    is what renormalisation, clipping or SAMAR multiply :math:`\tilde g` by, and counts as a
-    constant. That the scheme has this structure is sure; the diagonal form and the parametrisation
-    by :math:`\nu` were read with less certainty.
+    For :math:`h` the update is taken as :math:`w^+ = w - lr\, c\, \tilde g`, whatever else the base
+    does. :math:`c` is the factor of :math:`\tilde g` by renormalisation, clipping or SAMAR, and is
+    treated as a constant. This structure is the paper's; we are less sure of the diagonal form and
+    of the parametrisation by :math:`\nu`.
 
     Cost: two forward and backward passes and one reduction over the four gradients (16 bytes per
     element in float32; with ``"diag"`` 4 more for the weights in adaptive groups, and for each of
-    the ascent's state tensors) on every ``interval``-th step; other steps are the wrapped
-    optimizer's. The gradients of both its passes are held until then, and its copy of the weights
-    where they are read. The extra passes are at unperturbed weights, in the model's present mode:
-    BatchNorm counts them too, unless the wrapped optimizer's ``descent_context``, in which they
-    run, is ``frozen_batch_norm``. In distributed training the closures have to return losses
-    averaged over the ranks, or the radii drift apart.
+    the ascent's state tensors) on every ``interval``-th step; other steps are those of the wrapped
+    optimizer. The gradients of both its passes are held until then, and its copy of the weights if
+    it is needed. The extra passes run at unperturbed weights, in the model's present mode and
+    inside the wrapped optimizer's ``descent_context``; BatchNorm counts them too, unless that is
+    ``frozen_batch_norm``. In distributed training the closures have to return losses averaged over
+    the ranks, or the radii drift apart.
 
     Args:
         optimizer: A :class:`SAM`, :class:`ASAM`, :class:`UnifiedSAM` or another optimizer of
-            fastsam's, with a radius above 0. It is stepped from here only.
+            fastsam, with a radius above 0. Do not call its own ``step``.
         rho_lr: Learning rate of the scalar optimizer, at least 0. Default 1e-2: with Adam, a change
             of about 1 % of the radius at a time.
         hessian: ``"diag"`` (default) or ``"difference"``.
@@ -176,15 +176,16 @@ class LETS(SharedState):
             closure: Computes the training loss, calls ``backward`` and returns the loss; called
                 twice for the step and once, at the updated weights, for the radius.
             val_closure: The same for the loss of a validation batch, preferably a new one in every
-                step; called once where the radius is due. Gradients are zeroed before every call.
+                step; called once when the radius is updated. Gradients are zeroed before every
+                call.
 
         Returns:
             What the first call of ``closure`` returned.
 
         Raises:
             RuntimeError: Without one of the closures. An exception in the step leaves weights,
-                state and radius as they were; one in what follows, as in ``val_closure``, costs
-                this update of the radius and nothing else. Both propagate.
+                state and radius as they were. After a later exception, as in ``val_closure``, the
+                step is complete and only the radius is not updated. Both propagate.
         """
         if closure is None and val_closure is None and self.optimizer.creates_state_only:
             with torch.no_grad():
@@ -450,7 +451,7 @@ def check_learned(own: Any, groups: int, optimizer: Optimizer, rule: Base | None
     needed = {"log_rho", "ratios", "steps", "optimizer"}
     good = isinstance(own, Mapping) and own.keys() >= needed
     if not (good and isinstance(own["ratios"], (list, tuple)) and len(own["ratios"]) == groups):
-        raise ValueError("state_dict['lets'] was not made by LETS for as many groups")
+        raise ValueError("state_dict['lets'] must be made by LETS with as many groups")
     name = type(optimizer).__name__
     maker = own.get("rho_optimizer", name)
     if maker != name:
@@ -461,7 +462,9 @@ def check_learned(own: Any, groups: int, optimizer: Optimizer, rule: Base | None
     check_scalar("log_rho", own["log_rho"])
     radius = torch.tensor(number_of(own["log_rho"]), dtype=torch.float64).exp()
     if not 0 < float(radius) < math.inf:
-        raise ValueError(f"log_rho in a state dict must be of a radius, got {own['log_rho']}")
+        raise ValueError(
+            f"log_rho in a state dict must be the log of a radius, got {own['log_rho']}"
+        )
     for ratio in own["ratios"]:
         check_scalar("ratios", ratio, least=0)
     check_count("steps", own["steps"])

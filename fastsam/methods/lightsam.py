@@ -1,4 +1,4 @@
-"""LightSAM: adaptive in the ascent as in the descent, in three sizes."""
+"""LightSAM: adaptive step sizes in the ascent and in the descent, in three variants."""
 
 import math
 from typing import Any
@@ -126,7 +126,7 @@ RULES: dict[str, tuple[Ascent, type]] = {
 
 
 class LightSAM(SharpnessAwareOptimizer):
-    r"""Parameter-agnostic SAM: adaptive in the ascent as in the descent.
+    r"""Parameter-agnostic SAM: adaptive step sizes in the ascent and in the descent.
 
     :math:`g` is the gradient at :math:`w`, :math:`\tilde g` the one at :math:`w + e`; squares,
     roots and quotients of tensors are element-wise.
@@ -150,14 +150,14 @@ class LightSAM(SharpnessAwareOptimizer):
               v \leftarrow \beta_2 v + (1 - \beta_2)\, \tilde g^2, \quad
               w \leftarrow w - lr\, \frac{m}{\sqrt v}
 
-    Nothing is bias-corrected and no eps is added: accumulators start at ``eps ** 2`` and moments at
-    0. So ``rho`` acts per coordinate in II and III, :math:`\|e\|` is about
-    :math:`\rho \sqrt d` for :math:`d` weights, and is not to be compared with SAM's; and the first
-    step of III is :math:`(1-\beta_1)/\sqrt{1-\beta_2} \approx 3.16` times the sign of the gradient.
+    There is no bias correction and no eps is added: accumulators start at ``eps ** 2`` and moments
+    at 0. In II and III ``rho`` acts on each coordinate, so :math:`\|e\|` is about
+    :math:`\rho \sqrt d` for :math:`d` weights and cannot be compared with SAM's. The first step of
+    III is :math:`(1-\beta_1)/\sqrt{1-\beta_2} \approx 3.16` times the sign of the gradient.
 
-    An element whose accumulator would not be finite is not perturbed, and its ascent state stays
-    (in I that holds for all elements together). An average below the smallest normal float32
-    counts as that: a weight that gets no gradient stays where it is.
+    An element whose accumulator would not be finite is not perturbed, and its ascent state does not
+    change (in I the same holds for all elements together). Averages are at least the smallest
+    normal float32, so a weight that gets no gradient does not move.
 
     Cost: no norm is taken in II and III, so a step is two launches. Bytes per element in float32,
     each number read and written once: I 36 (reduce 4, perturb 16, reduce 4, update 12), II 44
@@ -170,8 +170,8 @@ class LightSAM(SharpnessAwareOptimizer):
         params: Parameters, named parameters or parameter groups, as in :mod:`torch.optim`. Groups
             may set ``lr``, ``rho``, ``betas``, ``eps`` and ``weight_decay`` for themselves.
         lr: Learning rate, at least 0.
-        rho: Radius, at least 0; constant, as the scaling adapts it. Where it is 0 the first pass
-            still takes place, for the accumulators.
+        rho: Radius, at least 0; keep it constant, as the scaling adapts it. With 0 the first pass
+            still runs, for the accumulators.
         rule: ``"adam"``, ``"adagrad"`` or ``"adagrad_norm"``. Default ``"adam"``.
         betas: Of III, in [0, 1). Default (0.9, 0.999).
         eps: Square root of where the accumulators start, at least 1e-18. Default 1e-8.
@@ -189,7 +189,7 @@ class LightSAM(SharpnessAwareOptimizer):
         >>> loss = optimizer.step(closure)
 
     Reference: Cheng, Shen, Sun, Yin, Cao and Chen, "LightSAM: parameter-agnostic sharpness-aware
-    minimization", arXiv 2505.24399. The equations of I and II are sure; III was read in a
+    minimization", arXiv 2505.24399. The equations of I and II are the paper's; III is from a
     re-implementation by the authors of Unified SAM.
     """
 

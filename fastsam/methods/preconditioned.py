@@ -1,4 +1,4 @@
-"""Preconditioned SAM: perturbations along a gradient that a diagonal has weighted."""
+"""Preconditioned SAM: perturbations along the gradient times a diagonal."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -158,8 +158,9 @@ class PreconditionedSAM(SharpnessAwareOptimizer):
     .. math:: e = \rho\, \frac{D g}{\|D g\| + 10^{-12}} \quad\text{(objective)}, \qquad
               e = \rho\, \frac{D^2 g}{\|D g\| + 10^{-12}} \quad\text{(constraint)}
 
-    In the objective form the size of :math:`D` does not matter and the radius stays :math:`\rho`;
-    in the constraint form it does. ASAM is the constraint form with :math:`D = |w| + \eta`.
+    In the objective form the scale of :math:`D` does not matter and the length of :math:`e` is
+    :math:`\rho`. In the constraint form the scale matters. ASAM is the constraint form with
+    :math:`D = |w| + \eta`.
 
     - ``preconditioner="variance"``: :math:`D` is small where the gradient is noisy.
 
@@ -167,37 +168,37 @@ class PreconditionedSAM(SharpnessAwareOptimizer):
                 s \leftarrow \beta s + (1 - \beta)(g - m)^2, \quad
                 m \leftarrow \beta m + (1 - \beta)\, g
 
-      :math:`\bar v` is an average (0.9 of the past) of the mean square of the gradients' elements,
-      by which the damping :math:`\delta` is relative to the scale of :math:`s`; so :math:`D` is
-      near 1 while :math:`s` is young. :math:`D` is of the averages of before this step, and 1 in
-      the first two. :math:`m` starts at a parameter's first gradient, :math:`s` and
-      :math:`\bar v` at 0. In the objective form that is :math:`e \propto g / (s + \delta \bar v)`,
-      for which :math:`D` is multiplied by a number.
+      :math:`\bar v` is an average (0.9 of the past) of the mean square of the gradients' elements.
+      It makes the damping :math:`\delta` relative to the scale of :math:`s`, so :math:`D` is near 1
+      in the first steps. :math:`D` uses the averages of before this step, and is 1 in the first two
+      steps. :math:`m` starts at a parameter's first gradient, :math:`s` and :math:`\bar v` at 0. In
+      the objective form :math:`e \propto g / (s + \delta \bar v)`.
     - ``"second_moment"``: :math:`D = 1 / (\sqrt v + 10^{-8})` with the base's second moment
-      :math:`v` (``exp_avg_sq`` of Adam and AdamW) as the step before has left it, 1 where there is
-      none yet. Its constraint form is Fisher-SAM with :math:`v` for the Fisher information; ``rho``
-      has to be smaller there by about the size of :math:`\sqrt v`, and :math:`v` not be in
-      float16, which makes zeros of it (``master_weights`` keeps it in float32).
-    - A function: :math:`D` is what ``preconditioner(g, state)`` gives for each parameter.
+      :math:`v` (``exp_avg_sq`` of Adam and AdamW) after the last step, and 1 for parameters that
+      have none. The constraint form is Fisher-SAM with :math:`v` as the Fisher information. There
+      ``rho`` has to be smaller by about the size of :math:`\sqrt v`, and :math:`v` must not be in
+      float16, where it becomes zero (``master_weights`` keeps it in float32).
+    - A function: :math:`D` is the result of ``preconditioner(g, state)`` for each parameter.
 
-    infoSAM adjusts the gradient by estimates of its noise; how, could not be read. The variance,
-    its damping, the objective form and all defaults are ours, and no figure of the paper is claimed
+    infoSAM adjusts the gradient by estimates of its noise. We could not read how. The variance, its
+    damping, the objective form and all defaults are ours, and we do not claim the paper's results
     for them.
 
-    In ``adaptive`` groups, which the paper has not, :math:`D g` becomes :math:`T^2 D g` and its
-    norm :math:`\|T D g\|`, as in :class:`SAM` (:math:`D^2 g` likewise); :math:`\bar v` is of
-    :math:`T g` there, so :math:`\delta` has to be larger.
+    In ``adaptive`` groups, which are not in the paper, :math:`D g` becomes :math:`T^2 D g` and its
+    norm :math:`\|T D g\|`, as in :class:`SAM` (:math:`D^2 g` likewise). :math:`\bar v` is then the
+    average for :math:`T g`, so :math:`\delta` has to be larger.
 
-    A first gradient whose norm is not finite perturbs nothing and stays out of :math:`m`,
+    A first gradient whose norm is not finite perturbs nothing and does not change :math:`m`,
     :math:`s` and :math:`\bar v`. An element whose :math:`s` would not be finite is not perturbed,
-    and its :math:`m` and :math:`s` stay as they were.
+    and its :math:`m` and :math:`s` do not change.
 
-    The function is called in torch, on every backend, once a step for each parameter that is
-    perturbed. :math:`g` is the gradient of what is minimised, in float32 (float64 for float64
-    parameters) and without a loss scale. ``state`` is a dict of what the base optimizer keeps for
-    the parameter, empty before its first step. It must change neither and give a tensor of the
-    shape of :math:`g`, or of none; under FSDP2 and tensor parallelism it is given shards. An
-    optimizer that is to be pickled or copied needs one with a name; a state dict is without it.
+    The function is called in torch, on every backend, once a step for each perturbed parameter.
+    :math:`g` is the gradient of the minimised objective, in float32 (float64 for float64
+    parameters) and without a loss scale. ``state`` is the base optimizer's state of the parameter,
+    a dict that is empty before its first step. The function must not change them, and returns a
+    tensor of the shape of :math:`g`, or of no dimension. Under FSDP2 and tensor parallelism it gets
+    shards. To pickle or copy the optimizer it has to be a named function; state dicts do not
+    contain it.
 
     Cost: that of :class:`SAM`, in three launches. ``"variance"``: two tensors of state per
     parameter (``ascent_variance`` and ``ascent_mean``, in float32, or in float64 for float64
@@ -210,13 +211,13 @@ class PreconditionedSAM(SharpnessAwareOptimizer):
         params, base_optimizer: As in :class:`SAM`; with ``"second_moment"`` the base is Adam, AdamW
             or another that keeps ``exp_avg_sq``. Groups may set ``beta`` and ``damping`` for
             themselves, too.
-        rho: Radius, at least 0. Default 0.05. Where it is 0 the first pass still takes place with
-            ``"variance"``, for the averages.
+        rho: Radius, at least 0. Default 0.05. With 0 and ``"variance"`` the first pass still runs,
+            for the averages.
         preconditioner: ``"variance"`` (the default), ``"second_moment"`` or a function.
         form: ``"objective"`` (the default) or ``"constraint"``.
         beta: :math:`\beta`, in [0, 1), of ``"variance"``. Default 0.9.
-        damping: :math:`\delta`, above 0, of ``"variance"``: the smaller, the more noisy elements
-            are left out. Default 0.1.
+        damping: :math:`\delta`, above 0, of ``"variance"``: with smaller values noisy elements are
+            perturbed less. Default 0.1.
         **kwargs: The other arguments of :class:`SAM`, and the base optimizer's.
 
     Raises:
@@ -234,7 +235,7 @@ class PreconditionedSAM(SharpnessAwareOptimizer):
 
     Reference: Zhang, Li and Giannakis, "Preconditioned sharpness-aware minimization: unifying
     analysis and a novel learning algorithm", ICASSP 2025, arXiv 2501.06603. Both forms follow from
-    the definition; the rest is said above.
+    the definition; see above for the rest.
     """
 
     _TRANSIENT: tuple[str, ...] = (*SharpnessAwareOptimizer._TRANSIENT, "_counted")
@@ -276,7 +277,7 @@ class PreconditionedSAM(SharpnessAwareOptimizer):
 
     @property
     def form(self) -> str:
-        """What the preconditioner weights, ``"objective"`` or ``"constraint"``."""
+        """Where the preconditioner is used, ``"objective"`` or ``"constraint"``."""
         return self._form
 
     @property

@@ -40,19 +40,19 @@ class SAM(SharpnessAwareOptimizer):
 
     Args:
         params: Parameters, named parameters or parameter groups, as in :mod:`torch.optim`. Groups
-            may set ``rho``, ``adaptive`` and ``eta`` for themselves. One with ``perturb=False`` is
-            not perturbed and not part of the norm, only updated; it costs nothing in the first
-            pass, and has no state of the ascent. ``renormalize`` refuses it.
+            may have their own ``rho``, ``adaptive`` and ``eta``. A group with ``perturb=False`` is
+            updated but not perturbed, and does not count in the norm; it costs nothing in the first
+            pass and has no state of the ascent. ``renormalize`` refuses it.
         base_optimizer: Optimizer class for the update. :class:`torch.optim.SGD`,
             :class:`~torch.optim.Adam`, :class:`~torch.optim.AdamW`, :class:`~torch.optim.Adagrad`
-            and :class:`AdaGradNorm` run fused with the rest of the step; any other class is stepped
-            by itself, with the final gradient in ``.grad``. A group may have another class under
-            the key ``base_optimizer``, and that one's arguments as its other keys; the class given
-            here, with ``base_kwargs``, is for the groups without.
-        rho: Radius of the perturbation, at least 0; a 0-dim tensor stays on its device.
-            Default 0.05. A group whose ``rho`` is 0 stays part of the norm, so that the others
-            are perturbed by less than theirs; ``perturb=False`` is the way out. Where it is 0 in
-            every group, ``step`` is the base optimizer's and calls the closure once.
+            and :class:`AdaGradNorm` run fused with the rest of the step. For any other class
+            fastsam calls its ``step``, with the final gradient in ``.grad``. A group may have
+            another class under the key ``base_optimizer``, with the arguments of that class as its
+            other keys. The class given here, with ``base_kwargs``, is for groups without that key.
+        rho: Radius of the perturbation, at least 0; a 0-dim tensor stays on its device. Default
+            0.05. A group whose ``rho`` is 0 still counts in the norm, so the others are perturbed
+            by less than their ``rho``; use ``perturb=False`` to avoid that. If it is 0 in every
+            group, ``step`` is a step of the base optimizer and calls the closure once.
         adaptive: ASAM's element-wise scale. Default False.
         eta: Added to ``|w|`` in the adaptive scale, at least 0. Default 0.
         renormalize: SSAM's rescaling of the second gradient, see :class:`SSAM`. Default False.
@@ -60,94 +60,91 @@ class SAM(SharpnessAwareOptimizer):
             :func:`torch.nn.utils.clip_grad_norm_` does: a norm that is NaN makes every weight NaN,
             an infinite one those whose gradient is (``skip_nonfinite`` prevents both). Default
             None.
-        skip_nonfinite: Where the second gradient's norm is not finite, restore the weights and
-            leave the state alone. Default False. With a base optimizer that is not fused, this
+        skip_nonfinite: If the norm of the second gradient is not finite, restore the weights and do
+            not change the state. Default False. With a base optimizer that is not fused, this
             synchronises with the device once a step.
-        norm: Over what the perturbation's norm is: ``"global"``, all elements; ``"group"``, those
-            of each parameter group, as for the members of an ensemble; or ``"layer"``, those of
-            each parameter. Each segment moves by its own ``rho`` then, and one whose norm is not
-            finite by nothing. With ``"layer"`` the whole perturbation is about ``rho`` times the
-            root of the number of parameters, so ``rho`` has to be smaller. One more launch, of no
-            gradients. ``metrics["grad_norm"]`` stays global, and so does ``renormalize``. Default
-            ``"global"``.
-        perturb_every, start, stop: Of the steps, counted from 0, those numbered ``start``,
-            ``start + perturb_every`` ... below ``stop`` are sharpness-aware; the others are the
-            base optimizer's, at the cost of one pass. The count is saved with the state;
-            ``kept["t"]`` is one more. Default 1, 0 and None: all of them.
-        perturb_when: A function ``(step, metrics)`` that says whether a step that is due by these
-            three is sharpness-aware. ``step`` counts from 0; ``metrics`` has
-            ``"lr"`` and ``"rho"`` of the first group where they are numbers, and nothing that the
-            host would have to wait for. All ranks have to answer alike. Default None: it is.
-        amplify: Let a step with a perturbation stand for those without, as factor-SAM does, so that
+        norm: What the norm of the perturbation is taken over: ``"global"``, all elements;
+            ``"group"``, each parameter group, as for the members of an ensemble; or ``"layer"``,
+            each parameter. Each of these is then perturbed by its own ``rho``, and not at all if
+            its norm is not finite. With ``"layer"`` the whole perturbation has a norm of about
+            ``rho`` times the root of the number of parameters, so ``rho`` has to be smaller. Cost:
+            one more launch, which reads no gradients. ``metrics["grad_norm"]`` and ``renormalize``
+            stay global. Default ``"global"``.
+        perturb_every, start, stop: Steps are counted from 0. Steps ``start``,
+            ``start + perturb_every`` ... below ``stop`` are sharpness-aware. The others are steps
+            of the base optimizer, with one pass. The count is saved with the state; ``kept["t"]``
+            is one more. Default 1, 0 and None: all steps.
+        perturb_when: A function ``(step, metrics)`` that decides whether a step that is due by
+            these three is sharpness-aware. ``step`` counts from 0. ``metrics`` has ``"lr"`` and
+            ``"rho"`` of the first group if they are numbers, and nothing that the host would have
+            to wait for. All ranks have to decide alike. Default None: every step that is due.
+        amplify: Let a step with a perturbation make up for those without, as in factor-SAM, so that
             the best ``rho`` does not depend on :math:`k`, which is ``perturb_every``:
 
             .. math:: u = g + \alpha k\, (\tilde g - g)
 
-            True is :math:`\alpha = 1`: in :math:`k` steps as much of the sharpness's gradient as
-            SAM has in :math:`k` steps, and with :math:`k = 1` SAM itself. A number above 0 is
-            :math:`\alpha`. The other steps are the base optimizer's as before. Costs what
-            :class:`WSAM` does with ``decouple=False``: 44 bytes instead of 40. Not with classes
-            whose update is made of both gradients already, nor ``ascent_steps`` above 1; where
-            the first gradient's norm is not finite, :math:`u = \tilde g`, and so it is for a
-            parameter without a first gradient. Default False.
-        master_weights: Keep a float32 copy behind every float16 and bfloat16 parameter, perturb
-            and update that, and round the result. It is in the state, under ``master_weight``;
-            where somebody has written to a parameter since, that counts. The base's state is in
-            float32 then, nothing is copied between the passes, and with SGD and momentum a step
-            moves 32 bytes per element, where plain bfloat16 moves 20. Needs a fused base. Default
-            False.
-        rounding: ``"nearest"`` (the default), or ``"stochastic"``: bfloat16 parameters are rounded
-            up or down at random, right on average, where ``w + e`` and the updated weight are
-            stored. The base's state, and what a base that is not fused updates, is rounded to
-            nearest.
-        seed: Of the random bits, in [0, 2^32). They depend on it, the step, the pass, the place of
-            the parameter in the optimizer and of the element in the parameter, and on nothing
-            else. Default 0.
-        ascent_steps: Number :math:`k` of first passes, at least 1. Above 1 each goes a share of the
-            radius further, along the gradient where the one before has led, and the update takes
-            the gradient at the end of that way:
+            True is :math:`\alpha = 1`: :math:`k` steps then have as much of the sharpness's
+            gradient as :math:`k` steps of SAM, and with :math:`k = 1` it is SAM. A number above 0
+            is :math:`\alpha`. The cost is that of :class:`WSAM` with ``decouple=False``: 44 bytes
+            instead of 40. Classes whose update already combines both gradients refuse it, and so
+            does ``ascent_steps`` above 1. If the norm of the first gradient is not finite, or a
+            parameter has no first gradient, :math:`u = \tilde g`. Default False.
+        master_weights: Keep a float32 copy of every float16 and bfloat16 parameter, perturb and
+            update the copy, and round the result into the parameter. The copy is in the state,
+            under ``master_weight``. If the parameter has been written to since, the copy follows.
+            The base's state is then in float32, and nothing is copied between the passes. With SGD
+            and momentum a step moves 32 bytes per element, where plain bfloat16 moves 20. Needs a
+            fused base. Default False.
+        rounding: ``"nearest"`` (the default), or ``"stochastic"``: when ``w + e`` and the updated
+            weight are stored, bfloat16 parameters are rounded up or down at random, without bias.
+            The base's state, and updates by a base that is not fused, are rounded to nearest.
+        seed: Seed of the random bits, in [0, 2^32). They depend only on the seed, the step, the
+            pass, the place of the parameter in the optimizer and the place of the element in the
+            parameter. Default 0.
+        ascent_steps: Number :math:`k` of first passes, at least 1. Above 1 each of them moves the
+            weights by a share of the radius, along the gradient at the point that the one before
+            has reached. The update uses the gradient at the last point:
 
             .. math:: w_{j+1} = w_j + \frac{\rho}{k}\,
                       \frac{T_j^2 g_j}{\|T_j g_j\| + 10^{-12}}, \qquad
                       g_j = \nabla L(w_j), \quad w_0 = w, \quad \tilde g = \nabla L(w_k)
 
-            with :math:`T_j` that of :math:`w_j`. For :math:`T = 1` it ends within :math:`\rho` of
-            :math:`w`. The closure is called :math:`k + 1` times; there is still one copy of the
-            weights, and a further first pass moves 16 bytes per element in float32 (20 if
-            adaptive) in two launches. ``grad_norm``, and what ``renormalize`` takes, is
-            :math:`\|g_0\|`. A gradient in between that is not finite moves nothing. Where
-            ``step`` calls the closure both contexts are around the passes in between. Not with
-            state in the ascent (:class:`VaSSO`, :class:`LightSAM`), :class:`SAMAR`, :class:`LETS`,
-            ``master_weights`` or stochastic rounding. Default 1.
+            with :math:`T_j` that of :math:`w_j`. For :math:`T = 1` the last point is within
+            :math:`\rho` of :math:`w`. The closure is called :math:`k + 1` times. There is still one
+            copy of the weights, and each further first pass moves 16 bytes per element in float32
+            (20 if adaptive) in two launches. ``grad_norm`` and ``renormalize`` use :math:`\|g_0\|`.
+            A gradient :math:`g_j` that is not finite moves nothing. In ``step``, passes between the
+            first and the last are inside both contexts. Not with state in the ascent
+            (:class:`VaSSO`, :class:`LightSAM`), :class:`SAMAR`, :class:`LETS`, ``master_weights``
+            or stochastic rounding. Default 1.
         repeat_random: Let all calls of the closure draw the same random numbers (dropout's masks,
-            augmentation on the device), by putting the states of torch's default generators back:
-            the CPU's and those of the devices that hold parameters. Afterwards they stand where
-            the first call has left them, also where the second fails, as if there had been one
-            pass. Nothing is seeded and no device waited for; generators of one's own, and those of
-            Python and numpy, go on. Refused in a CUDA graph. Default False: new numbers.
-        ascent_context, descent_context: Functions without arguments that give a context manager:
-            ``step`` enters it for its first or second call of the closure, as
+            augmentation on the device). For that it resets the states of torch's default
+            generators: the CPU's and those of the devices that hold parameters. Afterwards they are
+            in the state in which the first call left them, also if the second call failed. It sets
+            no seed and waits for no device. Other generators, Python's and numpy's are not reset.
+            Refused in a CUDA graph. Default False: new numbers.
+        ascent_context, descent_context: Functions without arguments that return a context manager.
+            ``step`` enters it for its first or second call of the closure, as in
             ``descent_context=lambda: fastsam.frozen_batch_norm(model)``. Default None.
-        set_to_none: How a step zeroes gradients, as in ``zero_grad``. Default True. With False
-            they keep their memory, for flat buffers of which every ``.grad`` is a part; a
-            parameter that the loss does not depend on then has a gradient of zeros, with which it
-            is updated.
-        scratch: Whether a parameter may point at scratch memory between the passes, which holds
-            ``w + e``, while ``w`` stays where it was and is not copied. With triton that is a store
-            less: 36 bytes per element with SGD and momentum, 44 with AdamW. True: every parameter
-            that owns its memory, alone (one of which no view is held, and that is neither a view
-            nor a shard), if its base is fused and it has no master weights. All others are copied
-            and perturbed in place, and False lets all be. With True a CUDA graph of a part of the
-            step, as by :func:`torch.cuda.make_graphed_callables`, would go on with the address that
-            it has recorded; where one is known to have been captured, parameters stay in place, as
-            they do in ``fastsam.graphed``. A capture by hand refuses True. A view taken between the
-            passes goes on following its parameter; what has noted the address alone, as other
+        set_to_none: How a step zeroes gradients, as in ``zero_grad``. Default True. With False they
+            keep their memory, for flat buffers of which every ``.grad`` is a part. A parameter that
+            the loss does not depend on then has a gradient of zeros and is updated with it.
+        scratch: Whether a parameter may point to scratch memory between the passes. The scratch
+            memory holds ``w + e``; ``w`` stays where it was and is not copied. On the triton
+            backend that saves one store: 36 bytes per element with SGD and momentum, 44 with AdamW.
+            True: every parameter whose memory no other tensor uses (it is no view or shard, and no
+            view of it exists), if its base is fused and it has no master weights. All others are
+            copied and perturbed in place, and with False all are. With True a CUDA graph of a part
+            of the step, as by :class:`torch.cuda.make_graphed_callables`, would use the address
+            that it has recorded; if one is known to have been captured, parameters stay in place,
+            as they do in ``fastsam.graphed``. A capture by hand refuses True. A view taken between
+            the passes keeps following its parameter. Code that has kept only the address, as other
             libraries may, reads ``w`` there. The scratch memory, as large as the parameters, is
-            kept from step to step. On the host each parameter takes some microseconds more per
-            step. ``"auto"``: on a CPU, with torch, parameters of 16,384 elements and more; with
-            triton none, since the gain has been timed on no GPU yet. Default ``"auto"``.
-        backend: ``"triton"``, ``"torch"``, ``"reference"`` or ``"auto"`` (the default: triton on
-            a GPU it serves, else torch).
+            kept from step to step. The host needs some microseconds more per parameter and step.
+            ``"auto"``: on a CPU, with torch, parameters of 16,384 elements and more; with triton
+            none, as no GPU has been timed yet. Default ``"auto"``.
+        backend: ``"triton"``, ``"torch"``, ``"reference"`` or ``"auto"`` (the default: triton on a
+            GPU that it supports, else torch).
         **base_kwargs: Arguments of the base optimizer: ``lr=0.1, momentum=0.9`` ...
 
     Raises:
@@ -262,20 +259,20 @@ class ASAM(SAM):
 
     .. math:: e = \rho\, \frac{T^2 g}{\|T g\| + 10^{-12}}, \qquad T = |w| + \eta
 
-    That is the largest rise, to first order, with :math:`\|T^{-1} e\|_p \le \rho` for
-    :math:`p = 2`. With ``p=inf`` it is
+    To first order the loss rises most along this :math:`e`, among all with
+    :math:`\|T^{-1} e\|_p \le \rho` for :math:`p = 2`. With ``p=inf`` it is
 
     .. math:: e = \rho\, T \operatorname{sign}(g), \qquad \operatorname{sign}(0) = 0
 
-    where each weight moves by the share :math:`\rho` of itself and no norm is taken: ``rho`` has to
-    be far smaller. An element whose gradient is not finite is not perturbed.
+    Each weight is then moved by the share :math:`\rho` of its size, and no norm is taken, so
+    ``rho`` has to be far smaller. An element whose gradient is not finite is not perturbed.
 
     With ``form="layerwise"`` every element of a parameter :math:`w_l` has the scale
-    :math:`T = \|w_l\|\,(1 + \eta)`, with either ``p``. A group key ``layerwise=False`` is
-    :math:`T = 1` then, as ``adaptive=False`` is for the element-wise form. It is meant for few
-    weights, as those of :func:`normalization_groups`: the norms are taken by torch, of shards over
-    all ranks, and the scale is written out for every element, into memory that is kept.
-    :class:`LETS` needs ``hessian="difference"`` with it.
+    :math:`T = \|w_l\|\,(1 + \eta)`, with either ``p``. The group key ``layerwise=False`` sets
+    :math:`T = 1`, as ``adaptive=False`` does for the element-wise form. This form is meant for few
+    weights, as those of :func:`normalization_groups`: torch computes the norms (of shards over all
+    ranks), and the scale is stored for every element. :class:`LETS` needs ``hessian="difference"``
+    with it.
 
     :class:`SAM` with ``adaptive=True`` and the paper's defaults. The authors take :math:`T = 1` for
     every parameter whose name lacks "weight": put those into a group with ``adaptive=False``.
@@ -285,11 +282,12 @@ class ASAM(SAM):
         params, base_optimizer: As in :class:`SAM`.
         rho: Radius, at least 0. Default 0.5: ten times SAM's, since :math:`T` is small.
         eta: Added to ``|w|``, at least 0. Default 0.01.
-        p: Of the norm that bounds the perturbation, 2 (the default) or inf. Cost with inf: two
-            launches and 36 bytes per element with SGD and momentum; ``norm`` has to be
-            ``"global"``, and ``metrics`` has no ``grad_norm`` unless something else needs it.
-        form: Of :math:`T`, ``"elementwise"`` (the default) or ``"layerwise"``. Cost of the latter
-            with ``p=2``, of what is perturbed: 48 bytes with SGD and momentum, and 8 by torch.
+        p: The norm that bounds the perturbation, 2 (the default) or inf. Cost with inf: two
+            launches and 36 bytes per element with SGD and momentum. ``norm`` has to be ``"global"``
+            then, and ``metrics`` has no ``grad_norm`` unless something else needs it.
+        form: The form of :math:`T`, ``"elementwise"`` (the default) or ``"layerwise"``. Cost of the
+            latter with ``p=2``, per perturbed element: 48 bytes with SGD and momentum, and 8 by
+            torch.
         **kwargs: The other arguments of :class:`SAM`, and the base optimizer's.
 
     Raises:
@@ -435,10 +433,10 @@ class SSAM(UnifiedSAM):
 
     .. math:: u = \gamma\, \tilde g, \qquad \gamma = \frac{\|g\|}{\|\tilde g\| + 10^{-12}}
 
-    One :math:`\gamma` for all groups. In adaptive groups both norms carry :math:`T`, the second
-    with the perturbed weights: :math:`\gamma = \|T(w) g\| / \|T(w + e)\, \tilde g\|`. The same
-    descent rule is ``renormalize=True`` on every other class; ``lam=0`` gives it to USAM, as in
-    the paper's runs.
+    All groups have the same :math:`\gamma`. In adaptive groups both norms include :math:`T`, the
+    second at the perturbed weights: :math:`\gamma = \|T(w) g\| / \|T(w + e)\, \tilde g\|`. Other
+    classes have the same descent rule with ``renormalize=True``. ``lam=0`` is USAM with this rule,
+    as in the paper's runs.
 
     Args:
         params, base_optimizer: As in :class:`SAM`.

@@ -52,14 +52,14 @@ class SAMSPS(UnifiedSAM):
               w \leftarrow w - \gamma_t\,(\tilde g + wd\, w)
 
     with :class:`UnifiedSAM`'s perturbation :math:`e`, the loss :math:`f(w + e)` of the second pass
-    and its gradient :math:`\tilde g`. In the brackets is the value at :math:`w` of the tangent at
-    :math:`w + e`, above the least loss there can be, :math:`\ell^*`; for a convex loss it is no
-    larger than :math:`f(w) - \ell^*`. There is no learning rate to choose, and no momentum. A
-    quotient that is NaN gives :math:`\gamma_t = 0`, and leaves the weights as they are; an infinite
-    one gives :math:`\gamma_b`.
+    and its gradient :math:`\tilde g`. :math:`\ell^*` is the least possible loss. The term in
+    brackets is the tangent at :math:`w + e`, evaluated at :math:`w`, minus :math:`\ell^*`; for a
+    convex loss it is at most :math:`f(w) - \ell^*`. There is no learning rate to choose, and no
+    momentum. A quotient that is NaN gives :math:`\gamma_t = 0`, which does not change the weights;
+    an infinite one gives :math:`\gamma_b`.
 
-    The loss is what the closure returns in the second call: the mean over the batch, with its
-    micro-batches, and without a loss scale. With explicit passes it is given::
+    The loss is what the closure returns in the second call: the mean over the batch, including all
+    micro-batches, without a loss scale. With explicit passes it is an argument::
 
         loss_fn(model(x), y).backward()
         optimizer.first_step(zero_grad=True)
@@ -67,13 +67,13 @@ class SAMSPS(UnifiedSAM):
         loss.backward()
         optimizer.second_step(zero_grad=True, loss=loss)
 
-    It stays on its device, and nothing is waited for. Under DDP, FSDP2, HSDP and tensor parallelism
-    it is averaged over the ranks, by one all-reduce of one number; in loops of one's own that
-    average gradients themselves, give the average of the loss.
+    It stays on its device, and the host does not wait for it. Under DDP, FSDP2, HSDP and tensor
+    parallelism it is averaged over the ranks by one all-reduce. If your loop averages gradients
+    itself, give the averaged loss.
 
-    In ``adaptive`` groups, which the paper has not, :math:`e` is ASAM's, and the equation holds as
-    it is. With ``renormalize`` :math:`\tilde g` is rescaled first. ``max_grad_norm`` bounds the
-    norm of the gradient that :math:`\gamma_t` is multiplied by, and not :math:`\gamma_t`. In a step
+    In ``adaptive`` groups, which are not in the paper, :math:`e` is ASAM's and the equation is the
+    same. With ``renormalize`` :math:`\tilde g` is rescaled first. ``max_grad_norm`` clips the
+    gradient that is multiplied by :math:`\gamma_t`, and does not change :math:`\gamma_t`. In a step
     without a perturbation (``perturb_every``, or ``rho=0``) :math:`e = 0`, and the loss is that at
     :math:`w`.
 
@@ -100,7 +100,7 @@ class SAMSPS(UnifiedSAM):
         TypeError, ValueError, ImportError, RuntimeError: As :class:`UnifiedSAM`; ValueError also
             for a ``loss_min`` or ``lr_max`` out of range. In a step TypeError without a loss, or
             for one that is no number; the weights have been restored then. :class:`LETS` refuses
-            it, as the step size is none of the radius's.
+            it, as its step size depends on the radius.
 
     Example:
         >>> optimizer = fastsam.SAMSPS(model.parameters(), rho=0.1)
@@ -196,7 +196,8 @@ class SAMSPS(UnifiedSAM):
         """For LETS, which is refused."""
         if hessian is not None:
             raise RuntimeError(
-                f"LETS does not serve {type(self).__name__}, whose step size depends on the radius"
+                f"LETS does not support {type(self).__name__}, whose step size depends on the "
+                "radius"
             )
         yield None
 

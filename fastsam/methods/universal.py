@@ -102,58 +102,58 @@ class UniversalSAM(SharpnessAwareOptimizer):
     .. math:: S(w) = \phi\!\left(\int \psi(x)\, d\mu(v)\right), \qquad
               x = \frac{L(w + \rho\, v) - L(w)}{\rho^2}
 
-    As :math:`\rho` becomes small :math:`x` becomes :math:`\tfrac12 v^\top \nabla^2 L(w)\, v` at a
-    minimum: so by the choice of :math:`\phi`, :math:`\psi` and :math:`\mu` every function of the
-    Hessian that satisfies the paper's conditions is minimised. :class:`TraceSAM`, :class:`DetSAM`
-    and :class:`FrobSAM` are choices of the authors'. The integral is the mean over ``samples``
-    perturbations of a step. With :math:`g_i` and :math:`L_i`, the gradient and the loss at
-    :math:`w + \rho v_i`, and :math:`g`, :math:`L_0` at :math:`w`, all on the same batch:
+    At a minimum :math:`x` tends to :math:`\tfrac12 v^\top \nabla^2 L(w)\, v` for small
+    :math:`\rho`. So the choice of :math:`\phi`, :math:`\psi` and :math:`\mu` selects the function
+    of the Hessian that is minimised, among those that satisfy the paper's conditions.
+    :class:`TraceSAM`, :class:`DetSAM` and :class:`FrobSAM` are the authors' choices. The integral
+    is estimated by the mean over ``samples`` perturbations in each step. With :math:`g_i` and
+    :math:`L_i`, the gradient and the loss at :math:`w + \rho v_i`, and :math:`g`, :math:`L_0` at
+    :math:`w`, all on the same batch:
 
     .. math:: u = g + \lambda\, \phi'(\bar x)\, \frac1N \sum_{i=1}^N \psi'(x_i)\, (g_i - g),
               \qquad \bar x = \frac1N \sum_{i=1}^N \psi(x_i), \quad
               x_i = \frac{L_i - L_0}{\rho^2}
 
-    Noise: :math:`v` is drawn anew for every perturbation, not normalised. It is a hash of ``seed``,
-    the number of steps so far, the perturbation, the parameter's place in the optimizer and the
-    element's in memory. So nothing of it is stored, a resumed run draws what the run would have
-    drawn, all backends draw the same, and so do all ranks, by their one seed; shards of a parameter
-    draw numbers of their own.
+    Noise: :math:`v` is drawn for every perturbation and not normalised. It is a hash of ``seed``,
+    the number of steps so far, the number of the perturbation, the parameter's place in the
+    optimizer and the element's place in memory. So no noise is stored, a resumed run draws the same
+    noise, and all backends and all ranks draw the same; only shards of a parameter draw numbers of
+    their own.
 
     A step calls the closure ``samples + 1`` times: first at :math:`w`, in ``ascent_context``, then
-    at every perturbed :math:`w + \rho v_i`, in ``descent_context``. With explicit passes
-    :meth:`first_step` is called after each of these but the last, which :meth:`second_step` ends;
-    each takes the loss of the pass that it ends. :math:`L_i` is what a closure returns: unscaled,
-    and the mean over its micro-batches. It stays on the device. The mean is taken over the ranks of
-    a ``DistributedDataParallel`` or of ``DTensor`` parameters; other loops have to give it. The
-    losses should be computed in float32: :math:`x` has a loss's rounding times
-    :math:`\rho^{-2}`.
+    at every perturbed :math:`w + \rho v_i`, in ``descent_context``. With explicit passes call
+    :meth:`first_step` after each pass but the last, and :meth:`second_step` after the last; each
+    takes the loss of its pass. :math:`L_i` is what a closure returns: unscaled, and the mean over
+    its micro-batches. It stays on the device. It is averaged over the ranks of a
+    ``DistributedDataParallel`` or of ``DTensor`` parameters; in other distributed loops the closure
+    has to return the average. Compute losses in float32: their rounding errors are multiplied by
+    :math:`\rho^{-2}` in :math:`x`.
 
     A perturbation moves the parameters that had a gradient in the pass before it. A missing
-    gradient counts as zeros, but for the last: without that a parameter is only restored.
-    ``rho=0`` in all groups is the base optimizer. :math:`x` has the radius of the first perturbed
-    group; where its square is 0, which a schedule on the device may let it become, :math:`u = g`.
-    In groups with ``maximize`` it is the objective's negative that is minimised, and whose
-    sharpness is measured. A first gradient that is not finite is in :math:`u` as it is; where the
-    step takes norms (``max_grad_norm``, a loss scale) :math:`u` is the last gradient then. With
-    ``skip_nonfinite`` a step is skipped where a gradient of any pass, or a coefficient of
-    :math:`u`, is not finite.
+    gradient counts as zero; a parameter without the last gradient is only restored. ``rho=0`` in
+    all groups is the base optimizer. :math:`x` uses the radius of the first perturbed group; if its
+    square becomes 0, as by a schedule on the device, :math:`u = g`. In groups with ``maximize`` the
+    negative objective is minimised, and its sharpness is measured. A first gradient that is not
+    finite enters :math:`u` unchanged; if the step takes norms (``max_grad_norm``, a loss scale),
+    :math:`u` is then the last gradient. With ``skip_nonfinite`` a step is skipped if a gradient of
+    any pass, or a coefficient of :math:`u`, is not finite.
 
     Cost: ``samples + 1`` forward and backward passes. No norm and no gradient is read for the
     perturbation: with SGD and momentum and one sample 36 bytes per element in float32 (perturb 12,
-    update 24), in two launches, and a few operations on single numbers where losses count. The
-    first gradient is kept until the update, in its own memory where the step sets it to None. Every
-    further sample takes 8 bytes and a launch for its perturbation. torch's operators put the
-    weights back before it, and add its gradient up, in one or two float32 tensors per parameter
-    that are kept for the step alone. No state but a count (``kept["noise_step"]``). On a CPU the
-    noise takes longer than the update: it is made of integers, tensor by tensor.
+    update 24), in two launches, and a few operations on single numbers if losses are used. The
+    first gradient is kept until the update, in its own memory if the step sets it to None. Every
+    further sample takes 8 bytes and one launch for its perturbation. torch's operators restore the
+    weights before it and add up its gradient, in one or two float32 tensors per parameter that
+    exist only during the step. The only state is a count (``kept["noise_step"]``). On a CPU the
+    noise takes longer than the update, as it is computed from integers, tensor by tensor.
 
     Args:
         params, base_optimizer: As in :class:`SAM`.
         phi, psi: :math:`\phi` and :math:`\psi`: functions that take and give a 0-dim tensor (in
             float64; ``torch.exp``, say). Their derivatives are autograd's.
         mu: :math:`\mu`: ``"normal"``, :math:`N(0, 1)` for each element, or ``"uniform"``, in
-            :math:`(-h, h)`. Default ``"normal"``. Other measures are a rule of one's own
-            (``fastsam.rules.Ascent`` with ``noise=True``), as the ``ascent`` of a subclass.
+            :math:`(-h, h)`. Default ``"normal"``. For other measures write a rule
+            (``fastsam.rules.Ascent`` with ``noise=True``) and make it the ``ascent`` of a subclass.
         rho: Radius, at least 0. Default 0.01.
         weight: :math:`\lambda`, at least 0. Default 1. A group key, with one value for all groups:
             the first group's.
@@ -332,7 +332,7 @@ class UniversalSAM(SharpnessAwareOptimizer):
         """For LETS, which is refused."""
         if hessian is not None:
             raise RuntimeError(
-                f"LETS does not serve {type(self).__name__}, whose perturbation follows from no "
+                f"LETS does not support {type(self).__name__}, whose perturbation follows from no "
                 "gradient: how the loss depends on the radius is not measured"
             )
         yield None
@@ -447,9 +447,9 @@ class TraceSAM(UniversalSAM):
     .. math:: u = g + \lambda \left(\frac1N \sum_{i=1}^N g_i - g\right), \qquad
               g_i = \nabla L(w + \rho\, v_i), \quad v_i \sim N(0, I)
 
-    :class:`UniversalSAM` with :math:`\phi(t) = t` and :math:`\psi(t) = t`. No loss has a part in
-    it. With :math:`\lambda = 1`, the default, :math:`u` is the mean of the :math:`g_i`, and of the
-    first pass nothing but the loss is used.
+    :class:`UniversalSAM` with :math:`\phi(t) = t` and :math:`\psi(t) = t`. It does not use the
+    losses. With :math:`\lambda = 1`, the default, :math:`u` is the mean of the :math:`g_i`, and the
+    first gradient is not used.
 
     Cost, noise and failures: as :class:`UniversalSAM`.
 
@@ -496,8 +496,8 @@ class DetSAM(UniversalSAM):
     elements of :math:`v_i` are uniform in :math:`(-h, h)`. :class:`UniversalSAM` with
     :math:`\phi(t) = t^{-2}` and :math:`\psi(t) = e^{-t/2}`. With one sample
     :math:`u = g + \lambda\, e^{x_1} (g_1 - g)`. Exponentials are taken relative to the largest, in
-    float64; their product may still leave the range of float32 where a loss rises by more than some
-    :math:`80 \rho^2`, and then :math:`u` is not finite: ``skip_nonfinite`` skips the step.
+    float64. If a loss rises by more than about :math:`80 \rho^2`, their product may leave the range
+    of float32. Then :math:`u` is not finite, and ``skip_nonfinite`` skips the step.
 
     Cost, noise and failures: as :class:`UniversalSAM`.
 
@@ -543,10 +543,9 @@ class FrobSAM(UniversalSAM):
                   \sum_{i=1}^N \Big(L_i - \frac1N \sum_{j=1}^N L_j\Big)\, g_i
 
     where :math:`g_i` and :math:`L_i` are the gradient and the loss at :math:`w + \rho v_i`,
-    :math:`v_i \sim N(0, I)`: a covariance, which is the gradient of half the variance of the loss.
-    With two samples
-    :math:`u = g + \lambda\, (L_1 - L_2)(g_1 - g_2) / (2 \rho^2)`. Losses count by how much they
-    have risen.
+    :math:`v_i \sim N(0, I)`. The sum is a covariance: the gradient of half the variance of the
+    loss. With two samples :math:`u = g + \lambda\, (L_1 - L_2)(g_1 - g_2) / (2 \rho^2)`. The
+    computation uses the rises of the losses, :math:`L_i - L_0`.
 
     Cost: that of :class:`UniversalSAM` with several samples: three forward and backward passes with
     two, and with SGD and momentum 44 bytes per element in three launches (perturb 12 and 8, update

@@ -65,23 +65,21 @@ class VaSSO(SharpnessAwareOptimizer):
               e = \rho\, \frac{s}{\|s\| + 10^{-7}}
 
     :math:`s` starts at a parameter's first gradient. ``theta = 1`` is :class:`SAM`, but for the
-    constant in the denominator. In ``adaptive`` groups, which the paper has not, :math:`s` becomes
-    :math:`T^2 s` and its norm :math:`\|T s\|`, as in :class:`SAM`.
+    constant in the denominator. In ``adaptive`` groups, which are not in the paper, :math:`s`
+    becomes :math:`T^2 s` and its norm :math:`\|T s\|`, as in :class:`SAM`.
 
     A first gradient whose norm is not finite perturbs nothing and stays out of :math:`s`.
 
     Cost: that of :class:`SAM`, and one tensor of state per parameter (``ascent_ema``, in float32,
-    or in float64 for float64 parameters; NaN while no gradient has come), read twice and written
+    or in float64 for float64 parameters; NaN before the first gradient), read twice and written
     once a step: 52 bytes per element with SGD and momentum, three launches. Between the passes both
-    its old and its new value are held, so that a failed step changes nothing; the memory for that
-    is kept from step to step.
+    the old and the new state are held, so that a failed step changes nothing; this memory is kept
+    from step to step.
 
     Args:
         params, base_optimizer: As in :class:`SAM`. Groups may set ``theta`` for themselves, too.
-        rho: Radius, at least 0. Default 0.05. Where it is 0 the first pass still takes place, for
-            the average.
-        theta: Weight of the present gradient, in [0, 1]. Default 0.9, in the sense of the authors'
-            code.
+        rho: Radius, at least 0. Default 0.05. With 0 the first pass still runs, for the average.
+        theta: Weight of the present gradient, in [0, 1]. Default 0.9, as in the authors' code.
         **kwargs: The other arguments of :class:`SAM`, and the base optimizer's.
 
     Raises:

@@ -1,4 +1,4 @@
-"""WSAM and GNP: both passes' gradients, with weights that are given."""
+"""WSAM and GNP: a weighted sum of both gradients."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -81,36 +81,37 @@ class WSAM(SharpnessAwareOptimizer):
     The objective is :math:`f + \alpha R`, with the sharpness
     :math:`R = \max_{\|e\| \le \rho} f(w + e) - f(w)` and :math:`\alpha = \gamma / (1 - \gamma)`.
     Its gradient is :math:`g + \alpha\,(\tilde g - g)`, with :class:`SAM`'s perturbation :math:`e`.
-    ``gamma=0`` is the base optimizer, 0.5 is :class:`SAM` (coupled), and more goes beyond it. By
-    default the two parts are decoupled, as weight decay is in AdamW: the base takes :math:`g` for
-    its averages, and the sharpness's gradient goes past it.
+    ``gamma=0`` is the base optimizer, 0.5 is :class:`SAM` (coupled), and larger values weight the
+    sharpness more. By default the two parts are decoupled, as weight decay is in AdamW: the base
+    gets :math:`g` for its averages, and the gradient of the sharpness is applied to the weights
+    directly.
 
     .. math:: w \leftarrow \mathrm{base}(w, g) - lr\, \alpha\, (\tilde g - g)
 
-    With ``decouple=False`` the base takes both:
+    With ``decouple=False`` the base gets both:
 
     .. math:: w \leftarrow \mathrm{base}(w, u), \qquad u = \alpha\, \tilde g + (1 - \alpha)\, g
 
-    :math:`lr` is the learning rate of the group, without what the base makes of it. A parameter
-    without a first gradient counts as having a zero one. Where the first gradient's norm is not
-    finite, :math:`u = \tilde g` and nothing goes past the base. With ``renormalize``
-    :math:`\tilde g` is rescaled first. ``max_grad_norm`` bounds the norm of what the base takes, as
-    in the authors' code: decoupled, the sharpness's part is not clipped.
+    :math:`lr` is the learning rate of the group. The first gradient of a parameter that has none
+    counts as zero. If the norm of the first gradient is not finite, :math:`u = \tilde g` and
+    nothing is applied directly. With ``renormalize`` :math:`\tilde g` is rescaled first.
+    ``max_grad_norm`` bounds the norm of what the base gets, as in the authors' code: with
+    ``decouple=True`` the part of the sharpness is not clipped.
 
-    Cost: that of :class:`SAM`, and the first gradient is kept until the update, in its own memory
-    where the step sets it to None (``zero_grad=True``, as in ``step``), else as a copy. The weights
-    are known after the first pass, so there is no second reduction: with SGD and momentum 44 bytes
-    per element in float32 (reduce 4, perturb 16, update 24), three launches. Where the step needs
-    one for something else (clipping, skipping, ``renormalize``, a loss scale, groups with
-    ``perturb=False``) it is 52, in four. No state. A base optimizer that is not fused costs one
-    more tensor per parameter in the step, decoupled.
+    Cost: that of :class:`SAM`, and the first gradient is kept until the update: in its own memory
+    if the step sets it to None (``zero_grad=True``, as in ``step``), else as a copy. The
+    coefficients are known after the first pass, so there is no second reduction: with SGD and
+    momentum 44 bytes per element in float32 (reduce 4, perturb 16, update 24), three launches. If
+    the step needs one for something else (clipping, skipping, ``renormalize``, a loss scale, groups
+    with ``perturb=False``), it is 52 bytes in four launches. No state. With ``decouple=True`` an
+    unfused base optimizer needs one more tensor per parameter during the step.
 
     Args:
-        params, base_optimizer: As in :class:`SAM`. Decoupled, the base has to have ``lr``.
+        params, base_optimizer: As in :class:`SAM`. With ``decouple=True`` the base needs an ``lr``.
         rho: Radius, at least 0. Default 0.05.
         gamma: :math:`\gamma`, in [0, 1). Default 0.9, the authors': :math:`\alpha = 9`. A group
             key, with one value for all groups: the first group's.
-        decouple: Whether the sharpness's gradient goes past the base. Default True.
+        decouple: Whether the gradient of the sharpness bypasses the base. Default True.
         **kwargs: The other arguments of :class:`SAM`, and the base optimizer's.
 
     Raises:
@@ -155,18 +156,18 @@ class GNP(SharpnessAwareOptimizer):
 
     with :class:`SAM`'s perturbation :math:`e`. To first order that is the gradient of
     :math:`f + \lambda \|\nabla f\|`, with :math:`\lambda = \alpha \rho`. ``alpha=0`` is the base
-    optimizer, 1 is :class:`SAM`. With ``unit=True``, the default of the authors' code, the first
-    gradient counts by its direction alone:
+    optimizer, 1 is :class:`SAM`. With ``unit=True``, the default of the authors' code, only the
+    direction of the first gradient is used:
 
     .. math:: u = (1 - \alpha)\, \frac{g}{\|g\|} + \alpha\, \tilde g
 
-    A gradient of zeros has none. A parameter without a first gradient counts as having a zero one.
-    Where the first gradient's norm is not finite, :math:`u = \tilde g`. With ``renormalize``
-    :math:`\tilde g` is rescaled first; ``max_grad_norm`` bounds the norm of :math:`u`.
+    A gradient of zeros has no direction and adds nothing. The first gradient of a parameter that
+    has none counts as zero. If the norm of the first gradient is not finite, :math:`u = \tilde g`.
+    With ``renormalize`` :math:`\tilde g` is rescaled first; ``max_grad_norm`` bounds the norm of
+    :math:`u`.
 
     Cost: that of :class:`WSAM`: with SGD and momentum 44 bytes per element in float32, three
-    launches. With ``unit`` the norm of :math:`g` is taken with the second gradient's: 52 bytes,
-    four launches. No state.
+    launches. ``unit=True`` needs a second reduction: 52 bytes, four launches. No state.
 
     Args:
         params, base_optimizer: As in :class:`SAM`. A base optimizer with an ``alpha`` of its own,

@@ -35,7 +35,9 @@ def check_decisions(name: str, spec: StepSpec) -> None:
         raise refuse(name, "a lam that changes by schedule, perturb_every, start and stop are "
                            "decided on the host in every step")  # fmt: skip
     if spec.has_unfused and spec.skip_nonfinite:
-        raise refuse(name, "skip_nonfinite has to ask the device whether its base may step")
+        raise refuse(
+            name, "skip_nonfinite waits for the device before it steps a base that is not fused"
+        )
 
 
 def check_capture(
@@ -57,10 +59,10 @@ def check_capture(
         raise refuse(name, "its parameters lie on several devices")
     check_decisions(name, spec)
     if spec.scratch is True and spec.perturbs:
-        raise refuse(name, "scratch=True has parameters elsewhere between the passes. Set scratch "
-                           "to False before the steps outside, or use fastsam.graphed")  # fmt: skip
+        raise refuse(name, "scratch=True moves parameters between the passes. Set scratch to False "
+                           "before the steps outside, or use fastsam.graphed")  # fmt: skip
     if not has_stepped:
-        raise refuse(name, "it has taken no step outside, which creates its state")
+        raise refuse(name, "it has taken no step outside the capture, which creates its state")
     names = []
     reads = spec.perturbs and not spec.ascent.is_computed
     for i, group in enumerate(spec.groups):
@@ -78,5 +80,5 @@ def check_capture(
         if any(held.get(key) is None for key in names[i]):
             raise RuntimeError(
                 f"{name} can be captured in a CUDA graph only after its first step, which creates "
-                "its state: take a step outside, with the same parameters and gradients"
+                "its state: first take a step outside, with the same parameters and gradients"
             )

@@ -15,14 +15,14 @@ from .spec import Ascent, Base, Descent, is_perturbed
 
 #: What is said of parameters that DeepSpeed has taken over.
 ZERO = (
-    "fastsam does not serve DeepSpeed's ZeRO, which takes parameters and gradients apart and calls "
-    "step without a closure; use FSDP2 (torch.distributed.fsdp.fully_shard) or DDP instead"
+    "fastsam does not support DeepSpeed's ZeRO, which partitions parameters and calls step "
+    "without a closure; use FSDP2 (torch.distributed.fsdp.fully_shard) or DDP instead"
 )
 
 #: What is said of the parameters of the older FSDP.
 FSDP1 = (
-    "fastsam does not serve FullyShardedDataParallel, whose parameters are plain tensors that do "
-    "not say of what they are shards: norms would be those of one rank's part; use FSDP2 "
+    "fastsam does not support FullyShardedDataParallel: its parameters do not say what they are "
+    "shards of, and norms would cover only one rank's part; use FSDP2 "
     "(torch.distributed.fsdp.fully_shard) instead"
 )
 

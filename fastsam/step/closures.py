@@ -25,14 +25,14 @@ TOLERANCE = 1e-4
 #: Elements of a gradient that are looked at.
 SAMPLE = 16
 COMPUTED_TWICE = (
-    "the gradients that step() found are those that the closure computed again: step zeroes them "
-    "and calls the closure itself, so that a backward() before it is one pass more, whose result "
-    "is dropped. Leave it out, or alternate first_step and second_step instead"
+    "step() found gradients that the closure computed again: step zeroes gradients and calls the "
+    "closure itself, so a backward() before it is one pass too many. Remove that backward(), or "
+    "alternate first_step and second_step instead"
 )
 CUT_OFF = (
-    "the gradients were parts of a larger tensor when step() was called, and are not any more: a "
-    "step sets gradients to None before each pass, and then that tensor does not receive them. "
-    "Give set_to_none=False to have them zeroed where they are"
+    "the gradients were parts of a larger tensor when step() was called, and no longer are: a step "
+    "sets gradients to None before each pass, so that tensor no longer receives them. Use "
+    "set_to_none=False, which zeroes gradients in place"
 )
 
 

@@ -257,5 +257,5 @@ def check_unperturbed(of: object, name: str, batch: Batch) -> None:
             raise RuntimeError(
                 f"{name} cannot step parameters between first_step and second_step of another "
                 f"optimizer that has perturbed them ({flight.of[1]}): one of the two updates would "
-                "be lost. Let that one call second_step, or restore, before"
+                "be lost. Call second_step or restore of that optimizer first"
             )

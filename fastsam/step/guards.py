@@ -49,13 +49,13 @@ def check_replicas(name: str, descent: Descent | None, renormalize: bool,
     """
     if descent is not None:
         raise RuntimeError(
-            f"{name} mixes the first gradient into the update, so ascent_context cannot leave "
-            "the replicas' gradients apart: their weights would be different from then on"
+            f"{name} mixes the first gradient into the update, so ascent_context must not skip its "
+            "synchronisation: the replicas' weights would drift apart"
         )
     if renormalize and any(group["adaptive"] for group in groups):
         raise RuntimeError(
-            f"{name} renormalizes, in adaptive groups, by norms that depend on each replica's "
-            "own w + e, so ascent_context cannot leave the replicas' gradients apart"
+            f"{name} renormalizes adaptive groups by norms at each replica's own w + e, so "
+            "ascent_context must not skip the synchronisation of gradients"
         )
 
 
@@ -66,13 +66,13 @@ NO_GRADIENTS = (
 )
 #: Said where a loop, or the closure's last call, has left none.
 NO_SECOND_GRADIENTS = (
-    "the second pass left no gradients: backward has to be called on the loss at the perturbed "
-    "weights as well; the step changes nothing"
+    "the second pass left no gradients, and the step changes nothing: call backward on the loss at "
+    "the perturbed weights as well"
 )
 #: Said where replicas would drift apart if the context is one that keeps gradients apart.
 UNKNOWN_CONTEXT = (
-    "ascent_context is none that is known to keep gradients apart. If it does, the replicas' "
-    "weights drift apart, as the update takes more of the first gradient than its direction: give "
+    "ascent_context is not known to skip the synchronisation of gradients. If it does, the "
+    "replicas' weights drift apart, as the update depends on the norm of the first gradient: use "
     "ascent_context=fastsam.per_replica(model) instead"
 )
 
@@ -88,11 +88,11 @@ def check_reduced(batch: Batch, flight: InFlight, groups: Sequence[Group]) -> No
     perturbed = [is_perturbed(groups[i]) for i in batch.groups]
     if any(compress(batch.shardings, perturbed)):
         raise RuntimeError(
-            "the first pass left no gradients in sharded parameters and the second did: where "
-            "they are not reduced they are kept back, and added to the second ones. A rank "
-            "holds only its shard of the weights, and cannot perturb all of them along a "
-            "gradient of its own; on a mesh with replicas, "
-            "ascent_context=fastsam.per_replica(model) perturbs each replica along its own"
+            "sharded parameters got gradients in the second pass and none in the first: the first "
+            "gradients were not reduced, and would be added to the second. A rank holds only its "
+            "shard of the weights, and cannot perturb all of them along its own gradient. Leave "
+            "the first pass synchronised; on a mesh with replicas use "
+            "ascent_context=fastsam.per_replica(model)"
         )
 
 

@@ -26,7 +26,10 @@ def check_precision(master_weights: bool, rounding: str, fused: bool) -> None:
         ValueError: If it does not go together.
     """
     if master_weights and rounding == "stochastic":
-        raise ValueError("rounding must be 'nearest' with master_weights, which lose nothing")
+        raise ValueError(
+            "rounding must be 'nearest' with master_weights=True, got 'stochastic': use one of "
+            "the two"
+        )
     if master_weights and not fused:
         raise ValueError("master_weights must be False with a base optimizer that is not fused")
 

@@ -82,7 +82,7 @@ class Assumptions:
             what, advice = change
             raise RuntimeError(
                 f"{type(optimizer).__name__}: {what} since its step was captured in a CUDA graph, "
-                f"and a replay would be the step as it was. {advice}"
+                f"and a replay would repeat the old step. {advice}"
             )
 
     def changed(self, optimizer: Any) -> Change | None:

@@ -134,7 +134,7 @@ def _check(cls: Any, optimizer: Any) -> None:
     if any(isinstance(getattr(hook, "__self__", None), Loading) for hook in loads):
         raise ValueError(
             "optimizer must not be the base of another of fastsam's optimizers, and this "
-            f"{type(optimizer).__name__} is: go on with the one that it belongs to"
+            f"{type(optimizer).__name__} is: use the optimizer that it belongs to"
         )
 
     for group in optimizer.param_groups:  # of a state dict that it has loaded

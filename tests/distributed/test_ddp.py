@@ -379,7 +379,7 @@ def test_ways_to_no_sync():
             assert torch.equal(found[way][0], own), way
         _, equal, messages = found.pop("stack")  # in which nothing can be seen
         assert not equal and len(messages) == 1
-        assert "give ascent_context=fastsam.per_replica(model)" in messages[0]
+        assert "use ascent_context=fastsam.per_replica(model)" in messages[0]
         # without ascent_context nothing says that the norms are those of single ranks
         unknown = found.pop("unknown")
         assert not unknown[1]

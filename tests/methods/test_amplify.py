@@ -148,5 +148,5 @@ def test_refused_by_name(cls, kwargs, match):
     with pytest.raises(ValueError, match="amplify must be False with ascent_steps=2"):
         optimizer.ascent_steps = 2
     optimizer.perturb_every = 2
-    with pytest.raises(RuntimeError, match="does not serve perturbations by micro-batch"):
+    with pytest.raises(RuntimeError, match="does not support perturbations by micro-batch"):
         optimizer.step_micro_batches([lambda: None])

@@ -249,7 +249,7 @@ def test_what_it_does_not_combine_with():
     with pytest.raises(RuntimeError, match="perturbations by micro-batch"):
         run.optimizer.step_micro_batches([run.backward])
     lets = fastsam.LETS(run.optimizer)
-    with pytest.raises(RuntimeError, match="LETS does not serve BSAM"):
+    with pytest.raises(RuntimeError, match="LETS does not support BSAM"):
         lets.step(run.backward, run.backward)
     with pytest.raises(TypeError, match="from_optimizer|base"):
         fastsam.BSAM.from_optimizer(torch.optim.SGD(run.params, lr=0.1), n=10)

@@ -230,7 +230,7 @@ def test_accumulation_and_a_loss_that_is_none_of_the_outputs(how):
     if handle is not None:
         assert optimizer.has_outputs
         handle.remove()
-        with pytest.raises(RuntimeError, match="needs to know the model's outputs"):
+        with pytest.raises(RuntimeError, match="needs the model's outputs"):
             optimizer.step(closure)
 
 
@@ -492,8 +492,8 @@ def nothing(optimizer, model, x, y):
 
 
 WRONG = {
-    "nothing marked": (unmarked, "needs to know the model's outputs"),
-    "a copy marked": (copied, "no derivative of the loss by the outputs that were marked"),
+    "nothing marked": (unmarked, "needs the model's outputs"),
+    "a copy marked": (copied, "no derivative of the loss with respect to the marked outputs"),
     "more in the second": (second_only(twice), "marks more outputs than the first, which marked 1"),
     "none in the second": (
         second_only(nothing),
@@ -530,7 +530,7 @@ def test_explicit_passes_that_go_wrong():
     with pytest.raises(RuntimeError, match="between first_step and second_step"):
         optimizer.backward(model(x))
     cross_entropy(model(x), y).backward()
-    with pytest.raises(RuntimeError, match="needs to know the model's outputs"):
+    with pytest.raises(RuntimeError, match="needs the model's outputs"):
         optimizer.first_step()
     assert same(bits(model), before) and not optimizer.between_passes
     optimizer.zero_grad()
@@ -616,7 +616,7 @@ def test_what_does_not_go_together():
     optimizer = Plain(model.parameters())
     closure = marking(optimizer, model, [(x, y)])
     before = bits(model)
-    with pytest.raises(RuntimeError, match="LETS does not serve FunctionalSAM"):
+    with pytest.raises(RuntimeError, match="LETS does not support FunctionalSAM"):
         fastsam.LETS(optimizer).step(closure, closure)
     assert same(bits(model), before)
 

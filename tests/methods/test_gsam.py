@@ -68,7 +68,7 @@ def test_what_it_refuses():
     param = [torch.nn.Parameter(torch.ones(2, device=DEVICE))]
     with pytest.raises(TypeError, match="RMSprop has alpha"):
         fastsam.GSAM(param, torch.optim.RMSprop, lr=0.1)
-    with pytest.raises(RuntimeError, match="GSAM does not serve perturbations by micro-batch"):
+    with pytest.raises(RuntimeError, match="GSAM does not support perturbations by micro-batch"):
         fastsam.GSAM(param, **SGD).step_micro_batches([lambda: 0.0])
     with pytest.raises(ValueError, match="ascent_steps must be 1 with GSAM"):
         fastsam.GSAM(param, **SGD, ascent_steps=2)

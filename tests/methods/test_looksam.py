@@ -365,7 +365,7 @@ def test_the_host_reads_nothing(k):
 def test_refused_later():
     _, optimizer, loss_fn = problem()
     closure = closure_of(loss_fn)
-    with pytest.raises(RuntimeError, match="does not serve perturbations by micro-batch"):
+    with pytest.raises(RuntimeError, match="does not support perturbations by micro-batch"):
         optimizer.step_micro_batches([closure])
     with pytest.raises(RuntimeError, match="LETS does not serve LookSAM"):
         fastsam.LETS(optimizer).step(closure, closure)

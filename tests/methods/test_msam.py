@@ -394,7 +394,7 @@ def test_refused_later():
         optimizer.step()
     with pytest.raises(TypeError, match="second_closure must be None"):
         optimizer.step(closure, closure)
-    with pytest.raises(RuntimeError, match="does not serve perturbations by micro-batch"):
+    with pytest.raises(RuntimeError, match="does not support perturbations by micro-batch"):
         optimizer.step_micro_batches([closure])
     with pytest.raises(RuntimeError, match="LETS does not serve MSAM"):
         fastsam.LETS(optimizer).step(closure, closure)

@@ -142,7 +142,7 @@ def test_what_is_refused():
         optimizer.step(closure)
     assert param.tolist() == [1.0, 2.0] and not optimizer.between_passes
     lets = fastsam.LETS(optimizer)
-    with pytest.raises(RuntimeError, match="LETS does not serve SAMSPS, whose step size depends"):
+    with pytest.raises(RuntimeError, match="LETS does not support SAMSPS, whose step size depends"):
         lets.step(closure, closure)
     optimizer.param_groups[0]["maximize"] = True
     with pytest.raises(ValueError, match="maximize must be False with SAMSPS"):

@@ -423,7 +423,7 @@ def test_what_it_does_not_combine_with():
     with pytest.raises(RuntimeError, match="perturbations by micro-batch"):
         run.optimizer.step_micro_batches([run.backward])
     lets = fastsam.LETS(run.optimizer)
-    with pytest.raises(RuntimeError, match="LETS does not serve TraceSAM"):
+    with pytest.raises(RuntimeError, match="LETS does not support TraceSAM"):
         lets.step(run.backward, run.backward)
 
 

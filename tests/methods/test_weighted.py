@@ -125,7 +125,7 @@ def test_what_it_refuses():
         fastsam.WSAM(params, **SGD, gamma=1.0)
     with pytest.raises(ValueError, match="decouple must be True or False, got 'no'"):
         fastsam.WSAM(params, **SGD, decouple="no")
-    with pytest.raises(RuntimeError, match="WSAM does not serve perturbations by micro-batch"):
+    with pytest.raises(RuntimeError, match="WSAM does not support perturbations by micro-batch"):
         fastsam.WSAM(params, **SGD).step_micro_batches([lambda: 0.0])
     assert fastsam.WSAM(params, **SGD, **COUPLED).decouple is False
     assert fastsam.GNP(params, **SGD, unit=True).unit is True

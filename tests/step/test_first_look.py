@@ -11,7 +11,7 @@ from networks import bits, closure_of, model_and_data, same
 from registry import BACKENDS, DEVICE
 
 SGD = {"base_optimizer": torch.optim.SGD, "lr": 0.1, "momentum": 0.9}
-TWICE = "gradients that step\\(\\) found are those that the closure computed again"
+TWICE = "step\\(\\) found gradients that the closure computed again"
 CUT_OFF = "gradients were parts of a larger tensor when step\\(\\) was called"
 
 

@@ -414,7 +414,7 @@ class Counting(torch.optim.Optimizer):
 
 
 @pytest.mark.parametrize("keep, match", [
-    ("group", "k of group 0 was 2 and has become 3 in the step itself"),
+    ("group", "k of group 0 was 2 and has become 3 on the host during the step"),
     ("number", "Counting keeps 2 in its state, which is on the host"),
     ("tensor", "the state has got other tensors"),
 ])  # fmt: skip

@@ -173,7 +173,7 @@ def test_refused_methods(method):
     name, more = (method, {}) if method in METHODS else ("sam", {"renormalize": True})
     optimizer = create(name, model.parameters(), "torch", **more)
     before = bits(model)
-    with pytest.raises(RuntimeError, match="does not serve perturbations by micro-batch"):
+    with pytest.raises(RuntimeError, match="does not support perturbations by micro-batch"):
         optimizer.step_micro_batches([closure_of(loss_fn)] * 2)
     assert same(bits(model), before)
     optimizer.step(closure_of(loss_fn))
