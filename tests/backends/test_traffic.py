@@ -75,7 +75,6 @@ CASES = {
     "LookSAM + SGD": Case(fastsam.LookSAM, kernels=TWO_NORMS, floor=56),
     "MSAM + SGD": Case(fastsam.MSAM),  # v instead of g
     "SAMAR + SGD": Case(fastsam.SAMAR, kernels=TWO_NORMS, floor=52),  # SAM's; g~ and g, and g again
-    "SAMAR by its trend": Case(fastsam.SAMAR, SGD, TREND, TWO_NORMS, 52),
     # SAM's without momentum, and both gradients once more
     "SAMSPS": Case(FixedLoss, None, {}, TWO_NORMS),
     # SAM's, and the variance: read, read, written; and the mean: read, written
@@ -108,6 +107,7 @@ OTHER_CASES = {
         fastsam.TraceSAM, SGD, {"max_grad_norm": 1.0}, [*NO_NORM[:1], *TWO_NORMS[2:]], 44, 64
     ),
     "GNP + SGD": Case(fastsam.GNP, floor=44),
+    "SAMAR by its trend": Case(fastsam.SAMAR, SGD, TREND, TWO_NORMS, 52),
     "SAM + SGD, amplified": Case(fastsam.SAM, SGD, {"amplify": 0.5}, floor=44),
     "MSAM + AdamW": Case(fastsam.MSAM, ADAMW, floor=48),
     "GNP + SGD, unit": Case(fastsam.GNP, SGD, {"unit": True}, TWO_NORMS, 52),

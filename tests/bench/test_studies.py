@@ -43,7 +43,7 @@ TINY = {
     study_radius: {"STARTS": (0.01, 0.1), "FIXED": (0.1,)},
     study_lambda: {"RADII": (0.1,)},
     study_regularisation: {"RADII": (0.1,)},
-    study_samar: {"RADII": dict.fromkeys(study_samar.DATA, (0.1,))},
+    study_samar: {"DATA": ("digits", "text"), "RADII": dict.fromkeys(study_samar.DATA, (0.1,))},
     study_normalization: {"RADII": dict.fromkeys(study_normalization.RADII, (0.1,)) | {"sgd": ()}},
     study_flatness: {
         "HIDDEN": 2,

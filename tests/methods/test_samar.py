@@ -218,21 +218,22 @@ def test_the_trends_trajectory(dtype, backend):
 def test_lam_follows_the_trend_and_comes_back(backend):
     """On 1/2 w^2, where s = rho |w| + rho^2 / 2; the sharpness falls, and then stays."""
     param = torch.nn.Parameter(torch.ones((), dtype=torch.float64, device=DEVICE))
-    optimizer = fastsam.SAMAR([param], rho=0.1, lam=0.5, rule=TREND, backend=backend, **SGD)
+    rule = fastsam.SharpnessTrend(c=1.1, fast=0.25, slow=0.75)
+    optimizer = fastsam.SAMAR([param], rho=0.1, lam=0.5, rule=rule, backend=backend, **SGD)
     w, lam, a, b = 1.0, 0.5, None, None
-    for step in range(80):
-        if step == 20:
+    for step in range(24):
+        if step == 8:
             optimizer.param_groups[0]["lr"] = 0.0
         optimizer.step(lambda: (param**2 / 2).backward())
         assert float(optimizer.metrics["lam"]) == pytest.approx(lam, rel=1e-10)
         s = 0.1 * abs(w) + 0.005
-        a, b = (s, s) if a is None else (0.5 * a + 0.5 * s, 0.9 * b + 0.1 * s)
-        w -= (0.1 if step < 20 else 0.0) * (w + lam * 0.1)
-        lam = 0.5 * min(max(a / b, 1 / 1.2), 1.2)
+        a, b = (s, s) if a is None else (0.25 * a + 0.75 * s, 0.75 * b + 0.25 * s)
+        w -= (0.1 if step < 8 else 0.0) * (w + lam * 0.1)
+        lam = 0.5 * min(max(a / b, 1 / 1.1), 1.1)
         kept = [float(optimizer.kept[name]) for name in ("lam", "sharpness", "slow_sharpness")]
         assert kept == pytest.approx([lam, a, b], rel=1e-10)
-        if step == 19:
-            assert lam == 0.5 / 1.2
+        if step == 7:
+            assert lam == 0.5 / 1.1
     assert lam == pytest.approx(0.5, rel=0.02)
 
 
@@ -268,8 +269,8 @@ def test_a_step_that_measures_nothing_leaves_both_averages(kind, backend):
     assert kept[0] != kept[1] == kept[2] and param.isfinite().all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_the_trend_is_resumed_and_other_rules_are_taken_over(backend):
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_the_trend_is_resumed_and_another_rule_is_taken_over(backend):
     def trained(optimizer, loss_fn, steps):
         for _ in range(steps):
             optimizer.step(closure_of(loss_fn))
@@ -283,25 +284,23 @@ def test_the_trend_is_resumed_and_other_rules_are_taken_over(backend):
 
     start = model_and_data()[0].state_dict()
     model, whole, loss_fn = make(TREND, start)
-    trained(whole, loss_fn, 3)
+    trained(whole, loss_fn, 2)
     middle, state = {k: x.clone() for k, x in model.state_dict().items()}, whole.state_dict()
-    trained(whole, loss_fn, 3)
-    other, resumed, other_loss = make(TREND, middle)
+    trained(whole, loss_fn, 2)
+    again, resumed, again_loss = make(TREND, middle)
     resumed.load_state_dict(state)
-    trained(resumed, other_loss, 3)
-    assert same(bits(model), bits(other))
-    for rule in (None, lambda lam, sharpness, previous: lam):  # have no slow average
-        _, one, one_loss = make(rule, start)
-        state = trained(one, one_loss, 3).state_dict()
-        assert not any("slow" in key for key in state["param_groups"][0])
-        _, resumed, resumed_loss = make(TREND, middle)
-        resumed.load_state_dict(state)
-        assert math.isnan(resumed.kept["slow_sharpness"])
-        assert float(resumed.kept["sharpness"]) == float(one.kept["sharpness"])
-        trained(resumed, resumed_loss, 2)
-        assert float(resumed.kept["slow_sharpness"]) > 0
-        one.load_state_dict(resumed.state_dict())
-        trained(one, one_loss, 1)
+    trained(resumed, again_loss, 2)
+    assert same(bits(model), bits(again))
+    _, other, other_loss = make(None, start)
+    state = trained(other, other_loss, 2).state_dict()
+    assert not any("slow" in key for key in state["param_groups"][0])
+    _, taker, taker_loss = make(TREND, middle)
+    taker.load_state_dict(state)
+    assert math.isnan(taker.kept["slow_sharpness"])
+    assert float(taker.kept["sharpness"]) == float(other.kept["sharpness"])
+    assert float(trained(taker, taker_loss, 1).kept["slow_sharpness"]) > 0
+    other.load_state_dict(taker.state_dict())
+    trained(other, other_loss, 1)
 
 
 class Halved(fastsam.SharpnessTrend):
