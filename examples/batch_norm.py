@@ -2,8 +2,8 @@
 
     python examples/batch_norm.py
 
-A step has two forward passes, the second at perturbed weights. ``frozen_batch_norm`` keeps the
-running statistics to those of the first.
+A step has two forward passes, the second at perturbed weights. With ``frozen_batch_norm`` only the
+first one updates the running statistics.
 """
 
 import sys
@@ -43,7 +43,7 @@ def main(epochs: int = 10) -> float:
 
             loss = optimizer.step(closure)
         scheduler.step()
-        model.eval()  # weights are w between steps: nothing else is to be done
+        model.eval()  # between steps the weights are not perturbed
         with torch.no_grad():
             accuracy = 100 * (model(x[1400:]).argmax(1) == y[1400:]).float().mean().item()
         print(f"loss {loss.item():.4f}, test accuracy {accuracy:.1f} %")

@@ -2,7 +2,7 @@
 
     python examples/complete.py
 
-Stop it and start it again: it goes on where it was.
+If you stop it and start it again, it continues after the last complete epoch.
 """
 
 import sys
@@ -35,7 +35,7 @@ def main(epochs: int = 10, *, checkpoint: Path = Path("complete.pt")) -> float:
     optimizer = fastsam.SAM(
         model.parameters(), torch.optim.AdamW, rho=0.1, lr=1e-3, weight_decay=0.01,
         max_grad_norm=1.0,  # clips the gradient of the update
-        descent_context=fastsam.frozen_batch_norm(model),  # statistics of the first pass alone
+        descent_context=fastsam.frozen_batch_norm(model),  # only the first pass updates statistics
     )  # fmt: skip
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=3e-3, total_steps=epochs * len(loader)

@@ -1,9 +1,9 @@
-"""LoRA adapters: a frozen network, and small matrices beside its own that are trained.
+"""LoRA adapters: a frozen network with small trainable matrices.
 
     python examples/lora.py
 
-The optimizer is given the adapters alone, so only they are perturbed, copied and updated: the
-step costs what their size costs. Adapters of peft are used in the same way.
+The optimizer gets only the adapters, so only they are perturbed, copied and updated. The
+cost of its step depends on their size alone. Adapters of peft are used in the same way.
 """
 
 import sys
@@ -42,7 +42,7 @@ def fit(model, optimizer, x, y, epochs):
 
 
 def main(epochs: int = 10) -> tuple[float, float]:
-    """Train on even digits, then adapters on all; return the accuracies before and after."""
+    """Train on even digits, then train adapters on all digits; return both accuracies."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     x, y = (torch.tensor(part, device=device) for part in load_digits(return_X_y=True))

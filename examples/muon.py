@@ -2,7 +2,7 @@
 
     python examples/muon.py
 
-The perturbation is one vector over all groups, so its norm is over both.
+The perturbation is one vector over all groups, and its norm is taken over all of them.
 """
 
 import sys

@@ -40,7 +40,7 @@ def train(make, epochs: int) -> float:
         for batch in train[torch.randperm(len(train), device=device)].split(64):
 
             def closure(batch=batch):
-                optimizer.zero_grad()  # torch's optimizers need it, ours do it themselves
+                optimizer.zero_grad()  # torch's optimizers need this; fastsam's do it themselves
                 loss = F.cross_entropy(model(x[batch]), labels[batch])
                 loss.backward()
                 return loss
@@ -52,7 +52,7 @@ def train(make, epochs: int) -> float:
 
 
 def main(epochs: int = 40) -> dict[str, float]:
-    """Train with both, and return their accuracies."""
+    """Train with SGD and with SAM, and return the accuracies."""
     makers = {
         "SGD": lambda params: torch.optim.SGD(params, **SGD),
         "SAM": lambda params: fastsam.SAM(params, torch.optim.SGD, rho=0.2, **SGD),

@@ -2,7 +2,7 @@
 
     python examples/resume.py
 
-Saved are the model, the optimizer, the schedules and the random state: load them in this order.
+The checkpoint has the model, optimizer, schedules and random state. Load them in this order.
 """
 
 import io

@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 examples/several_gpus.py
 
-Without GPUs the processes use the CPU. Nothing in the loop is particular to SAM: all processes
-perturb along the averaged gradient, and hold equal weights after every step.
+Without GPUs the processes use the CPU. The loop needs no change for SAM: all processes perturb
+along the averaged gradient, and have equal weights after every step.
 """
 
 import os
@@ -24,13 +24,13 @@ def main(epochs: int = 5) -> float:
     rank, size = dist.get_rank(), dist.get_world_size()
     has_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if has_gpu else torch.device("cpu")
-    torch.manual_seed(0)  # equal batches everywhere; each process takes its part
+    torch.manual_seed(0)  # the same batches in every process, which takes its part
     x, y = (torch.tensor(part, device=device) for part in load_digits(return_X_y=True))
     x = x.float() / 16
     network = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10)).to(device)
     model = DistributedDataParallel(network)
     optimizer = fastsam.SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1, momentum=0.9)
-    fastsam.compare_ranks(optimizer)  # once: settings that differ would go unnoticed
+    fastsam.compare_ranks(optimizer)  # optional with DDP: the first step compares as well
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)
     for _ in range(epochs):
         for batch in torch.randperm(1400).split(64 * size):
@@ -57,4 +57,4 @@ if __name__ == "__main__":
     finally:
         dist.destroy_process_group()
     sys.stdout.flush()
-    os._exit(0)  # gloo's threads may abort Python's own end; see docs/distributed.md
+    os._exit(0)  # gloo's threads may abort Python at exit; see docs/distributed.md

@@ -1,9 +1,9 @@
-"""A small language model: FunctionalSAM on AdamW, for the last part of the training.
+"""A small language model: FunctionalSAM on AdamW, in the second half of training.
 
     python examples/transformer.py
 
-For language models plain SAM is often no better than AdamW; FunctionalSAM is made for them. It has
-to see the model's outputs: ``optimizer.outputs(logits)``.
+For language models plain SAM is often no better than AdamW; FunctionalSAM is made for them. It
+needs the model's outputs: ``optimizer.outputs(logits)``.
 """
 
 import sys
@@ -52,7 +52,7 @@ def main(steps: int = 200) -> float:
         max_grad_norm=1.0,
     )  # fmt: skip
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
-    radius = fastsam.tail(optimizer, steps, fraction=0.5)  # one pass a step before that
+    radius = fastsam.tail(optimizer, steps, fraction=0.5)  # before that, a step has one pass
     for step in range(steps):
         starts = torch.randint(len(train) - LENGTH - 1, (32, 1), device=device)
         batch = train[starts + torch.arange(LENGTH + 1, device=device)]
