@@ -29,7 +29,16 @@ from claims.study_training import execute_all
 from prices.contenders import CONTENDERS
 from prices.measure import Split, Training, time_steps, train
 from prices.peers import PEERS, peers_of
-from prices.report import Found, draw, peers_table, radii_table, table, verdicts, write_csv
+from prices.report import (
+    Found,
+    draw,
+    peers_table,
+    radii_table,
+    table,
+    time_verdicts,
+    verdicts,
+    write_csv,
+)
 from prices.tasks import TASKS, Task
 from train import OneLineParser, number
 
@@ -163,9 +172,9 @@ def report(found: list[Found], args: argparse.Namespace, minutes: float) -> str:
     for one in found:
         task = TASKS[one.task]
         parts += [
-            f"{one.task}: {epochs_of(task, args)} epochs, {100 * task.label_noise:g} % of the "
-            f"training labels wrong, base {task.base.__name__}",
-            table(one), "\n".join(verdicts(one)), peers_table(one), radii_table(one),
+            f"{task.title}: {epochs_of(task, args)} epoch(s), base {task.base.__name__}",
+            table(one), "\n".join(time_verdicts(one) + verdicts(one)), peers_table(one),
+            radii_table(one),
         ]  # fmt: skip
     return "\n\n".join(parts) + "\n"
 
@@ -184,9 +193,9 @@ def main(argv: list[str] | None = None) -> int:
     write_csv(found, args.output / "price.csv")
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.5 * len(found), 4.5), layout="constrained")
+    figure = Figure(figsize=(5.5 * len(found), 5.2), layout="constrained")
     draw(found, figure)
-    figure.savefig(args.output / "price.png", dpi=130)
+    figure.savefig(args.output / "price.png", dpi=110)
     print(f"wrote price.txt, price.csv and price.png in {args.output}")
     return 0
 

