@@ -30,9 +30,9 @@ class Sampling:
     .. math:: \mathrm{E}\,g = \nabla f, \qquad
               \mathrm{E}\|g\|^2 \le 2A\,(f - f^*) + B\,\|\nabla f\|^2 + C
 
-    for samples drawn afresh at every step (which an epoch's shuffle does not do). For the three
-    samplings below :math:`C = 2A\,(f^* - \frac1n \sum_i \inf f_i)`: it is 0 where one point
-    minimizes every loss. The sizes do not depend on it; how near they lead does.
+    for samples drawn independently at every step (unlike the shuffling of epochs). For the three
+    samplings below :math:`C = 2A\,(f^* - \frac1n \sum_i \inf f_i)`: it is 0 if one point minimizes
+    every loss. The sizes do not depend on :math:`C`, but how close they lead to the minimum does.
 
     Args:
         A: Finite, at least 0.
@@ -43,9 +43,8 @@ class Sampling:
     Raises:
         ValueError: If a constant, or an argument of the methods below, is out of range.
 
-    ``A`` and ``B`` are as in the authors' experiment script (confidence: high; which printed
-    statement they are was not checked), :math:`C` is our own derivation. The tests check the
-    inequality.
+    ``A`` and ``B`` are as in the authors' experiment script (confidence: high; not compared with
+    the statement in the paper). :math:`C` is our own derivation. The tests check the inequality.
 
     Example:
         >>> fastsam.theory.Sampling.minibatch(n=100, size=10, largest_smoothness=11.0)
@@ -117,7 +116,7 @@ class Sampling:
 
 
 class StepSizes(NamedTuple):
-    """What the theory sets, under the names that parameter groups have for it.
+    """The radius and learning rate, under their names in parameter groups.
 
     Attributes:
         rho: Radius of the perturbation, above 0.
@@ -147,9 +146,10 @@ def step_sizes(sampling: Sampling, pl: float, lam: float = 0.5, k: int | None = 
               C \bigl(\rho (1 - \lambda)^2 + \gamma (1 + 2 L^2 \rho^2 (1 - \lambda)^2)\bigr)
               + \lambda^2 \rho (1 + 2 L^2 \rho \gamma)\Bigr]
 
-    so they converge linearly, to a neighbourhood that is a point only where :math:`C = 0` and
-    :math:`\lambda = 0`: the normalised part of the perturbation does not shrink with the gradient.
-    The decreasing sizes converge to the minimum, as :math:`1/k`. Set them before every step::
+    so they converge linearly to a neighbourhood of the minimum. It is a point only if :math:`C = 0`
+    and :math:`\lambda = 0`, as the normalised part of the perturbation does not shrink with the
+    gradient. The decreasing sizes converge to the minimum, as :math:`1/k`. Set them before every
+    step::
 
         for k, batch in enumerate(batches):
             for group in optimizer.param_groups:
@@ -169,8 +169,8 @@ def step_sizes(sampling: Sampling, pl: float, lam: float = 0.5, k: int | None = 
     Raises:
         ValueError: If ``pl``, ``lam`` or ``k`` is out of range.
 
-    The sizes are as in the authors' experiment script (confidence: high; which printed theorem it
-    is was not checked). The bound is our own derivation, which leads to the same sizes.
+    The sizes are as in the authors' experiment script (confidence: high; not compared with the
+    theorem in the paper). The bound is our own derivation, which leads to the same sizes.
 
     Example:
         >>> sampling = fastsam.theory.Sampling.single(largest_smoothness=2.0)
@@ -200,8 +200,8 @@ class ImportanceSampler(WeightedRandomSampler):
     .. math:: p_i = \frac{L_i}{\sum_j L_j}, \qquad
               \mathrm{E}\Bigl[\frac{1}{n p_i} \nabla f_i\Bigr] = \frac1n \sum_i \nabla f_i
 
-    Without the factors :math:`1/(n p_i)`, which are in ``loss_weights``, the gradient would be
-    that of another objective. The data set has to say which samples it gave::
+    Without the factors :math:`1/(n p_i)`, which are in ``loss_weights``, the gradient would be that
+    of another objective. The data set has to return the indices of its samples::
 
         sampler = ImportanceSampler(smoothness)
         loader = DataLoader(TensorDataset(x, y, torch.arange(n)), batch_size, sampler=sampler)

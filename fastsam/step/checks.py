@@ -212,13 +212,13 @@ def check_rules(ascent: Ascent, descent: Descent | None) -> None:
     """What reads the base's state is not made once more when the second gradient is there."""
     if ascent.chooses and descent is not None and descent.needs_perturbation:
         raise TypeError(
-            f"descent {descent.name!r} needs the perturbation once more, which ascent "
-            f"{ascent.name!r} does not serve: it is chosen at random in the first pass alone"
+            f"descent {descent.name!r} needs the perturbation again in the second pass, and ascent "
+            f"{ascent.name!r} chooses it at random in the first pass alone"
         )
     if ascent.base_state and descent is not None and descent.needs_perturbation:
         raise TypeError(
-            f"descent {descent.name!r} measures the sharpness, which ascent {ascent.name!r} does "
-            f"not serve: it reads the base's {ascent.base_state!r} in the first pass alone"
+            f"descent {descent.name!r} needs the perturbation again in the second pass, and ascent "
+            f"{ascent.name!r} reads the base's {ascent.base_state!r} in the first pass alone"
         )
 
 

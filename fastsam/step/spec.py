@@ -77,46 +77,48 @@ class Rule:
 class Ascent(Rule):
     r"""How the perturbation follows from the first gradient: :math:`e = r\, T^2 d`.
 
-    The equations work on any number of elements, in float32 or float64, and write to nothing. ``g``
-    is the gradient of what is minimised: where a group maximizes its sign has been changed. ``h``
-    holds what ``columns`` gives, ``state`` the state tensors by name.
+    The equations work on any number of elements, in float32 or float64, and change nothing in
+    place. ``g`` is the gradient of the minimised objective: in groups with ``maximize`` its sign
+    has been changed. ``h`` is what ``columns`` returns, and ``state`` has the state tensors by
+    name.
 
     Args:
         name: Of the rule, for messages.
         kernel: Module with its Triton functions (``fastsam.kernels.ascent`` lists them); imported
             when the triton backend first needs it.
-        radius: ``(rho, norm, total, h)`` to :math:`r`. Numbers or 0-dim tensors: ``norm`` is what
-            the argument of that name says, ``total`` the accumulator with this step's norm.
+        radius: ``(rho, norm, total, h)`` to :math:`r`. Numbers or 0-dim tensors: ``norm`` is the
+            norm that the argument ``norm`` selects, and ``total`` is the accumulator including this
+            step's norm.
         direction: ``(g, state, h)`` to :math:`d`. Default: the gradient.
         measured: ``(g, state, h)`` to that of which the norm is taken where ``norm`` is
             ``"direction"``. Default: the direction.
-        from_old: Whether the direction is given the state of before this gradient, and not the new.
-        direction_states: With ``from_old``, how many of the state tensors the direction looks at:
-            the first ones. The others are not read for its norm. Default: all.
+        from_old: Whether the direction gets the state of before this gradient, and not the new one.
+        direction_states: With ``from_old``, how many of the state tensors the direction uses,
+            counted from the first. The others are not read for its norm. Default: all.
         advance: ``(g, state, h)`` to the state after this gradient. With state.
         usable: ``(state, norm)`` to whether the new state may replace the old. With state.
         accumulate: ``(total, norm)`` to the accumulator after this step.
         accumulator: Where the accumulator starts, from the first group. None: there is none.
-        sees_accumulator: Whether ``direction`` and ``measured`` are given the accumulator of before
-            this gradient, among ``state`` as ``"accumulated"``, a 0-dim tensor in float64.
+        sees_accumulator: Whether ``direction`` and ``measured`` get the accumulator of before this
+            gradient, as ``state["accumulated"]``, a 0-dim tensor in float64.
         columns: ``(group, lam)`` to the rule's hyper-parameters, at most three; ``lam`` is what
             the optimizer's ``_next_lam`` gave for this step.
         states: ``(group)`` to the names of state tensors, at most two, each with what it holds
             before the first gradient. They are in float32, or float64 for float64 parameters.
             Names begin with ``ascent_``, so that no base optimizer has them.
-        base_state: Name of a state tensor of the base optimizer that ``direction`` is given, too,
-            as the step before has left it, among ``state`` and in the dtype of the arithmetic. It
-            is read where it lies, and NaN where a parameter has none yet. Default: none.
-        computes: ``(g, state)`` to a tensor that ``direction`` is given in the place of one of the
-            base's, under the name ``base_state``: of the shape of ``g``, or of none. ``state`` is
-            the base's of the parameter. It runs in torch on every backend, as a user's function
-            does. Default: none.
-        momentum: Name of a state tensor of the base optimizer that stands in the place of the
-            gradient: ``g`` and both norms are of it, and a parameter that has none yet is not
-            perturbed. The step then has one pass, which begins with the perturbation, and gradients
-            at ``w`` are not looked at. ``g`` has its sign changed as a gradient's is where a group
-            maximizes, though a momentum is of what is minimised already. Default: none. The name of
-            ``keeps`` stands for the gradient of the step before, which is kept as that.
+        base_state: Name of a state tensor of the base optimizer that ``direction`` also gets in
+            ``state``, as it is after the last step, in the dtype of the arithmetic. It is read in
+            place, and is NaN for a parameter that has none. Default: none.
+        computes: ``(g, state)`` to a tensor that ``direction`` gets instead of a state tensor of
+            the base, under the name ``base_state``: of the shape of ``g``, or of no dimension.
+            ``state`` is the base's state of the parameter. It runs in torch on every backend.
+            Default: none.
+        momentum: Name of a state tensor of the base optimizer that is used instead of the gradient:
+            ``g`` and both norms are of it, and a parameter that has none is not perturbed. The step
+            then has one pass, which begins with the perturbation, and gradients at ``w`` are not
+            used. ``g`` has its sign changed as a gradient's is where a group maximizes, though a
+            momentum is of what is minimised already. Default: none. The name of ``keeps`` stands
+            for the gradient of the step before, which is kept as that.
         layer_scale: ``(norm, group)`` to a number in the same way, one for a whole parameter: of
             the norm of its weights, a 0-dim tensor.
         keeps: Name of a state tensor that is none of the rule's own: what the descent rule
@@ -124,11 +126,11 @@ class Ascent(Rule):
         norm: ``"gradient"`` or ``"direction"``: of which the global norm is taken, with ``T``.
             None: none is needed. A direction whose norm is taken is 0 where gradient and state of
             the ascent are.
-        noise: Whether ``direction`` is given random numbers in the place of the gradient, which is
-            not read: uniform in (-1, 1), one for each element, others in every step and every
-            perturbation of a step, and the same on every backend.
-        chooses: Whether parameters take part in it at random, with the probability that is the
-            first of its columns. The others count as having no gradient.
+        noise: Whether ``direction`` gets random numbers instead of the gradient, which is not read:
+            uniform in (-1, 1), one for each element, different in every step and every perturbation
+            of a step, and the same on every backend.
+        chooses: Whether parameters are chosen at random, with the first column as probability. The
+            others count as having no gradient.
         scales: Whether ASAM's element-wise scale is defined for it.
         scales_once: Whether the perturbation has the scale once, :math:`e = r\, T d`, not squared.
         arguments: What the hyper-parameters may be, by group key (``fastsam.rules.Number`` and
@@ -273,33 +275,33 @@ class Descent(Rule):
     Args:
         name: Of the rule, for messages.
         kernel: Module with its Triton functions (``fastsam.kernels.descent`` lists them).
-        coefficients: ``(state, sums, h)`` to :math:`c` and :math:`c_1`, tensors or numbers; of a
-            rule that is ``apart`` to :math:`c, c_1, a` and :math:`a_1`. Where the first gradient is
-            not finite they are not used: :math:`u = \tilde g` then.
+        coefficients: ``(state, sums, h)`` to :math:`c` and :math:`c_1`, tensors or numbers; with
+            ``apart`` to :math:`c, c_1, a` and :math:`a_1`. If the first gradient is not finite they
+            are not used, and :math:`u = \tilde g`.
         sums: Which of ``SUMS`` the rule is given: ``"first"``, ``"second"`` and ``"product"`` for
             the coefficients, or ``"rise"`` without ``"product"``, and ``"loss"``; ``"sharpness"``
             for ``adapt``. :math:`\tilde g` counts as rescaled
             where ``renormalize`` asks for that. Of a rule without sums the coefficients are known
             after the first pass, and no gradient is read for them.
-        apart: Whether it has a part beside the base. Clipping leaves that as it is.
-        mixes: Whether :math:`c_1` may be other than 0. Else the update does not read the first
+        apart: Whether it has a part that bypasses the base. That part is not clipped.
+        mixes: Whether :math:`c_1` may differ from 0. If not, the update does not read the first
             gradient.
         rate: Whether ``coefficients`` gives a third number, the step size that the base takes.
         keeps: Whether :math:`a\, \tilde g + a_1\, g`, of further coefficients :math:`a` and
             :math:`a_1`, is kept in the memory of the first gradient: as the state that the ascent
             names as ``keeps``. A step that is rejected leaves that as it was.
-        reuses: Whether that state stands in the place of the first gradient, in a step of one pass.
-        fills: Whether a parameter without a first gradient has its second one in the place of it:
-            :math:`u = (c + c_1)\, \tilde g` there. Default: it counts as zeros.
+        reuses: Whether that state is used instead of the first gradient, in a step of one pass.
+        fills: Whether the second gradient is used for a parameter without a first one:
+            :math:`u = (c + c_1)\, \tilde g` there. Default: the first gradient counts as zero.
         columns: ``(group)``, of the first group, to the rule's hyper-parameters, at most four.
         scalars: Numbers that the rule keeps from step to step, each with its start: at most two, or
             with ``adapt`` three.
-        given: In the place of scalars, numbers that are known before the second pass's reduction
-            and which nothing keeps, at most two: the optimizer's class gives them in every step.
+        given: Instead of scalars, at most two numbers that the optimizer's class sets in every
+            step, before the reduction of the second pass. They are not kept.
         least: What some of them are at least. A state dict with less, or with a number that is not
             finite, is refused; NaN is not where it is the start.
-        adapt: ``(state, sharpness, h)`` to the scalars after this step. They stay as they were
-            where the step was rejected or nothing was perturbed.
+        adapt: ``(state, sharpness, h)`` to the scalars after this step. They do not change if the
+            step was rejected or nothing was perturbed.
         adapts_on_host: Whether ``adapt`` runs in torch on every backend, as a user's function does.
         arguments: What the hyper-parameters may be, by group key (``fastsam.rules.Number`` and
             ``Flag``): checked where they are given, and in a step where they have changed.
@@ -385,15 +387,15 @@ class Base(Rule):
         columns: ``(group)`` to its hyper-parameters, at most twelve.
         states: ``(group)`` to the names of state tensors, at most three, each with its start, named
             as ``torch.optim`` does.
-        starts_from_gradient: The state that begins as the first gradient itself and has its dtype,
-            as torch's momentum buffer.
+        starts_from_gradient: The state that starts as the first gradient and has its dtype, like
+            torch's momentum buffer.
         counts_steps: Whether parameters carry torch's ``step`` count.
         accumulator: Where the sum of the squared norms of ``u`` starts, if the update takes it:
             ``(group)``, of the first group, to a number.
-        takes_rate: Whether the update takes a step size of the descent rule's.
+        takes_rate: Whether the update gets a step size from the descent rule.
         wide: Whether state is in float32 whatever the parameter's dtype (float64 for float64).
-        takes_first: Whether the update is given the first gradient, too, as its last argument:
-            zeros where there is none. The optimizer has to have a descent rule.
+        takes_first: Whether the update also gets the first gradient, as its last argument: zeros if
+            there is none. The optimizer needs a descent rule.
         arguments: What the hyper-parameters may be, by group key (``fastsam.rules.Number`` and
             ``Flag``): checked where they are given, and in a step where they have changed.
         check: Raises ValueError for a group whose hyper-parameters are out of range, in what
