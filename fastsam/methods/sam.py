@@ -135,7 +135,7 @@ class SAM(SharpnessAwareOptimizer):
             True: every parameter whose memory no other tensor uses (it is no view or shard, and no
             view of it exists), if its base is fused and it has no master weights. All others are
             copied and perturbed in place, and with False all are. With True a CUDA graph of a part
-            of the step, as by :class:`torch.cuda.make_graphed_callables`, would use the address
+            of the step, as by :func:`torch.cuda.make_graphed_callables`, would use the address
             that it has recorded; if one is known to have been captured, parameters stay in place,
             as they do in ``fastsam.graphed``. A capture by hand refuses True. A view taken between
             the passes keeps following its parameter. Code that has kept only the address, as other
