@@ -42,6 +42,7 @@ from fastsam.backends.triton.plan import (
     ascent_sums,
     descent_sums,
     hypergradient_sums,
+    kept_sums,
     perturb_constants,
     perturb_launch,
     reduce_launch,
@@ -223,6 +224,9 @@ def _of_descent(types: Sequence[str]) -> Iterator[Variant]:
         sums = descent_sums(spec)
         for master in _masters(types, sums.constants["ADAPTIVE"]):
             yield _reduction(types, sums, **master)
+        if spec.reuses_by_norm and not scaled:
+            yield _reduction(types, descent_sums(spec, kept_is_known=True), False)
+            yield _reduction(types, kept_sums(), False)
         if rule is not None and not rule.sums and not scaled and not clips:  # known at once
             for master in _masters(types, adaptive):
                 yield _reduction(types, ascent_sums(spec), **master)

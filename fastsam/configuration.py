@@ -308,7 +308,7 @@ class Configured(SharedState):
             if (one := this()) is not None:
                 one._write_own(one.param_groups)
 
-        self._loading = Loading(self.kept, receiver, self._passes.collector.forget)
+        self._loading = Loading(self.kept, receiver, self._passes.loaded)
         self._loading.stay(self.base_optimizer)
         # who saves the base's state dict finds the present counts in it, too
         self.base_optimizer.register_state_dict_pre_hook(write_own)

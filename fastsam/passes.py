@@ -23,7 +23,7 @@ from .step.collect import Collector
 from .step.dtypes import Dtypes
 from .step.flight import Backup, InFlight, check_unperturbed, with_all_firsts
 from .step.gradients import take_over
-from .step.kept import give_kept, keep, keep_last, room_for_last
+from .step.kept import KnownNorm, give_kept, keep, keep_last, room_for_last
 from .step.precision import find_masters, find_places
 from .step.recording import Recording
 from .step.scalars import DeviceScalars
@@ -67,6 +67,7 @@ class Passes:
         self.scratch = True
         self._was_captured = False  # in a CUDA graph
         self._squares: Tensor | None = None  # by segment
+        self._known_norm = KnownNorm()  # of what an earlier step has kept
 
     # --- the first pass ---
 
@@ -85,6 +86,8 @@ class Passes:
             cleared: Whether the gradients are about to be set to None.
         """
         goes_on, momentum = flight.taken > 0, spec.ascent.momentum
+        if spec.ascent.keeps:  # there will be another, perhaps in the same memory
+            self._known_norm.forget()
         if momentum:
             batch = self.collector.momentum(spec.groups, self._name, momentum, states)
         else:
@@ -261,6 +264,7 @@ class Passes:
                 last = kept, room_for_last(kept, spec, states)
             elif spec.ascent.keeps:
                 give_kept(batch, spec, states, scalars)
+                self._look_at_kept(batch, spec, backend, scalars)
             if flight.loss is not None:
                 scalars[Scalar.LOSS].copy_(flight.loss, non_blocking=True)
             again = spec.descent is not None or self.recording is not None
@@ -285,12 +289,23 @@ class Passes:
                 flight.undo()
                 _measure_nothing(scalars)
             has_begun = True
+            if batch.kept_is_known is False:
+                assert batch.firsts is not None
+                self._known_norm.remember(batch.firsts, scalars)
             self._commit(seen, spec, flight, states, scalars, room)
             if last is not None:
                 keep_last(*last, spec, scalars, states)
         finally:
             if spec.has_fused and not has_begun:
                 forget_fresh(prepared, spec, states)
+
+    def _look_at_kept(self, batch: Batch, spec: StepSpec, backend: str, scalars: Tensor) -> None:
+        """Whether the norm of what the step reuses is known, or it is to be measured."""
+        if not (spec.reuses_by_norm and batch.params and batch.firsts is not None):
+            return
+        apart = batch.shardings is not None and any(batch.shardings)
+        if not apart and self.backends.serving(backend, batch).knows_kept:
+            batch.kept_is_known = self._known_norm.is_of(batch.firsts, scalars)
 
     def _update(
         self, batch: Batch, spec: StepSpec, flight: InFlight, states: States, backend: str,
@@ -380,9 +395,14 @@ class Passes:
         serving.hypergradient(batch, backup, hessian, spec, scalars)
         return scalars
 
+    def loaded(self) -> None:
+        """Look at everything anew that a state dict may have brought."""
+        self.collector.forget()
+        self._known_norm.forget()
+
     def forget(self) -> None:
         """Look at everything anew: a capture has failed, which was to upload what launches read."""
-        self.collector.forget()
+        self.loaded()
         self.backends.forget()
 
     # --- parts of them ---

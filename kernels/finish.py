@@ -1,7 +1,7 @@
 """From finished sums to the scalars of a step: one thread's work, at the end of a reduction.
 
-A reduction is given one of ``finish_ascent``, ``finish_descent`` and ``finish_hypergradient``,
-which all take the same arguments.
+A reduction is given one of the functions whose names begin with ``finish_``, which all take the
+same arguments.
 """
 
 import triton
@@ -40,6 +40,7 @@ APART = tl.constexpr(int(Scalar.APART))
 FIRST_APART = tl.constexpr(int(Scalar.FIRST_APART))
 LOSS = tl.constexpr(int(Scalar.LOSS))
 RATE = tl.constexpr(int(Scalar.RATE))
+KEPT = tl.constexpr(int(Scalar.KEPT))
 
 
 @triton.jit
@@ -165,6 +166,24 @@ def finish_rise(hyper, scalars, measured_squared, plain_squared, rise, product, 
                 ADAPTED: tl.constexpr):  # fmt: skip
     """The same for a rule that asks for ``<g~, e>``, which takes the place of the product."""
     finish_descent(hyper, scalars, measured_squared, plain_squared, rise, rise, first_squared,
+                   tasks, ACCUMULATES, COEFFICIENTS, ADAPTED)  # fmt: skip
+
+
+@triton.jit
+def finish_kept(hyper, scalars, squared, sum1, sum2, sum3, sum4, tasks,
+                ACCUMULATES: tl.constexpr, COEFFICIENTS: tl.constexpr,
+                ADAPTED: tl.constexpr):  # fmt: skip
+    """The squared norm of what a descent rule has kept, for the steps that reuse it."""
+    tl.store(scalars + KEPT, squared)
+
+
+@triton.jit
+def finish_reused(hyper, scalars, squared, sum1, sum2, sum3, sum4, tasks,
+                  ACCUMULATES: tl.constexpr, COEFFICIENTS: tl.constexpr,
+                  ADAPTED: tl.constexpr):  # fmt: skip
+    """The coefficients of ``u`` in such a step, where its gradient alone is added up."""
+    unknown = tl.full([], 0.0, tl.float64)  # products, which the rule does not ask for
+    finish_descent(hyper, scalars, squared, squared, unknown, unknown, tl.load(scalars + KEPT),
                    tasks, ACCUMULATES, COEFFICIENTS, ADAPTED)  # fmt: skip
 
 

@@ -165,6 +165,7 @@ class Scalar(IntEnum):
     LOSS = 29  # at w + e, where the descent rule takes it
     RATE = 30  # the step size that such a rule gives to the base
     DESCENT2 = 31  # the third of the descent rule's scalars
+    KEPT = 32  # the squared norm of what a descent rule has kept, where it is known from before
 
 
 class Task(IntFlag):

@@ -93,10 +93,13 @@ class Backend(Protocol):
     """What a backend does for the optimizer, with at least one parameter in the batch.
 
     Nothing here synchronises with the host on a GPU. ``takes_scaled`` says whether gradients may
-    carry a loss scale, whose inverse is then among the scalars.
+    carry a loss scale, whose inverse is then among the scalars. ``knows_kept`` says whether it
+    measures what an earlier step has kept where ``batch.kept_is_known`` is False, and leaves its
+    squared norm among the scalars; else that is left out.
     """
 
     takes_scaled: bool
+    knows_kept: bool
 
     def ascend(self, batch: Batch, spec: StepSpec, scalars: Tensor, kept: Any = None) -> Backup:
         """Set ``w <- w + e`` and keep ``w``. If it fails, the weights are as they were.
@@ -132,6 +135,7 @@ class DeviceBackend(ABC):
     """A :class:`Backend` for one device, whose passes may also run in lockstep with others."""
 
     takes_scaled = False
+    knows_kept = False
 
     def ascend(self, batch: Batch, spec: StepSpec, scalars: Tensor, kept: Any = None) -> Any:
         return complete(self.ascent_pass(batch, spec, scalars, kept))

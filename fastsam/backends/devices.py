@@ -45,6 +45,7 @@ class SeveralDevices:
     """
 
     takes_scaled = True
+    knows_kept = False
 
     def __init__(
         self,

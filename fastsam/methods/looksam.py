@@ -74,9 +74,14 @@ class LookSAM(SharpnessAwareOptimizer):
 
     Cost: in a step with a perturbation that of :class:`GSAM`, and :math:`v` takes the place of
     :math:`g` in its memory: with SGD and momentum 56 bytes per element in float32 (reduce 4,
-    perturb 16, reduce 8, update 28), four launches; in the others one pass and 32 bytes (reduce 8,
-    update 24), two launches. One tensor of state per parameter (``ascent_orthogonal``), in the
-    gradient's dtype: in float16 elements below 6e-8 are lost.
+    perturb 16, reduce 8, update 28), four launches; in the others one pass and 28 bytes (reduce 4,
+    update 24), two launches. The first step that reuses a :math:`v` measures :math:`\|v\|`, with 4
+    bytes and one launch more; the norm then stays on the device. It is measured again after
+    ``load_state_dict``, if :math:`v` has been replaced, and if torch has counted a write to it.
+    Writes that torch does not count, as to ``.data``, are not seen. With ``max_grad_norm``, on a
+    base that takes the norm of :math:`u`, with sharded parameters and on several devices a step
+    that reuses has 32 bytes and two launches. One tensor of state per parameter
+    (``ascent_orthogonal``), in the gradient's dtype: in float16 elements below 6e-8 are lost.
 
     Args:
         params, base_optimizer: As in :class:`SAM`. A base optimizer with an ``alpha`` of its own,

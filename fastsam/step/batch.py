@@ -117,6 +117,8 @@ class Batch:
         read: The base's state that the ascent rule reads, in the first pass.
         firsts: First gradients, in the second pass.
         kept: What an earlier step has left that this one replaces, where it may be rejected.
+        kept_is_known: Whether the squared norm of what an earlier step has left, and this one
+            reuses, is among the scalars; None where the step has no need to know.
         validation, training: LETS's gradients at the updated weights.
         masters: Float32 weights behind 16-bit parameters.
         places: Every parameter's place among all, which its random bits depend on.
@@ -144,6 +146,7 @@ class Batch:
     read: list[Tensor | None] | None = None
     firsts: list[Tensor | None] | None = None
     kept: list[Tensor | None] | None = None
+    kept_is_known: bool | None = None
     validation: list[Tensor | None] | None = None
     training: list[Tensor | None] | None = None
     masters: list[Tensor | None] | None = None

@@ -1,6 +1,7 @@
 """What one step leaves in the memory of its first gradients, for the steps that follow."""
 
 from functools import partial
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -9,10 +10,12 @@ from torch.distributed.tensor import DTensor
 from fastsam.kernels.layout import Scalar
 
 from .base_state import parts_of_state
-from .batch import Batch
+from .batch import Batch, identical
 from .sharding import is_sharded, local
 from .spec import StepSpec
 from .state import States
+
+_writes_to = attrgetter("_version")
 
 
 def keep(batch: Batch, spec: StepSpec, states: States) -> None:
@@ -23,6 +26,43 @@ def keep(batch: Batch, spec: StepSpec, states: States) -> None:
     for param, x in zip(batch.owners, batch.firsts or (), strict=False):
         if x is not None:
             states[param][spec.ascent.keeps] = whole(x, param) if is_sharded(param) else x
+
+
+class KnownNorm:
+    """Of which tensors a norm on the device is, and whether it is still theirs.
+
+    It is where they are the same ones, where they were, and torch has counted no write to them
+    since. Kernels' own writes are not counted: whoever launches one that writes to such tensors
+    calls :meth:`forget` before.
+    """
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """It is no longer theirs, or about to be not."""
+        self._tensors: list[Tensor | None] = []
+        self._marks: list[int] | None = None
+        self._scalars: Tensor | None = None
+
+    def remember(self, tensors: list[Tensor | None], scalars: Tensor) -> None:
+        """It is that of these tensors, and among these scalars."""
+        self._tensors, self._marks, self._scalars = tensors, _marks_of(tensors), scalars
+
+    def is_of(self, tensors: list[Tensor | None], scalars: Tensor) -> bool:
+        """Whether it is that of these tensors, as they are now."""
+        if self._marks is None or scalars is not self._scalars:
+            return False
+        return identical(tensors, self._tensors) and _marks_of(tensors) == self._marks
+
+
+def _marks_of(tensors: list[Tensor | None]) -> list[int] | None:
+    """Where each is, and how often it has been written to; None where torch does not count."""
+    present = [x for x in tensors if x is not None]
+    try:
+        return [*map(Tensor.data_ptr, present), *map(_writes_to, present)]
+    except RuntimeError:  # as of inference tensors
+        return None
 
 
 def whole(x: Tensor, like: Tensor) -> Tensor:

@@ -575,6 +575,20 @@ class StepSpec:
         return bool(self.descent.sums) or not all(map(is_perturbed, self.groups))
 
     @property
+    def reuses_by_norm(self) -> bool:
+        """Whether ``u`` follows from the gradient's norm and that of what the step reuses.
+
+        Clipping, and a base that takes the norm of ``u``, need their product as well.
+        """
+        if self.descent is None or not self.descent.reuses or self.max_grad_norm is not None:
+            return False
+        if self.descent.scalars or self.descent.fills:
+            return False
+        if self.base is not None and self.base.needs_norm:
+            return False
+        return {*self.descent.sums} <= {"first", "second"}
+
+    @property
     def has_part_apart(self) -> bool:
         """Whether the update has a part that the base does not see."""
         return self.descent is not None and self.descent.apart

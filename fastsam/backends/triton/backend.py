@@ -9,7 +9,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from fastsam.kernels.layout import Launches, Row, Task, counters, partials
+from fastsam.kernels.layout import Launches, Row, Scalar, Task, counters, partials
 from fastsam.kernels.perturb import perturb_kernel
 from fastsam.kernels.reduce import finish_kernel, reduce_kernel, segments_kernel
 from fastsam.kernels.table import Table, Upload, is_capturing
@@ -39,6 +39,7 @@ from .plan import (
     ascent_sums,
     descent_sums,
     hypergradient_sums,
+    kept_sums,
     on,
     perturb_constants,
     perturb_launch,
@@ -56,6 +57,7 @@ class TritonBackend(Launcher, DeviceBackend):
     """See the module's docstring."""
 
     takes_scaled = True
+    knows_kept = True
 
     def __init__(self, launches: Launches = LAUNCHES) -> None:
         super().__init__(launches)
@@ -186,11 +188,14 @@ class TritonBackend(Launcher, DeviceBackend):
             with on(scalars.device):
                 if spec.needs_descent_norm:
                     plan.reduction = self._reduce(
-                        descent_sums(spec), plan.buckets, batch, spec, scalars
-                    )
+                        descent_sums(spec, batch.kept_is_known is not None), plan.buckets, batch,
+                        spec, scalars,
+                    )  # fmt: skip
                 if spec.has_fused:
                     plan.launches = self._updates(plan.buckets, spec, scalars, states)
             plan.depends = depends
+        if batch.kept_is_known is False:
+            yield from self._measure_kept(batch, spec, scalars)
         yield None
         if spec.has_fused and backup is not None:
             backup.restore(left)
@@ -218,6 +223,30 @@ class TritonBackend(Launcher, DeviceBackend):
                 update()
                 write_back(update.bucket, batch)
         release(plan.buckets)
+
+    def _measure_kept(self, batch: Batch, spec: StepSpec, scalars: Tensor) -> Pass[None]:
+        """Leave the squared norm of what an earlier step has kept among the scalars.
+
+        By launches of its own, and that of this step's gradient by the same as where this is known:
+        so a run that is resumed, which has to measure it again, has the same bits.
+        """
+        assert batch.firsts is not None
+        there = [(k, x) for k, x in enumerate(batch.firsts) if x is not None]
+        if not there:
+            scalars[Scalar.KEPT].zero_()
+            return
+        members = [k for k, _ in there]
+        part = Batch(
+            params=of(batch.params, members), groups=of(batch.groups, members),
+            grads=[x for _, x in there],
+        )  # fmt: skip
+        buckets = self._plan("kept", part, spec).buckets
+        for bucket in buckets:
+            bucket.locate(part, None, {})
+        with on(scalars.device):
+            reduction = self._reduce(kept_sums(), buckets, part, spec, scalars)
+        yield from reduction.run()
+        release(buckets)
 
     def _hypergradient(
         self, batch: Batch, backup: FlatBackup | None, hessian: str, spec: StepSpec, scalars: Tensor
@@ -392,7 +421,8 @@ class TritonBackend(Launcher, DeviceBackend):
         They are not the same for any two graphs: those have tables of hyper-parameters of their
         own. Nor are they with several devices, which get new copies of the scalars.
         """
-        depends = [*spec.key, self.launches, batch.part, scalars, batch.squares]
+        depends = [*spec.key, self.launches, batch.part, scalars, batch.squares,
+                   batch.kept_is_known is None]  # fmt: skip
         for bucket in plan.buckets:
             depends += bucket.table.revision, self._hyper_table(bucket, spec), bucket.moves
         return depends

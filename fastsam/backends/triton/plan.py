@@ -162,8 +162,21 @@ def ascent_sums(spec: StepSpec) -> Sums:
     )  # fmt: skip
 
 
-def descent_sums(spec: StepSpec) -> Sums:
-    """The second gradient's norm, and a descent rule's sums over both gradients."""
+def kept_sums() -> Sums:
+    """The norm of what a descent rule has kept, in the place of gradients; it carries no scale."""
+    own: dict[str, Any] = {
+        "TERMS": sums.of_descent, "FINISH": finish.finish_kept, "ASCENDS": True, "BOTH": False,
+        "LETS": False, "SCALED": False, "CHOOSES": False, "ADAPTIVE": False, "SEGMENTS": False,
+        "STATES": 0, "FROM_OLD": False, "SUMS": 1,
+    }  # fmt: skip
+    return Sums(NO_RULE | own, several=False)
+
+
+def descent_sums(spec: StepSpec, kept_is_known: bool = False) -> Sums:
+    """The second gradient's norm, and a descent rule's sums over both gradients.
+
+    Or that norm alone, where the rule reuses something whose norm is known.
+    """
     scaled = spec.adaptive and spec.renormalize  # whether the norm is that of T g~
     tasks = (
         Task.RENORMALIZE * spec.renormalize
@@ -185,6 +198,10 @@ def descent_sums(spec: StepSpec) -> Sums:
         own: dict[str, Any] = {"TERMS": sums.of_descent, "SUMS": number}
         return Sums(NO_RULE | common | own, int(tasks), several=False)
     rule = functions_of(spec.descent, DESCENT)
+    if kept_is_known:
+        common |= {"FINISH": finish.finish_reused, "BOTH": False}
+        own = {"TERMS": sums.of_descent, "SUMS": 1, "COEFFICIENTS": rule["coefficients"]}
+        return Sums(NO_RULE | common | own, int(tasks), several=False)
     rises = "rise" in spec.descent.sums
     if rises:
         common["FINISH"] = finish.finish_rise
