@@ -132,14 +132,8 @@ class LambdaRho(RhoScheduler):
 
     .. math:: \rho_t = \rho_0\, \lambda(t)
 
-    As :class:`torch.optim.lr_scheduler.LambdaLR` is for the learning rate::
-
-        scheduler = fastsam.LambdaRho(optimizer, lambda t: min(1.0, (t + 1) / 1000))
-        for x, y in batches:
-            optimizer.step(closure)
-            scheduler.step()
-
-    Save its ``state_dict`` beside the optimizer's; the function is not saved.
+    It is what :class:`torch.optim.lr_scheduler.LambdaLR` is for the learning rate. Save its
+    ``state_dict`` beside the optimizer's; the function is not saved.
 
     Args:
         optimizer: One of fastsam's, but :class:`LETS`, which learns its radius.
@@ -198,14 +192,7 @@ class ProportionalRho(RhoScheduler):
 
     This is the schedule of :class:`GSAM`'s authors. With the defaults the radius is proportional to
     the learning rate. If the learning rate is outside of its bounds, as in a warm-up, the radius is
-    at the bound. Call ``step`` after the learning rate's scheduler::
-
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=1000)
-        radius = fastsam.ProportionalRho(optimizer)
-        for x, y in batches:
-            optimizer.step(closure)
-            scheduler.step()
-            radius.step()
+    at the bound. Call ``step`` after the learning rate's scheduler.
 
     Args:
         optimizer: One of fastsam's, but :class:`LETS`, which learns its radius.
