@@ -28,6 +28,7 @@ from .methods.sps import SAMSPS
 from .methods.universal import DetSAM, FrobSAM, TraceSAM, UniversalSAM
 from .methods.vasso import VaSSO
 from .methods.weighted import GNP, WSAM
+from .monitor import Monitor
 from .normalization import normalization_groups
 from .replicas import per_replica
 from .schedules import LambdaRho, ProportionalRho, RhoScheduler, tail
@@ -37,8 +38,8 @@ __version__ = "0.2.0"
 __all__ = ["ASAM", "BSAM", "ESAM", "GNP", "GSAM", "LESAM", "LETS", "MSAM", "SAM", "SAMAR",
            "SAMSPS", "SSAM", "USAM", "WSAM", "AdaGradNorm", "AdaSAM", "DelayedSAM", "DetSAM",
            "FriendlySAM", "FrobSAM", "FunctionalSAM", "LambdaRho", "Landscape", "LightSAM",
-           "LookSAM", "PreconditionedSAM", "ProportionalRho", "RhoScheduler", "SharpnessRatio",
-           "SharpnessTrend", "TraceSAM", "UnifiedSAM", "UniversalSAM", "VaSSO", "compare_ranks",
-           "frozen_batch_norm", "frozen_updates", "functional_closures", "graphed",
-           "loss_landscape", "normalization_groups", "per_replica", "rules", "select_samples",
-           "sharpness", "split_closures", "tail", "theory"]  # fmt: skip
+           "LookSAM", "Monitor", "PreconditionedSAM", "ProportionalRho", "RhoScheduler",
+           "SharpnessRatio", "SharpnessTrend", "TraceSAM", "UnifiedSAM", "UniversalSAM", "VaSSO",
+           "compare_ranks", "frozen_batch_norm", "frozen_updates", "functional_closures",
+           "graphed", "loss_landscape", "normalization_groups", "per_replica", "rules",
+           "select_samples", "sharpness", "split_closures", "tail", "theory"]  # fmt: skip

@@ -18,6 +18,7 @@ from .step.caches import forget_weights
 from .step.capture import check_decisions, refuse
 from .step.closures import check_closure
 from .step.flight import InFlight
+from .step.hooks import run_observers
 from .step.interrupts import uninterrupted
 from .step.replay import Assumptions, detached, has_hooks, has_loss_scale, is_served
 from .step.sharding import is_sharded
@@ -222,6 +223,7 @@ class GraphedStep:
                 if param.grad is not grad:
                     param.grad = grad
         forget_weights()
+        run_observers(optimizer)
         return self._result
 
     def _pass(self) -> Any:

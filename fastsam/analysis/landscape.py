@@ -60,7 +60,7 @@ class Landscape:
         Raises:
             ImportError: If matplotlib is not installed.
         """
-        _check_matplotlib()
+        check_matplotlib()
         if axes is None:
             from matplotlib.figure import Figure
 
@@ -185,7 +185,7 @@ def loss_landscape(
     if isinstance(seed, bool) or not (isinstance(seed, int) and 0 <= seed < 2**63):
         raise ValueError(f"seed must be an integer from 0 to 2**63 - 1, got {seed!r}")
     if figure:
-        _check_matplotlib()
+        check_matplotlib()
     probe = Probe(model, loss_closure, "loss_landscape")
     if normalization == "auto":
         auto = {"random": "filter", "gradient": "unit"}
@@ -216,6 +216,11 @@ def loss_landscape(
     return replace(result, figure=result.plot()) if figure else result
 
 
-def _check_matplotlib() -> None:
+def check_matplotlib() -> None:
+    """A figure can be drawn.
+
+    Raises:
+        ImportError: If not.
+    """
     if importlib.util.find_spec("matplotlib") is None:
         raise ImportError("a figure needs the package matplotlib: pip install 'fastsam[bench]'")

@@ -1,11 +1,33 @@
 """Torch's step hooks, around passes that torch does not run them for."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import Optimizer
 
 from .takeover import Guard
+
+
+class Observer:
+    """A post hook that only looks at what the step measured: it can do so after a replay, too.
+
+    Args:
+        look: Is called after every step.
+    """
+
+    def __init__(self, look: Callable[[], None]) -> None:
+        self.look = look
+
+    def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self.look()
+
+
+def run_observers(optimizer: Optimizer) -> None:
+    """Run the optimizer's observers after a step that ran no Python."""
+    for hook in optimizer._optimizer_step_post_hooks.values():
+        if isinstance(hook, Observer):
+            hook.look()
 
 
 def run_own(optimizer: Optimizer, when: str) -> None:

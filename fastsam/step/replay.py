@@ -16,6 +16,7 @@ from .arguments import Setting
 from .batch import identical
 from .capture import refuse
 from .checkpoint import is_own
+from .hooks import Observer
 from .takeover import Guard
 
 #: Keys of groups that no step reads.
@@ -216,7 +217,7 @@ def has_loss_scale(optimizer: Any) -> bool:
 
 
 def has_hooks(optimizer: Any) -> bool:
-    """Whether hooks run around a step."""
+    """Whether hooks run around a step, which a replay would leave out."""
     base = optimizer.base_optimizer
     hooks = chain(
         torch_optimizer._global_optimizer_pre_hooks.values(),
@@ -226,7 +227,7 @@ def has_hooks(optimizer: Any) -> bool:
         *(member._optimizer_step_pre_hooks.values() for member in _members(base)),
         *(member._optimizer_step_post_hooks.values() for member in _members(base)),
     )
-    return not all(isinstance(hook, Guard) for hook in hooks)
+    return not all(isinstance(hook, (Guard, Observer)) for hook in hooks)
 
 
 def _members(base: Any) -> list[Any]:

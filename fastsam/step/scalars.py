@@ -89,7 +89,8 @@ class DeviceScalars:
                 names["perturbed_loss"] = Scalar.LOSS
             if "sharpness" in spec.descent.sums:
                 names["sharpness"] = Scalar.SHARPNESS
-        values = {name: self.vector[slot].clone() for name, slot in names.items()}
+        copy = self.vector.clone()  # of all: one launch
+        values = {name: copy[slot] for name, slot in names.items()}
         rho, like = spec.groups[0]["rho"], self.vector[0]
         if isinstance(rho, Tensor) and rho.device == like.device:
             values["rho"] = rho.to(like, copy=True)

@@ -52,7 +52,8 @@ RESULTS = ("fastsam.Landscape", "fastsam.theory.StepSizes")
 NO_PAPER = ("fastsam.DelayedSAM", "fastsam.Landscape", "fastsam.SharpnessRatio",
             "fastsam.SharpnessTrend", "fastsam.frozen_batch_norm", "fastsam.compare_ranks",
             "fastsam.frozen_updates", "fastsam.functional_closures", "fastsam.graphed",
-            "fastsam.LambdaRho", "fastsam.RhoScheduler", "fastsam.tail")  # fmt: skip
+            "fastsam.LambdaRho", "fastsam.Monitor", "fastsam.RhoScheduler",
+            "fastsam.tail")  # fmt: skip
 
 SECTION = r"^{}:\n((?:(?: .*)?\n)+)"
 
