@@ -34,6 +34,7 @@ from typing import Any
 
 import triton
 import triton.language as tl
+from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
@@ -571,7 +572,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 in_order = partial(pool.map, chunksize=4)
             for target in args.target:
                 look = partial(measure, target_name=target, code=args.flight or args.table)
-                reports = list(in_order(look, chosen))
+                progress = tqdm(
+                    in_order(look, chosen), target, len(chosen), unit="variant", disable=None
+                )  # on a terminal only
+                reports = list(progress)
                 print(f"{target}: triton {triton.__version__}, {len(reports)} variants")
                 problems = [f"FAILED {r.variant}: {p}" for r in reports for p in r.problems]
                 lines = [] if args.summary else reports

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from claims.study_training import execute_all
+from common.jobs import execute_all
 from prices.contenders import CONTENDERS
 from prices.measure import Split, Training, time_steps, train
 from prices.peers import PEERS, peers_of

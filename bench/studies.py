@@ -33,7 +33,7 @@ from claims import (
     study_stability,
 )
 from claims.study_core import Result, Run, Size, Study
-from claims.study_training import execute_all
+from common.jobs import execute_all
 from common.outputs import write_lines
 from train import OneLineParser, number
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 import fastsam
 from fastsam.backends.triton.backend import TritonBackend
@@ -92,7 +93,7 @@ def sweep(kind: str, device: torch.device, parameters: int) -> list[tuple[Launch
         another order make it other than 0.
     """
     results, expected = [], None
-    for launches in configurations(kind):
+    for launches in tqdm(list(configurations(kind)), kind, unit="configuration", disable=None):
         trial = Trial(kind, launches, device, parameters)
         for _ in range(2):
             trial.step()

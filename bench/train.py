@@ -1,27 +1,32 @@
 """Train a small convolutional network on real images with several optimizers and compare them.
 
-    python bench/train.py                      # handwritten digits, the default optimizers
-    python bench/train.py --label-noise 0.4    # 40 % of the training labels are wrong
+    python bench/train.py                      # handwritten digits: clean labels, and 40 % wrong
+    python bench/train.py --label-noise 0.4    # only with 40 % of the training labels wrong
+    python bench/train.py --watch              # one process, and a line an epoch
 
 At a given seed every optimizer starts from the same weights and sees the same batches. What is
 reported is the state after the last epoch, not the best epoch: choosing the epoch by its test
 accuracy would hide exactly the memorisation of wrong labels that flat minima are said to resist.
 The gap to SGD therefore needs training long enough to memorise: try a smaller --lr as well.
 
-landscape.png shows the training loss around the weights that each optimizer ended with: along the
-gradient, where SAM looks, and along a filter-normalised random direction.
+train.csv has a line for every epoch, and metrics.csv what fastsam.Monitor has seen of it: norms,
+radius and whatever else the method measures. landscape.png shows the training loss around the
+weights that each optimizer ended with: along the gradient, where SAM looks, and along a
+filter-normalised random direction.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import math
 import sys
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -34,9 +39,19 @@ from tqdm import tqdm
 import fastsam
 from fastsam.analysis.flatness import sharpness
 from fastsam.analysis.landscape import Landscape, loss_landscape
+from fastsam.monitor import Report
 
 from common.data import Images, flip_labels, load_images, make_model
-from common.outputs import RADIUS, Row, make_table, write_csv, write_figure
+from common.jobs import execute_all
+from common.outputs import (
+    RADIUS,
+    Row,
+    describe_noise,
+    make_table,
+    write_csv,
+    write_figure,
+    write_metrics,
+)
 
 SGD = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
 ADAMW = {"lr": 3e-3, "weight_decay": 1e-2}
@@ -63,7 +78,9 @@ METHODS: dict[str, tuple[Callable[..., Optimizer], dict[str, Any]]] = {
     "sam-adamw": (fastsam.SAM, {"rho": 0.2, **ON_ADAMW}),
     "asam-adamw": (fastsam.ASAM, {"rho": 2.0, **ON_ADAMW}),
 }
-DEFAULT_METHODS = ["sgd", "sam", "asam", "usam", "ssam"]
+DEFAULT_METHODS = ["sgd", "sam", "asam", "ssam"]
+DEFAULT_NOISES = [0.0, 0.4]  # two minutes of two CPU cores, with these methods and three seeds
+CPU_JOBS = 2
 EPOCHS = {"digits": 40, "mnist5k": 20}  # enough for SGD to learn wrong labels by heart
 SLICES = {"gradient": "distance along the gradient",
           "random": "along a random direction, filter-normalised"}  # fmt: skip
@@ -115,23 +132,53 @@ def train_epoch(
     return time.perf_counter() - start
 
 
-def run(
-    name: str, seed: int, train: Images, test: Images, args: argparse.Namespace, progress: tqdm
-) -> tuple[list[Row], dict[str, Landscape]]:
-    """Train one network with one optimizer, then look around the weights it found.
+class Training(NamedTuple):
+    """One network, one optimizer."""
 
-    After divergence the rows left hold NaN, and there are no slices.
+    name: str  # a key of METHODS
+    noise: float  # share of the training labels that are wrong
+    seed: int
+    args: argparse.Namespace
+
+    def __str__(self) -> str:
+        return f"{self.name}, {describe_noise(self.noise)}, seed {self.seed}"
+
+
+class Outcome(NamedTuple):
+    """What a training gave.
+
+    Attributes:
+        rows: Of the CSV, one for each epoch; after divergence they hold NaN.
+        reports: Of the monitor, one for each epoch until divergence; the baselines have none.
+        slices: Of the landscape, by kind; none after divergence.
     """
+
+    rows: list[Row]
+    reports: list[Report]
+    slices: dict[str, Landscape]
+
+
+@functools.lru_cache(maxsize=1)  # once a process
+def load(name: str, device: str) -> tuple[Images, Images]:
+    """The training and the test images."""
+    return load_images(name, torch.device(device))
+
+
+def run(training: Training) -> Outcome:
+    """Train one network with one optimizer, then look around the weights it found."""
+    name, noise, seed, args = training.name, training.noise, training.seed, training.args
+    train, test = load(args.data, args.device)
     torch.manual_seed(seed)
     model = make_model(train.x.shape[-1]).to(train.x.device)
     generator = torch.Generator().manual_seed(seed)
-    train = train._replace(y=flip_labels(train.y, args.label_noise, generator))
+    train = train._replace(y=flip_labels(train.y, noise, generator))
     optimizer = make_optimizer(name, model.parameters(), args)
+    monitor = fastsam.Monitor(optimizer) if "rho" in METHODS[name][1] else None
     group = optimizer.param_groups[0]
     key = (name, group["lr"], group.get("rho", math.nan), seed)
     schedule = CosineAnnealingLR(optimizer, T_max=args.epochs)
-    progress.set_description(f"{name}, seed {seed}")
     rows: list[Row] = []
+    reports: list[Report] = []
     slices: dict[str, Landscape] = {}
     for epoch in range(1, args.epochs + 1):
         seconds = train_epoch(model, optimizer, train, args.batch_size, generator)
@@ -139,8 +186,7 @@ def run(
         loss, _ = evaluate(model, train)
         if not math.isfinite(loss):
             lost = range(epoch, args.epochs + 1)
-            rows += [Row(*key, e, *[math.nan] * 4) for e in lost]
-            progress.update(len(lost))
+            rows += [Row(*key, e, *[math.nan] * 4, noise) for e in lost]
             break
         rise = math.nan
         if epoch == args.epochs:
@@ -150,33 +196,50 @@ def run(
 
             rise = sharpness(model, training_loss, RADIUS).item()
             for kind in SLICES:
-                slices[kind] = loss_landscape(model, training_loss, kind, points=POINTS, seed=seed)
-        rows.append(Row(*key, epoch, loss, evaluate(model, test)[1], seconds, rise))
-        progress.update()
-    return rows, slices
+                around = loss_landscape(model, training_loss, kind, points=POINTS, seed=seed)
+                slices[kind] = replace(around, directions=())  # which are as large as the model
+        accuracy = evaluate(model, test)[1]
+        rows.append(Row(*key, epoch, loss, accuracy, seconds, rise, noise))
+        values = {"train_loss": loss, "test_accuracy_percent": accuracy}
+        steps = epoch * math.ceil(len(train.y) / args.batch_size)
+        report = Report(steps, epoch, values=values)  # what is known of a baseline
+        if monitor is not None:
+            report = monitor.report(epoch, **values)
+            reports.append(report)
+        if args.watch:
+            tqdm.write(f"{training}: {report}")
+    return Outcome(rows, reports, slices)
 
 
-def write_landscape(slices: dict[str, list[dict[str, Landscape]]], title: str, path: Path) -> None:
+#: Of each optimizer, the slices of each seed that did not diverge.
+Slices = dict[str, list[dict[str, Landscape]]]
+
+
+def write_landscape(slices: dict[float, Slices], title: str, path: Path) -> None:
     """Draw each optimizer's slices: mean over seeds, and from the lowest to the highest as a band.
 
     Args:
-        slices: of each optimizer, the slices of each seed that did not diverge.
+        slices: for each share of wrong labels, which has a row of panels.
         title: of the figure.
         path: of the PNG.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    for axis, (kind, label) in zip(figure.subplots(1, 2), SLICES.items(), strict=True):
-        for name, runs in slices.items():
-            losses = np.array([run[kind].losses for run in runs])
-            x = runs[0][kind].coordinates
-            (line,) = axis.plot(x, losses.mean(0), label=name)
-            axis.fill_between(x, losses.min(0), losses.max(0), alpha=0.15, color=line.get_color())
-        axis.set(xlabel=label, ylabel="training loss (nats)")
-        axis.grid(alpha=0.3)
-    if slices:
-        figure.axes[0].legend(title="optimizer")
+    figure = Figure(figsize=(11, 4.5 * len(slices)), layout="constrained")
+    panels = figure.subplots(len(slices), 2, squeeze=False)
+    for row, (noise, of_noise) in zip(panels, slices.items(), strict=True):
+        for axis, (kind, label) in zip(row, SLICES.items(), strict=True):
+            for name, runs in of_noise.items():
+                losses = np.array([run[kind].losses for run in runs])
+                x = runs[0][kind].coordinates
+                (line,) = axis.plot(x, losses.mean(0), label=name)
+                low, high = losses.min(0), losses.max(0)
+                axis.fill_between(x, low, high, alpha=0.15, color=line.get_color())
+            axis.set(xlabel=label, ylabel="training loss (nats)")
+            axis.set_title(describe_noise(noise) if len(slices) > 1 else "")
+            axis.grid(alpha=0.3)
+        if of_noise:
+            row[0].legend(title="optimizer")
     figure.suptitle(title)
     figure.savefig(path, dpi=150)
 
@@ -221,14 +284,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--rho", type=non_negative, help=f"perturbation radius ({per_method}; baselines: none)")
     add("--lr", type=positive, help=f"initial learning rate of a cosine schedule ({per_method})")
     add("--batch-size", type=count, default=64, help="default: %(default)s")
-    add("--label-noise", type=fraction, default=0.0, metavar="FRACTION",
-        help="share of the training labels to be made wrong (default: %(default)s)")  # fmt: skip
+    add("--label-noise", nargs="+", type=fraction, default=DEFAULT_NOISES, metavar="FRACTION",
+        help="share of the training labels to be made wrong; several are compared (default: "
+             f"{' '.join(map(str, DEFAULT_NOISES))})")  # fmt: skip
     add("--data", choices=list(EPOCHS), default="digits", help="default: %(default)s")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: %(default)s")
     add("--backend", choices=["auto", "triton", "torch", "reference"], default="auto",
         help="fastsam's backend (default: %(default)s)")  # fmt: skip
     add("--output", type=Path, default=OUTPUT, help="folder (default: bench/results/train)")
-    add("--threads", type=count, help="CPU threads (default: torch's)")
+    add("--jobs", type=count,
+        help=f"processes (default: {CPU_JOBS}; on a GPU, and with --watch, 1)")  # fmt: skip
+    add("--threads", type=count, default=1, help="CPU threads of each (default: %(default)s)")
+    add("--watch", action="store_true", help="print a line for every epoch, with what the "
+        "optimizer has measured")  # fmt: skip
     args = parser.parse_args(argv)
 
     if args.epochs is None:
@@ -237,6 +305,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     elif args.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: 'cuda' needs a GPU, torch sees none; use 'auto' or 'cpu'")
+    for option, alone in (("--device cuda", args.device == "cuda"), ("--watch", args.watch)):
+        if alone and (args.jobs or 1) > 1:
+            parser.error(f"argument --jobs: must be 1 with {option}, got {args.jobs}")
+    args.jobs = args.jobs or (1 if args.device == "cuda" or args.watch else CPU_JOBS)
     try:  # the library knows which backend serves which device
         make_optimizer("sam", [torch.zeros(1, device=args.device, requires_grad=True)], args)
     except (ImportError, RuntimeError) as error:
@@ -258,32 +330,41 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train, print the table, write a CSV and two figures; return the exit status."""
+    """Train, print the table, write two CSVs and two figures; return the exit status."""
     args = parse(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    train, test = load_images(args.data, torch.device(args.device))
-    names = list(dict.fromkeys(args.optimizers))
+    train, test = load(args.data, args.device)
+    noises = sorted(set(args.label_noise))
+    percent = " and ".join(f"{100 * noise:g}" for noise in noises)
     title = (
-        f"{args.data}: {len(train.y)} training images, {100 * args.label_noise:g} % of labels "
-        f"wrong, {len(test.y)} test images, {args.seeds} seed(s)"
+        f"{args.data}: {len(train.y)} training images, {percent} % of labels wrong, "
+        f"{len(test.y)} test images, {args.seeds} seed(s)"
     )
-    rows: list[Row] = []
-    slices: dict[str, list[dict[str, Landscape]]] = {}
-    with tqdm(total=len(names) * args.seeds * args.epochs, unit="epoch") as progress:
-        for seed in range(args.seeds):
-            for name in names:
-                trained, around = run(name, seed, train, test, args, progress)
-                rows += trained
-                if around:
-                    slices.setdefault(name, []).append(around)
-    where = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
-    print(f"{title}, {args.epochs} epochs; {where}, {torch.get_num_threads()} CPU thread(s), "
-          f"torch {torch.__version__}\n\n{make_table(rows)}\n")  # fmt: skip
+    names = dict.fromkeys(args.optimizers)
+    trainings = [
+        Training(name, noise, seed, args)
+        for noise in noises for seed in range(args.seeds) for name in names
+    ]  # fmt: skip
+    with tqdm(total=len(trainings), unit="training") as progress:
+        outcomes = execute_all(run, trainings, args.jobs, progress, args.threads)
+    rows = [row for outcome in outcomes for row in outcome.rows]
+    slices: dict[float, Slices] = {noise: {} for noise in noises}
+    for training, outcome in zip(trainings, outcomes, strict=True):
+        if outcome.slices:
+            slices[training.noise].setdefault(training.name, []).append(outcome.slices)
+    where = f"{args.jobs} process(es) of {args.threads} thread(s)"
+    if args.device == "cuda":
+        where = torch.cuda.get_device_name()
+    print(f"{title}, {args.epochs} epochs; {where}, torch {torch.__version__}\n\n"
+          f"{make_table(rows)}\n")  # fmt: skip
     write_csv(rows, args.output / "train.csv")
+    seen = [
+        (training.name, training.noise, training.seed, report)
+        for training, outcome in zip(trainings, outcomes, strict=True) for report in outcome.reports
+    ]  # fmt: skip
+    write_metrics(seen, args.output / "metrics.csv")
     write_figure(rows, title, args.output / "train.png")
     write_landscape(slices, title, args.output / "landscape.png")
-    print(f"wrote train.csv, train.png and landscape.png to {args.output}")
+    print(f"wrote train.csv, metrics.csv, train.png and landscape.png to {args.output}")
     return 0
 
 

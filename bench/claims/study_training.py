@@ -1,12 +1,10 @@
-"""Training one network for a study, and many of them at once."""
+"""Training one network for a study."""
 
 from __future__ import annotations
 
 import functools
 import math
-import multiprocessing
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any
 
 import numpy as np
@@ -15,7 +13,6 @@ import torch.nn.functional as F
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
-from tqdm import tqdm
 
 import fastsam
 
@@ -190,38 +187,3 @@ def train_network(run: Run) -> Result:
     if validation:
         measured["validation_accuracy_percent"] = evaluate(model, validation)[1]
     return Result(run, measured, False, seconds, tuple(trace))
-
-
-def execute_all(
-    execute: Callable[[Run], Result], runs: list[Run], jobs: int, progress: tqdm
-) -> list[Result]:
-    """Return the results in the order of the runs, whatever the number of processes.
-
-    Every run has one thread to itself: on networks this small a second one gains nothing, and
-    sums split between threads differently would make the numbers depend on ``jobs``.
-    """
-    if jobs == 1:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            results = []
-            for run in runs:
-                results.append(execute(run))
-                progress.update()
-            return results
-        finally:
-            torch.set_num_threads(threads)
-    context = multiprocessing.get_context("spawn")  # a fork may hang in torch's threads
-    with ProcessPoolExecutor(
-        jobs, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)
-    ) as pool:
-        futures = {pool.submit(execute, run): i for i, run in enumerate(runs)}
-        done: dict[int, Result] = {}
-        try:
-            for future in as_completed(futures):
-                done[futures[future]] = future.result()
-                progress.update()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return [done[i] for i in range(len(runs))]

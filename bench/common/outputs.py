@@ -1,4 +1,4 @@
-"""What ``train.py`` leaves behind: a table, a CSV and a figure; the studies use its parts."""
+"""What ``train.py`` leaves behind: a table, CSVs and a figure; the studies use its parts."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from fastsam.monitor import FIELDS, Report
 
 RADIUS = 0.05  # of the sharpness measurement: one value, so that the methods can be compared
 
@@ -26,6 +28,12 @@ class Row(NamedTuple):
     test_accuracy_percent: float
     seconds: float
     sharpness: float  # measured after the last epoch only
+    label_noise: float = 0.0  # share of the training labels that are wrong
+
+
+def describe_noise(noise: float) -> str:
+    """A share of wrong labels, in words."""
+    return f"{100 * noise:g} % of labels wrong" if noise else "clean labels"
 
 
 def mean_std(values: list[float], digits: int) -> str:
@@ -37,9 +45,12 @@ def mean_std(values: list[float], digits: int) -> str:
 def make_table(rows: list[Row]) -> str:
     """Return the state after the last epoch, one line per optimizer, as plain text.
 
-    The figures of an optimizer are over the seeds that did not diverge; how many did is said.
+    The figures of an optimizer are over the seeds that did not diverge; how many did is said. For
+    several shares of wrong labels there is the test accuracy with each.
     """
     epochs = max(row.epoch for row in rows)
+    if len(noises_of(rows)) > 1:
+        return _table_of_noises([row for row in rows if row.epoch == epochs])
     lines = [["optimizer", "lr", "rho", "test accuracy (%)", "train loss",
               f"sharpness (radius {RADIUS})", "s/epoch", "diverged"]]  # fmt: skip
     for name in dict.fromkeys(row.optimizer for row in rows):
@@ -60,6 +71,27 @@ def make_table(rows: list[Row]) -> str:
     return align(lines)
 
 
+def noises_of(rows: list[Row]) -> list[float]:
+    """The shares of wrong labels, from the lowest."""
+    return sorted({row.label_noise for row in rows})
+
+
+def _table_of_noises(rows: list[Row]) -> str:
+    noises = noises_of(rows)
+    lines = [["test accuracy (%)", *map(describe_noise, noises), "lr", "rho", "diverged"]]
+    for name in dict.fromkeys(row.optimizer for row in rows):
+        own = [row for row in rows if row.optimizer == name]
+        good = [row for row in own if math.isfinite(row.train_loss)]
+        cells = []
+        for noise in noises:
+            values = [row.test_accuracy_percent for row in good if row.label_noise == noise]
+            cells.append(mean_std(values, 2) if values else "-")
+        rho = "-" if math.isnan(own[0].rho) else f"{own[0].rho:g}"
+        diverged = f"{len(own) - len(good)} of {len(own)}"
+        lines.append([name, *cells, f"{own[0].lr:g}", rho, diverged])
+    return align(lines)
+
+
 def align(lines: list[list[str]]) -> str:
     """Return lines of cells as plain text whose columns are aligned."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -74,6 +106,21 @@ def write_csv(rows: list[Row], path: Path) -> None:
     write_lines([Row._fields, *rows], path)
 
 
+def write_metrics(seen: list[tuple[str, float, int, Report]], path: Path) -> None:
+    """Write one line per report of a monitor, of which it is said whose it is.
+
+    Args:
+        seen: Optimizer, share of wrong labels, seed, and a report.
+        path: Of the CSV.
+    """
+    names = list(dict.fromkeys(name for *_, report in seen for name in report.values))
+    lines: list[Sequence[Any]] = [["optimizer", "label_noise", "seed", *FIELDS, *names]]
+    for *whose, report in seen:
+        fields = [getattr(report, field) for field in FIELDS]
+        lines.append([*whose, *fields, *(report.values.get(name, "") for name in names)])
+    write_lines(lines, path)
+
+
 def write_lines(lines: Iterable[Sequence[Any]], path: Path) -> None:
     """Write lines of values as a CSV file, with nothing in the place of a NaN."""
 
@@ -85,32 +132,50 @@ def write_lines(lines: Iterable[Sequence[Any]], path: Path) -> None:
 
 
 def write_figure(rows: list[Row], title: str, path: Path) -> None:
-    """Draw test accuracy and training loss against the epoch: mean over seeds, ± std as a band."""
+    """Draw test accuracy and training loss against the epoch: mean over seeds, ± std as a band.
+
+    For several shares of wrong labels it is the test accuracy with each, side by side.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    panels = {"test_accuracy_percent": "test accuracy (%)", "train_loss": "training loss (nats)"}
-    for axis, (field, label) in zip(axes, panels.items(), strict=True):
-        for name in dict.fromkeys(row.optimizer for row in rows):
-            runs: dict[int, list[float]] = {}
-            for row in rows:
-                if row.optimizer == name:
-                    runs.setdefault(row.seed, []).append(getattr(row, field))
-            values = np.array(list(runs.values()))  # NaN from a divergence on ends the line there
-            epochs = np.arange(1, values.shape[1] + 1)
-            mean, std = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else 0.0
-            (line,) = axis.plot(epochs, mean, label=name, marker="." if len(epochs) == 1 else "")
-            # no lower than the lowest seed: below zero there is nothing on a logarithmic axis
-            low, high = np.maximum(mean - std, values.min(0)), mean + std
-            axis.fill_between(epochs, low, high, alpha=0.2, color=line.get_color())
-        axis.set(xlabel="epoch", ylabel=label)
+    noises = noises_of(rows)
+    accuracy, loss = "test_accuracy_percent", "train_loss"
+    labels = {accuracy: "test accuracy (%)", loss: "training loss (nats)"}
+    panels = [(noise, accuracy) for noise in noises]
+    if len(noises) == 1:
+        panels.append((noises[0], loss))
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(5.5 * len(panels), 4.5), layout="constrained",
+        sharey=len(noises) > 1,
+    )  # fmt: skip
+    for axis, (noise, field) in zip(axes, panels, strict=True):
+        _draw_epochs(axis, [row for row in rows if row.label_noise == noise], field)
+        axis.set(xlabel="epoch", ylabel=labels[field] if axis is axes[0] or field == loss else "")
+        axis.set_title(describe_noise(noise) if len(noises) > 1 else "")
         axis.grid(alpha=0.3)
-    if any(row.train_loss > 0 for row in rows):  # not so if every run diverged at once
-        axes[1].set_yscale("log")
+        # not so if every run diverged at once
+        if field == loss and any(row.train_loss > 0 for row in rows):
+            axis.set_yscale("log")
     axes[0].legend(title="optimizer")
     figure.suptitle(title)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def _draw_epochs(axis: Any, rows: list[Row], field: str) -> None:
+    """Draw one field of each optimizer against the epoch."""
+    for name in dict.fromkeys(row.optimizer for row in rows):
+        runs: dict[int, list[float]] = {}
+        for row in rows:
+            if row.optimizer == name:
+                runs.setdefault(row.seed, []).append(getattr(row, field))
+        values = np.array(list(runs.values()))  # NaN from a divergence on ends the line there
+        epochs = np.arange(1, values.shape[1] + 1)
+        mean, std = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else 0.0
+        (line,) = axis.plot(epochs, mean, label=name, marker="." if len(epochs) == 1 else "")
+        # no lower than the lowest seed: below zero there is nothing on a logarithmic axis
+        low, high = np.maximum(mean - std, values.min(0)), mean + std
+        axis.fill_between(epochs, low, high, alpha=0.2, color=line.get_color())

@@ -34,6 +34,7 @@ from claims import (
 from claims.study_core import Result, Run, Size
 from claims.study_training import train_network
 from common.data import Images
+from common.jobs import execute_all
 from common.text import PARTS, Decoder, Text, load_text, windows
 
 TINY = {
@@ -141,8 +142,7 @@ def test_one_and_two_processes_give_the_same_rows_in_the_same_order():
     runs = [quick("sam", rho=0.1), quick("samar", **samar), quick("sgd", seed=1)]
     runs += study_saddle.make_runs()[:2]
     one, two = (
-        study_training.execute_all(study_stability.execute, runs, jobs, tqdm(disable=True))
-        for jobs in (1, 2)
+        execute_all(study_stability.execute, runs, jobs, tqdm(disable=True)) for jobs in (1, 2)
     )
     assert [r.run for r in one] == [r.run for r in two] == runs
     for first, second in zip(one, two, strict=True):

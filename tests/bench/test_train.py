@@ -4,7 +4,6 @@ import argparse
 import csv
 import importlib.util
 import sys
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -39,13 +38,16 @@ def _few_points(monkeypatch):
     monkeypatch.setattr(train, "POINTS", 3)
 
 
-def read_csv(folder: Path) -> list[dict[str, str]]:
-    with (folder / "train.csv").open(newline="", encoding="utf-8") as file:
+QUICK = ["--epochs", "1", "--seeds", "1", "--jobs", "1", "--label-noise", "0"]
+
+
+def read_csv(folder: Path, name: str = "train.csv") -> list[dict[str, str]]:
+    with (folder / name).open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
 def run_main(folder: Path, *options: str) -> list[dict[str, str]]:
-    assert train.main(["--epochs", "1", "--seeds", "1", "--output", str(folder), *options]) == 0
+    assert train.main([*QUICK, "--output", str(folder), *options]) == 0
     return read_csv(folder)
 
 
@@ -55,7 +57,7 @@ def test_run_writes_csv_figure_and_table(tmp_path, capsys):
     rows = run_main(folder, "--optimizers", *names, "--label-noise", "0.4")
     assert list(rows[0]) == [
         "optimizer", "lr", "rho", "seed", "epoch", "train_loss", "test_accuracy_percent",
-        "seconds", "sharpness",
+        "seconds", "sharpness", "label_noise",
     ]  # fmt: skip
     assert [(row["optimizer"], row["seed"], row["epoch"]) for row in rows] == [
         (name, "0", "1") for name in names
@@ -71,6 +73,56 @@ def test_run_writes_csv_figure_and_table(tmp_path, capsys):
     assert "40 % of labels wrong" in table
     for name in names:
         assert sum(line.startswith(name + " ") for line in table.splitlines()) == 1
+
+
+def test_clean_and_wrong_labels_are_compared_side_by_side(tmp_path, capsys, monkeypatch):
+    """What the command does without options, at a smaller size."""
+    assert train.parse(["--output", str(tmp_path)]).label_noise == [0.0, 0.4]
+    seen = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: seen.append(figure))
+    rows = run_main(
+        tmp_path, "--optimizers", "sgd", "sam", "--label-noise", "0.4", "0", "--batch-size", "400"
+    )
+    whose = [(row["label_noise"], row["optimizer"]) for row in rows]
+    assert whose == [("0.0", "sgd"), ("0.0", "sam"), ("0.4", "sgd"), ("0.4", "sam")]
+    values = [float(row["test_accuracy_percent"]) for row in rows]
+    accuracy = dict(zip(whose, values, strict=True))
+    header, *lines = capsys.readouterr().out.split("\n\n")[1].splitlines()
+    columns = [header.index("clean labels"), header.index("40 % of labels wrong")]
+    for line, name in zip(lines, ("sgd", "sam"), strict=True):
+        assert line.startswith(f"{name} ")
+        cells = [float(line[column:].split()[0]) for column in columns]
+        assert cells == pytest.approx([accuracy["0.0", name], accuracy["0.4", name]], abs=0.006)
+    curves, landscape = seen
+    assert [axis.get_title() for axis in curves.axes] == ["clean labels", "40 % of labels wrong"]
+    for axis, noise in zip(curves.axes, ("0.0", "0.4"), strict=True):
+        drawn = {line.get_label(): line.get_ydata()[-1] for line in axis.lines}
+        expected = {name: accuracy[noise, name] for name in ("sgd", "sam")}
+        assert drawn == pytest.approx(expected)
+    assert len(landscape.axes) == 4
+
+
+def test_what_the_optimizers_have_measured(tmp_path, capsys):
+    options = ["--optimizers", "sgd", "samar", "--epochs", "2", "--batch-size", "400", "--watch"]
+    run_main(tmp_path, *options)
+    lines = read_csv(tmp_path, "metrics.csv")
+    keys = ["optimizer", "label_noise", "seed", "epoch", "step"]
+    assert list(lines[0])[:5] == keys
+    assert [[line[key] for key in keys] for line in lines] == [
+        ["samar", "0.0", "0", "1", "3"], ["samar", "0.0", "0", "2", "6"]
+    ]  # fmt: skip
+    rows = read_csv(tmp_path)[2:]
+    for line, row in zip(lines, rows, strict=True):
+        assert line["steps"] == "3" and line["perturbed"] == "1.0" and line["not_finite"] == "0"
+        assert float(line["rho"]) == pytest.approx(float(row["rho"]))
+        assert float(line["grad_norm"]) > 0 and float(line["lam"]) > 0
+        for name in ("train_loss", "test_accuracy_percent"):
+            assert line[name] == row[name]
+    out = capsys.readouterr().out.splitlines()
+    for name, measured in (("sgd", False), ("samar", True)):
+        of_name = [x for x in out if x.startswith(f"{name}, clean labels, seed 0: epoch ")]
+        assert [f"epoch {i}, step {3 * i}: " in x for i, x in enumerate(of_name, 1)] == [True] * 2
+        assert all(("grad_norm" in x) == measured and "train_loss" in x for x in of_name)
 
 
 @pytest.mark.parametrize("name", train.METHODS)
@@ -95,7 +147,7 @@ def test_same_command_gives_the_same_numbers(tmp_path):
 
 def test_divergence_is_reported_and_does_not_stop_the_others(tmp_path, capsys):
     argv = ["--optimizers", "sgd", "sam", "--lr", "1e20", "--epochs", "2", "--seeds", "2"]
-    assert train.main([*argv, "--output", str(tmp_path)]) == 0
+    assert train.main([*QUICK, *argv, "--output", str(tmp_path)]) == 0
     rows = read_csv(tmp_path)
     assert len(rows) == 2 * 2 * 2
     assert all(row["train_loss"] == "" == row["test_accuracy_percent"] for row in rows)
@@ -171,11 +223,16 @@ def test_label_noise_reaches_training_and_never_the_test_labels(tmp_path, monkey
 
 
 def test_what_is_measured_is_the_loss_around_the_trained_weights(tmp_path, monkeypatch):
-    drawn = []
+    drawn, found = [], []
+
+    def look(*args, **kwargs):
+        found.append(loss_landscape(*args, **kwargs, span=train.RADIUS))
+        return found[-1]
+
     monkeypatch.setattr(train, "write_landscape", lambda slices, *_: drawn.append(slices))
-    monkeypatch.setattr(train, "loss_landscape", partial(loss_landscape, span=train.RADIUS))
+    monkeypatch.setattr(train, "loss_landscape", look)
     rows = run_main(tmp_path, "--optimizers", "sgd", "sam", "--seeds", "2", "--label-noise", "0.4")
-    (slices,) = drawn
+    slices = drawn[0][0.4]
     assert list(slices) == ["sgd", "sam"]
     for row in rows:
         around = slices[row["optimizer"]][int(row["seed"])]
@@ -184,7 +241,8 @@ def test_what_is_measured_is_the_loss_around_the_trained_weights(tmp_path, monke
             middle = len(result.losses) // 2
             assert result.coordinates[middle] == 0
             assert result.losses[middle] == pytest.approx(float(row["train_loss"]), rel=1e-5)
-    first, second = (run["random"].directions[0][0] for run in slices["sgd"])
+    of_weights = [x.directions[0][0] for x in found if "random" in x.labels[0]]
+    first, _, second, _ = of_weights  # the two seeds, of each SGD and SAM
     assert not torch.equal(first / first.norm(), second / second.norm())
     for row in rows:  # the slices end at the radius of the sharpness
         losses = slices[row["optimizer"]][int(row["seed"])]["gradient"].losses
@@ -203,9 +261,10 @@ def test_landscape_has_a_line_for_each_optimizer(tmp_path):
     seen = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Figure, "savefig", lambda figure, *_, **__: seen.append(figure))
-        train.write_landscape(slices, "title", tmp_path / "landscape.png")
+        train.write_landscape({0.0: slices, 0.4: slices}, "title", tmp_path / "landscape.png")
     (figure,) = seen
-    assert len(figure.axes) == 2
+    titles = [axis.get_title() for axis in figure.axes]
+    assert titles == ["clean labels"] * 2 + ["40 % of labels wrong"] * 2
     for axis in figure.axes:
         lines = {line.get_label(): line.get_ydata() for line in axis.lines}
         assert list(lines) == ["sgd", "sam"]
@@ -227,6 +286,9 @@ BAD_OPTIONS = [
     (["--seeds", "two"], ["--seeds", "two", "at least 1"]),
     (["--batch-size", "0"], ["--batch-size", "'0'", "at least 1"]),
     (["--threads", "1.5"], ["--threads", "1.5", "at least 1"]),
+    (["--jobs", "0"], ["--jobs", "'0'", "at least 1"]),
+    (["--jobs", "2", "--watch"], ["--jobs", "--watch", "got 2"]),
+    (["--label-noise", "0", "1"], ["--label-noise", "'1'", "[0, 1)"]),
     (["--data", "imagenet"], ["--data", "imagenet", "mnist5k"]),
     (["--device", "tpu"], ["--device", "tpu", "cuda"]),
     (["--backend", "jax"], ["--backend", "jax", "reference"]),
