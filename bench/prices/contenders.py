@@ -145,26 +145,26 @@ CONTENDERS = {
     "base": Contender("base alone", 1.0, (0.0,), base_alone),
     "sam": Contender("SAM", 2.0, LIKE_SAM, of(fastsam.SAM)),
     "msam": Contender("MSAM", 1.0, (1.5, 5.0, 10.0), of(fastsam.MSAM)),
-    "delayed": Contender("along the last gradient", 1.0, LIKE_SAM, of(fastsam.DelayedSAM)),
+    "delayed": Contender("DelayedSAM", 1.0, LIKE_SAM, of(fastsam.DelayedSAM)),
     "looksam": Contender(
-        f"LookSAM, k={EVERY}", 1 + 1 / EVERY, LIKE_SAM, of(fastsam.LookSAM, k=EVERY)
+        f"LookSAM(k={EVERY})", 1 + 1 / EVERY, LIKE_SAM, of(fastsam.LookSAM, k=EVERY)
     ),
     "factor": Contender(
-        f"factor-SAM, k={EVERY}", 1 + 1 / EVERY, LIKE_SAM,
+        f"perturb_every={EVERY}, amplify", 1 + 1 / EVERY, LIKE_SAM,
         of(fastsam.SAM, perturb_every=EVERY, amplify=True),
     ),
     "every-third": Contender(
-        "every third step", 4 / 3, (1.0, 2.0, 4.0), of(fastsam.SAM, perturb_every=3)
+        "perturb_every=3", 4 / 3, (1.0, 2.0, 4.0), of(fastsam.SAM, perturb_every=3)
     ),
     "tail": Contender(
-        f"SAM in the last {TAIL:.0%}", 1 + TAIL, LIKE_SAM, of(fastsam.SAM), Tail
+        f"tail, last {TAIL:.0%}", 1 + TAIL, LIKE_SAM, of(fastsam.SAM), Tail
     ),
     "part": Contender(
-        f"first pass on {PART:.0%} of the batch", 1 + PART, LIKE_SAM, of(fastsam.SAM),
+        f"split_closures, {PART:.0%}", 1 + PART, LIKE_SAM, of(fastsam.SAM),
         lambda problem, optimizer, steps: FirstPassOnPart(problem, optimizer),
     ),
     "selected": Contender(
-        f"ESAM's selection, {KEPT:.0%}", 1 + 1 / 3 + KEPT, LIKE_SAM, of(fastsam.SAM),
+        f"select_samples, {KEPT:.0%}", 1 + 1 / 3 + KEPT, LIKE_SAM, of(fastsam.SAM),
         lambda problem, optimizer, steps: SelectedSamples(problem, optimizer),
     ),
 }  # fmt: skip

@@ -167,12 +167,12 @@ PEERS = {
         lambda problem, optimizer, steps: PlainMomentumLoop(problem, optimizer), like="msam",
     ),
     "pytorch-optimizer": Peer(
-        f"LookSAM, k={EVERY}, pytorch-optimizer", 1 + 1 / EVERY, (1.0,), _looksam,
+        f"LookSAM(k={EVERY}), pytorch-optimizer", 1 + 1 / EVERY, (1.0,), _looksam,
         lambda problem, optimizer, steps: LookSAMLoop(problem, optimizer), like="looksam",
         module="pytorch_optimizer",
     ),
     "temperon": Peer(
-        f"SAM in the last {TAIL:.0%}, Temperon", 1 + TAIL, (1.0,), _temperon, _temperon_loop,
+        f"tail, last {TAIL:.0%}, Temperon", 1 + TAIL, (1.0,), _temperon, _temperon_loop,
         like="tail", module="temperon",
     ),
 }  # fmt: skip

@@ -88,7 +88,7 @@ def table(found: Found) -> str:
     """Return a line per contender: its price, and what it got for it."""
     unit = TASKS[found.task].unit
     measure = f"test accuracy ({unit})" if unit == "%" else f"test loss ({unit})"
-    lines = [["method", "passes", "time ÷ base", "ms: passes", "optimizer", "rest", "rho",
+    lines = [["method", "passes", "relative time", "ms: passes", "optimizer", "rest", "rho",
               f"{measure}, equal epochs", "share of SAM's gain", "epochs in SAM's time",
               "at equal time"]]  # fmt: skip
     later = {name: next(iter(radii.values())) for name, radii in
@@ -110,8 +110,8 @@ def table(found: Found) -> str:
 def peers_table(found: Found) -> str:
     """Return a line per peer, each after fastsam's own method with the same radius."""
     task = found.task
-    lines = [["against peers", "time ÷ base", "ms: passes", "optimizer", "rest", "rho",
-              f"{TASKS[task].unit}, equal epochs", "time ÷ fastsam's"]]  # fmt: skip
+    lines = [["against peers", "relative time", "ms: passes", "optimizer", "rest", "rho",
+              f"{TASKS[task].unit}, equal epochs", "relative to fastsam's"]]  # fmt: skip
 
     def line(title: str, name: str, outcomes: list[Outcome], ratio: str) -> list[str]:
         split = found.times[name]
@@ -194,7 +194,10 @@ FAR = 8  # times the median distance from the base: such a point is drawn at the
 
 
 def draw(found: Sequence[Found], figure: Figure) -> None:
-    """Draw what is got against its price, a panel a task: equal epochs, each at its best radius."""
+    """Draw what is got against its price, a panel a task: equal epochs, each at its best radius.
+
+    Bars are standard deviations over the seeds.
+    """
     axes = figure.subplots(1, len(found), squeeze=False)[0]
     for axis, one in zip(axes, found, strict=True):
         unit = TASKS[one.task].unit
@@ -203,17 +206,17 @@ def draw(found: Sequence[Found], figure: Figure) -> None:
         base = mean_score(best["base"])
         edge = FAR * statistics.median(abs(mean_score(runs) - base) for runs in best.values())
         for i, (name, outcomes) in enumerate(best.items()):
-            mean, error, title = mean_score(outcomes), spread(outcomes), CONTENDERS[name].title
-            if edge and base - mean > edge:
-                title = f"{title}: {shown(outcomes, one.task)}"
-                mean, error = base - edge, 0.0
-                axis.annotate(title, (one.ratio(name), sign * mean), (0, 8), fontsize=8,
-                              textcoords="offset points", ha="center")  # fmt: skip
-            axis.errorbar(one.ratio(name), sign * mean, error, marker="osD^v<>Ph*"[i % 10],
-                          capsize=3, ls="none", color=f"C{i % 10}",
-                          label=CONTENDERS[name].title)  # fmt: skip
-        score = "test accuracy (%)" if unit == "%" else "test loss (nats per character)"
-        axis.set(xlabel="time of a step ÷ the base's", ylabel=score, title=TASKS[one.task].title)
+            x, y, title = one.ratio(name), mean_score(outcomes), CONTENDERS[name].title
+            bar = statistics.stdev(o.score for o in outcomes) if len(outcomes) > 1 else 0.0
+            if edge and base - y > edge:
+                y, bar = base - edge, 0.0
+                axis.annotate(f"below: {shown(outcomes, one.task)}", (x, sign * y), (0, 9),
+                              fontsize=8, textcoords="offset points", ha="center")  # fmt: skip
+            axis.errorbar(x, sign * y, bar, marker="osD^v<>Ph*"[i % 10], capsize=3, ls="none",
+                          color=f"C{i % 10}", label=title)  # fmt: skip
+        score = "test accuracy in %" if unit == "%" else "test loss in nats (lower is better)"
+        axis.set(xlabel="time of a step, relative to the base's", ylabel=score,
+                 title=TASKS[one.task].title)  # fmt: skip
         if sign < 0:
             axis.invert_yaxis()  # better is higher in all panels
         axis.grid(alpha=0.3)

@@ -107,7 +107,7 @@ def test_share_of_the_gain():
     assert one.share(best["looksam"]) == pytest.approx(100 * 18.5 / 20)
     assert one.ratio("looksam") == 1.2
     lines = report.verdicts(one)
-    assert "LookSAM, k=5 keeps 92.5 % of SAM's gain (goal 90 %): met" in lines[0]
+    assert "LookSAM(k=5) keeps 92.5 % of SAM's gain (goal 90 %): met" in lines[0]
     assert "MSAM keeps 40.0 % of SAM's gain (goal 85 %): MISSED" in lines[1]
     slow = found(base=(1, [70]), sam=(2, [90]), looksam=(1.4, [90]), msam=(1.1, [88]))
     assert "MSAM keeps 90.0 %" in report.verdicts(slow)[0]
@@ -117,7 +117,7 @@ def test_times_against_their_goals():
     one = found(base=(2, [70]), sam=(4, [90]), msam=(2.2, [88]), looksam=(2.8, [88]))
     assert report.time_verdicts(one) == [
         "A step of MSAM takes 1.10 times the base's (goal 1.1): met.",
-        "A step of LookSAM, k=5 takes 1.40 times the base's (goal 1.35): MISSED.",
+        "A step of LookSAM(k=5) takes 1.40 times the base's (goal 1.35): MISSED.",
     ]
 
 
