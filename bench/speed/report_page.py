@@ -21,8 +21,8 @@ HOW = """\
 network's forward and backward passes. The contenders take turns in one process, and each time is
 the median of its turns. SGD has momentum. *Copy* is one plain copy of contiguous memory that moves
 the least bytes of the method: each number read once, each result written once. The peers are SAM of
-{peers}, as they come and with torch's fused SGD or AdamW as their base (`fused=True`). "2× (name)"
-means that the faster peer, which is named, takes twice fastsam's time."""
+{peers}, with their defaults and with torch's fused SGD or AdamW as their base (`fused=True`).
+"2× (name)" means that the faster peer, which is named, takes twice fastsam's time."""
 
 ON_GPU = """\
 On a GPU a turn is the median of Triton's `do_bench`, by the device's own events and with a cleared

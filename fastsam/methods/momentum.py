@@ -62,10 +62,10 @@ class MSAM(SharpnessAwareOptimizer):
     :math:`v` is what the base has kept of the steps before: SGD's momentum buffer, the first moment
     of Adam and AdamW. So the perturbation is known before the forward pass, no gradient at
     :math:`w` is needed, and a step has half of :class:`SAM`'s forward and backward passes.
-    :math:`e` goes backwards along the way that the weights have come. In the first step, and for a
-    parameter that has no momentum yet, :math:`e = 0`. In ``adaptive`` groups, which the paper has
-    not, :math:`v` becomes :math:`T^2 v` and its norm :math:`\|T v\|`, as in :class:`SAM`. A
-    momentum whose norm is 0 or not finite perturbs nothing.
+    :math:`e` points to where the momentum moves the weights. In the first step, and for a parameter
+    that has no momentum yet, :math:`e = 0`. In ``adaptive`` groups, which the paper has not,
+    :math:`v` becomes :math:`T^2 v` and its norm :math:`\|T v\|`, as in :class:`SAM`. A momentum
+    whose norm is 0 or not finite perturbs nothing.
 
     ``step(closure)`` perturbs, calls the closure once, restores the weights and updates them. A
     loop that calls ``backward`` itself says where its forward pass begins::
