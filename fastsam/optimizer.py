@@ -115,6 +115,8 @@ class SharpnessAwareOptimizer(ExplicitPasses):
                 closure; for gradients that are sparse or complex. An exception in the closure
                 leaves weights and state as they were before the step, and propagates.
             TypeError: If an argument is something else.
+            ValueError: With a second closure and ``amplify``, which takes the difference of both
+                gradients: they have to be those of one function.
         """
         if closure is None and self.creates_state_only:
             self.create_state()
@@ -126,6 +128,11 @@ class SharpnessAwareOptimizer(ExplicitPasses):
             check_closure(type(self).__name__, second_closure)
         self._expect("first_step", "step")
         self._check_settings()
+        if second_closure is not closure and self.amplify and not self._closures_agree_at_w:
+            raise ValueError(
+                f"amplify must be False with a second closure, got {self.amplify!r}: a step would "
+                "amplify the difference between the two closures' gradients"
+            )
         return self._undone_if_it_fails(self._step, closure, second_closure, grad_scaler)
 
     @uncompiled

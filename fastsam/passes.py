@@ -13,7 +13,7 @@ from fastsam.kernels.layout import Scalar
 
 from . import backends
 from .bases.several import Several
-from .replicas import agree
+from .replicas import agree, is_distributed
 from .step.arguments import named
 from .step.base_state import compute_what_is_read, find_base_state_read
 from .step.batch import Batch
@@ -303,7 +303,8 @@ class Passes:
         """Whether the norm of what the step reuses is known, or it is to be measured."""
         if not (spec.reuses_by_norm and batch.params and batch.firsts is not None):
             return
-        apart = batch.shardings is not None and any(batch.shardings)
+        # collectives write to tensors, too, and torch does not count that
+        apart = is_distributed() or (batch.shardings is not None and any(batch.shardings))
         if not apart and self.backends.serving(backend, batch).knows_kept:
             batch.kept_is_known = self._known_norm.is_of(batch.firsts, scalars)
 

@@ -21,7 +21,7 @@ from fastsam.step.arguments import Choice, Integer, Number, complete_settings, s
 from fastsam.step.capture import refuse
 from fastsam.step.checkpoint import SharedState, all_or_nothing
 from fastsam.step.checks import check_closure_free
-from fastsam.step.closures import check_closure
+from fastsam.step.closures import check_closure, refuse_split
 from fastsam.step.interrupts import uninterrupted
 from fastsam.step.loading import (
     Receiver,
@@ -199,6 +199,7 @@ class LETS(SharedState):
             )
         for one in (closure, val_closure):
             check_closure("LETS", one)
+        refuse_split("LETS.step", (closure, val_closure))
         if table.is_capturing(self._nu.device):
             raise refuse("LETS", "it counts its steps on the host")
         self._follow_groups()

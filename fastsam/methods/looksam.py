@@ -79,7 +79,7 @@ class LookSAM(SharpnessAwareOptimizer):
     bytes and one launch more; the norm then stays on the device. It is measured again after
     ``load_state_dict``, if :math:`v` has been replaced, and if torch has counted a write to it.
     Writes that torch does not count, as to ``.data``, are not seen. With ``max_grad_norm``, on a
-    base that takes the norm of :math:`u`, with sharded parameters and on several devices a step
+    base that takes the norm of :math:`u`, in distributed training and on several devices a step
     that reuses has 32 bytes and two launches. One tensor of state per parameter
     (``ascent_orthogonal``), in the gradient's dtype: in float16 elements below 6e-8 are lost.
 

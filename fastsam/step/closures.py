@@ -36,6 +36,29 @@ CUT_OFF = (
 )
 
 
+class SplitClosure:
+    """One of the two that ``split_closures`` gives: a closure with its batch."""
+
+    def __init__(self, closure: Callable[[Any], Any], batch: Any):
+        self.closure, self.batch = closure, batch
+
+    def __call__(self) -> Any:
+        return self.closure(self.batch)
+
+
+def refuse_split(name: str, closures: Iterable[Any]) -> None:
+    """Raise where the closures of ``split_closures`` would be taken for something else.
+
+    Raises:
+        TypeError: If one is among them.
+    """
+    if any(isinstance(closure, SplitClosure) for closure in closures):
+        raise TypeError(
+            f"{name} cannot take the closures of split_closures: the first one's batch is a part "
+            "of the second one's. Give them to step(*closures) of a sharpness-aware optimizer"
+        )
+
+
 def check_closure(name: str, closure: Any) -> None:
     """What ``step`` was given."""
     if closure is None:
@@ -65,7 +88,7 @@ def check_closures(name: str, closures: Any) -> list[Callable[[], Any]]:
     """What ``step_micro_batches`` was given, as a list.
 
     Raises:
-        TypeError: If it is one function, or one of them is none.
+        TypeError: If it is one function, or one of them is none, or is of ``split_closures``.
         ValueError: If there is none.
     """
     if callable(closures):
@@ -73,6 +96,7 @@ def check_closures(name: str, closures: Any) -> list[Callable[[], Any]]:
     found = list(closures)
     if not found:
         raise ValueError("closures must be at least one, got none")
+    refuse_split(f"{name}.step_micro_batches", found)
     for closure in found:
         check_closure(name, closure)
     return found

@@ -342,6 +342,8 @@ class Descent(Rule):
             raise ValueError(
                 f"descent {self.name!r} must not ask for 'rise' and for 'product' or 'sharpness'"
             )
+        if self.keeps and self.fills:
+            raise ValueError(f"descent {self.name!r} must not have both keeps and fills")
         if self.rate and (self.apart or not self.sums):
             raise ValueError(f"descent {self.name!r} has rate and needs sums, and not apart")
         if len(self.scalars) > DESCENT_SCALARS:

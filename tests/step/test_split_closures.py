@@ -2,6 +2,7 @@
 
 import collections
 
+import numpy as np
 import pytest
 import torch
 
@@ -52,7 +53,15 @@ def test_a_step_against_its_equation(backend):
 
 @pytest.mark.parametrize(
     ("n", "fraction", "count"),
-    [(1, 0.25, 1), (2, 0.25, 1), (4, 0.25, 1), (5, 0.25, 2), (64, 0.25, 16), (7, 1.0, 7)],
+    [
+        (1, 0.25, 1),
+        (2, 0.25, 1),
+        (4, 0.25, 1),
+        (5, 0.25, 2),
+        (64, 0.25, 16),
+        (7, 1.0, 7),
+        (100, 0.07, 7),
+    ],
 )
 def test_how_many_samples(n, fraction, count):
     part, whole = seen_by(torch.arange(n), fraction)
@@ -71,8 +80,9 @@ Named = collections.namedtuple("Named", "x y")
         lambda x: Named(x, x),
         lambda x: collections.OrderedDict(a=x),
         lambda x: collections.UserDict(a=x, b=(x,)),
+        lambda x: collections.defaultdict(list, a=x),
     ],
-    ids=["tuple", "list", "dict", "named", "ordered", "user"],
+    ids=["tuple", "list", "dict", "named", "ordered", "user", "default"],
 )
 def test_kinds_of_batches(make):
     x = torch.arange(8.0).view(8, 1)
@@ -110,6 +120,9 @@ def test_in_steps_of_the_base_the_whole_batch_decides():
         ((None, torch.ones(4)), TypeError, ["closure", "callable", "None"]),
         ((print, 3), TypeError, ["batch", "tensor", "3", "second_closure"]),
         ((print, {"a": torch.tensor(1.0)}), TypeError, ["batch", "dimension 0"]),
+        ((print, (torch.ones(4), ["a"] * 4)), TypeError, ["batch", "'a'", "second_closure"]),
+        ((print, (torch.ones(4), np.arange(4))), TypeError, ["batch", "array", "dimension 0"]),
+        ((print, torch.nn.utils.rnn.pack_sequence([torch.ones(4)])), TypeError, ["Packed"]),
         ((print, (torch.ones(4), torch.ones(5))), ValueError, ["batch", "[4, 5]"]),
         ((print, torch.ones(0, 3)), ValueError, ["batch", "at least 1", "[0]"]),
         ((print, torch.ones(4), 0), ValueError, ["ascent_fraction", "(0, 1]", "0"]),
@@ -122,3 +135,47 @@ def test_errors_name_the_argument(arguments, error, words):
     with pytest.raises(error) as raised:
         fastsam.split_closures(*arguments)
     assert all(word in str(raised.value) for word in words), raised.value
+
+
+def problem(cls=fastsam.SAM, **settings):
+    torch.manual_seed(0)
+    w = torch.nn.Parameter(torch.randn(3, dtype=torch.float64))
+    optimizer = cls([w], torch.optim.SGD, rho=0.1, lr=0.1, **settings)
+
+    def closure(x):
+        loss = (x @ w).square().mean()
+        loss.backward()
+        return loss
+
+    return w, optimizer, fastsam.split_closures(closure, torch.randn(8, 3, dtype=torch.float64))
+
+
+def refused(w, error, words, step, *arguments):
+    before = w.detach().clone()
+    with pytest.raises(error) as raised:
+        step(*arguments)
+    assert all(word in str(raised.value) for word in words), raised.value
+    assert torch.equal(w, before)
+
+
+def test_where_the_second_closure_is_something_else():
+    """Neither a validation batch, nor another micro-batch."""
+    w, sam, closures = problem()
+    words = ["split_closures", "step(*closures)"]
+    refused(w, TypeError, ["LETS.step", *words], fastsam.LETS(sam, rho_lr=0.1).step, *closures)
+    w, sam, closures = problem()
+    refused(w, TypeError, ["step_micro_batches", *words], sam.step_micro_batches, closures)
+
+
+def test_differences_between_batches_are_not_amplified():
+    w, sam, closures = problem(perturb_every=3, amplify=True)
+    refused(w, ValueError, ["amplify", "True", "second closure"], sam.step, *closures)
+    sam.step(closures[1])
+
+
+@pytest.mark.parametrize("cls", [fastsam.MSAM, fastsam.DelayedSAM, fastsam.TraceSAM])
+def test_methods_that_have_no_second_pass_of_their_own(cls):
+    settings = {"momentum": 0.9} if cls is fastsam.MSAM else {}
+    w, optimizer, closures = problem(cls, **settings)
+    with pytest.raises((TypeError, RuntimeError, ValueError)):
+        optimizer.step(*closures)
