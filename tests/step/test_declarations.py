@@ -64,7 +64,7 @@ def states(*names):
          "sums of descent 'mine' must be among 'first', 'second', 'product', 'sharpness', 'rise', "
          "'loss', got "
          "'third'"),
-        (Descent, {"keeps": True, "fills": True},
+        (partial(descent, keeps=True, fills=True),
          "descent 'mine' must not have both keeps and fills"),
         (partial(descent, scalars=dict.fromkeys("abc", 0.0)),
          "descent 'mine' has three scalars and needs adapt with them"),
