@@ -6,8 +6,9 @@
 
 First come times of steps: medians of turns that all contenders take in one process, split into
 forward and backward passes, the optimizer's own, and the rest. Leave the machine alone meanwhile.
-Then each contender trains at three radii for as many epochs as the base, and at the best of them
-for as long as SAM takes. Peers (published packages that are installed, and loops in plain torch)
+Then each contender trains for as many epochs as the base: at three radii, and at further ones while
+the best is the lowest or the highest, up to six. At the best it trains once more, for as long as
+SAM takes. Peers (published packages that are installed, and loops in plain torch)
 train once more at the best radius of fastsam's own method. It writes price.txt, price.csv and
 price.png.
 """
@@ -31,6 +32,7 @@ from prices.measure import Split, Training, time_steps, train
 from prices.peers import PEERS, peers_of
 from prices.report import (
     Found,
+    by_contender,
     draw,
     peers_table,
     radii_table,
@@ -42,6 +44,7 @@ from prices.report import (
 from prices.tasks import TASKS, Task
 from train import OneLineParser, number
 
+MOST_RADII = 6
 OUTPUT = Path(__file__).resolve().parent / "results" / "price"
 
 
@@ -102,13 +105,28 @@ def equal_epochs(task: Task, names: list[str], args: argparse.Namespace) -> list
     ]
 
 
+def further_radii(task: Task, found: Found, args: argparse.Namespace) -> list[Training]:
+    """Half or twice the radii of contenders whose best one is the lowest or highest so far."""
+    trainings = []
+    for name, radii in by_contender(found.equal_epochs).items():
+        best = found.best()[name][0].training.rho
+        if name == "base" or len(radii) >= MOST_RADII or min(radii) < best < max(radii):
+            continue
+        rho = best / 2 if best == min(radii) else 2 * best
+        trainings += [
+            Training(task.name, name, rho, seed, epochs_of(task, args), args.device)
+            for seed in range(args.seeds)
+        ]
+    return trainings
+
+
 def equal_time(
     task: Task, times: dict[str, Split], best: dict[str, float], args: argparse.Namespace
 ) -> list[Training]:
-    """Those that are quicker than SAM once more, for as many epochs as fit into its time."""
+    """Those that are quicker than SAM once more, for as many steps as fit into its time."""
     trainings = []
     for name, rho in best.items():
-        epochs = int(epochs_of(task, args) * times["sam"].total / times[name].total)
+        epochs = epochs_of(task, args) * times["sam"].total / times[name].total
         if name != "sam" and epochs > epochs_of(task, args):
             trainings += [
                 Training(task.name, name, rho, seed, epochs, args.device)
@@ -154,6 +172,9 @@ def look_at(
 
     first = train_all(equal_epochs(task, names, args), "equal epochs")
     found = Found(task.name, times, first, [])
+    while more := further_radii(task, found, args):
+        first = first + train_all(more, "further radii")
+        found = Found(task.name, times, first, [])
     best = {name: outcomes[0].training.rho for name, outcomes in found.best().items()}
     later = train_all(equal_time(task, times, best, args), "equal time")
     others = train_all(of_peers(task, peers_of(names), best, args), "peers")

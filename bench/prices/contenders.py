@@ -137,7 +137,8 @@ def of(cls: Callable[..., Any], **own: Any) -> Callable[..., Any]:
 
 
 def base_alone(params: Iterable[Tensor], base: type, settings: dict[str, Any], rho: float) -> Any:
-    return base(params, **settings)
+    """torch's own, fused."""
+    return base(params, fused=True, **settings)
 
 
 LIKE_SAM = (0.5, 1.0, 2.0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from .contenders import Closure, Loop
 from .peers import EVERYONE
-from .tasks import TASKS, Batch, Problem
+from .tasks import TASKS, Problem
 
 STEPS = 30  # of a turn: whole periods of everything that has one
 
@@ -28,7 +27,7 @@ class Training:
     contender: str
     rho: float
     seed: int
-    epochs: int
+    epochs: float
     device: str = "cpu"
 
 
@@ -42,15 +41,19 @@ class Outcome:
 
 
 class Split(NamedTuple):
-    """Milliseconds of a step: forward and backward passes, the optimizer's own, and the rest."""
+    """Milliseconds of a step: forward and backward passes, the optimizer's own, and the rest.
+
+    ``variation`` is the range of the middle half of the turns, in percent of their median.
+    """
 
     passes: float
     optimizer: float
     rest: float
+    variation: float = 0.0
 
     @property
     def total(self) -> float:
-        return sum(self)
+        return self.passes + self.optimizer + self.rest
 
 
 def prepare(training: Training, steps: int | None = None) -> tuple[Problem, Loop, int]:
@@ -59,7 +62,7 @@ def prepare(training: Training, steps: int | None = None) -> tuple[Problem, Loop
     problem = task.make(training.seed, training.device)
     params = problem.model.parameters()
     optimizer = contender.make(params, task.base, task.settings, training.rho)
-    steps = training.epochs * problem.steps if steps is None else steps
+    steps = round(training.epochs * problem.steps) if steps is None else steps
     return problem, contender.loop(problem, optimizer, steps), steps
 
 
@@ -71,13 +74,12 @@ def train(training: Training) -> Outcome:
     task = TASKS[training.task]
     problem, loop, steps = prepare(training)
     schedule = CosineAnnealingLR(loop.scheduled, T_max=steps)
-    for _ in range(training.epochs):
-        for batch in problem.epoch():
-            loop.step(batch)
-            loop.after()
-            schedule.step()
-        if not all(bool(p.isfinite().all()) for p in problem.model.parameters()):
-            return Outcome(training, task.chance, True)
+    for batch in itertools.islice(problem.forever(), steps):
+        loop.step(batch)
+        loop.after()
+        schedule.step()
+    if not all(bool(p.isfinite().all()) for p in problem.model.parameters()):
+        return Outcome(training, task.chance, True)
     score = problem.score()
     diverged = not math.isfinite(score)
     return Outcome(training, task.chance if diverged else max(score, task.chance), diverged)
@@ -99,7 +101,7 @@ class TimedLoop:
     def __init__(self, training: Training):
         # never at an end: a schedule has no part in the time of a step
         self.problem, self.loop, _ = prepare(training, steps=STEPS)
-        self.batches = self._forever()
+        self.batches = self.problem.forever()
         self.device, self.inside = training.device, 0.0
         self.loop.timed = self._timed
 
@@ -111,10 +113,6 @@ class TimedLoop:
             return result
 
         return timed
-
-    def _forever(self) -> Iterator[Batch]:
-        while True:
-            yield from self.problem.epoch()
 
     def turn(self) -> Split:
         """Take ``STEPS`` steps and return the mean of their times."""
@@ -145,7 +143,12 @@ def time_steps(
             split = loop.turn()
             if round_:  # the first one prepares
                 turns[name].append(split)
-    return {
-        name: sorted(splits, key=lambda split: split.total)[len(splits) // 2]
-        for name, splits in turns.items()
-    }
+    return {name: median(splits) for name, splits in turns.items()}
+
+
+def median(turns: list[Split]) -> Split:
+    """The turn of the median time, with their variation."""
+    turns = sorted(turns, key=lambda split: split.total)
+    middle = turns[len(turns) // 2]
+    low, high = (turns[int(q * (len(turns) - 1))].total for q in (0.25, 0.75))
+    return middle._replace(variation=100 * (high - low) / middle.total)

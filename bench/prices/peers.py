@@ -1,6 +1,7 @@
 """What others offer for the same methods: published packages, and loops in plain torch.
 
-Each is trained at the radius that was best for fastsam's own method of the same kind.
+Each is trained at the radius that was best for fastsam's own method of the same kind, on torch's
+fused base.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class PlainSAM:
         self, params: Iterable[Tensor], base: type, settings: dict[str, Any], rho: float
     ) -> None:
         self.params, self.rho = list(params), rho
-        self.base: torch.optim.Optimizer = base(self.params, **settings)
+        self.base: torch.optim.Optimizer = base(self.params, fused=True, **settings)
         self.perturbations: dict[Tensor, Tensor] = {}
 
     def zero_grad(self) -> None:
@@ -128,14 +129,17 @@ class TemperonLoop(Loop):
 def _looksam(params: Iterable[Tensor], base: type, settings: dict[str, Any], rho: float) -> Any:
     import pytorch_optimizer
 
-    return pytorch_optimizer.LookSAM(params, base, rho=rho, k=EVERY, alpha=0.7, **settings)
+    return pytorch_optimizer.LookSAM(
+        params, base, rho=rho, k=EVERY, alpha=0.7, fused=True, **settings
+    )
 
 
 def _temperon(params: Iterable[Tensor], base: type, settings: dict[str, Any], rho: float) -> Any:
     import temperon
 
     # the number of steps is known to the loop, which sets it
-    return temperon.Temperon(base(params, **settings), total_steps=1, tail_frac=TAIL, rho=rho)
+    inner = base(params, fused=True, **settings)
+    return temperon.Temperon(inner, total_steps=1, tail_frac=TAIL, rho=rho)
 
 
 def _temperon_loop(problem: Problem, optimizer: Any, steps: int) -> Loop:

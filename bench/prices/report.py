@@ -88,7 +88,8 @@ def table(found: Found) -> str:
     """Return a line per contender: its price, and what it got for it."""
     unit = TASKS[found.task].unit
     measure = f"test accuracy ({unit})" if unit == "%" else f"test loss ({unit})"
-    lines = [["method", "passes", "relative time", "ms: passes", "optimizer", "rest", "rho",
+    lines = [["method", "passes", "relative time", "varies by", "ms: passes", "optimizer", "rest",
+              "rho",
               f"{measure}, equal epochs", "share of SAM's gain", "epochs in SAM's time",
               "at equal time"]]  # fmt: skip
     later = {name: next(iter(radii.values())) for name, radii in
@@ -98,10 +99,11 @@ def table(found: Found) -> str:
         runs = later.get(name, [])
         lines.append([
             CONTENDERS[name].title, f"{CONTENDERS[name].passes:.2f}", f"{found.ratio(name):.2f}",
-            f"{split.passes:.2f}", f"{split.optimizer:.2f}", f"{split.rest:.2f}",
+            f"{split.variation:.0f} %", f"{split.passes:.2f}", f"{split.optimizer:.2f}",
+            f"{split.rest:.2f}",
             "-" if name == "base" else f"{outcomes[0].training.rho:g}",
             shown(outcomes, found.task), "-" if share is None else f"{share:.0f} %",
-            str(runs[0].training.epochs) if runs else "-",
+            f"{runs[0].training.epochs:.1f}" if runs else "-",
             shown(runs, found.task) if runs else "-",
         ])  # fmt: skip
     return align(lines)

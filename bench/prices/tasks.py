@@ -54,6 +54,10 @@ class Problem:
         for chosen in torch.randperm(self.count, generator=self.generator).split(self.batch_size):
             yield self.sample(chosen)
 
+    def forever(self) -> Iterator[Batch]:
+        while True:
+            yield from self.epoch()
+
 
 class ImageProblem(Problem):
     """The network of ``train.py``, with a share of the training labels wrong."""

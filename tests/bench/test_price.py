@@ -145,12 +145,38 @@ def test_those_that_are_quicker_train_for_sams_time(tmp_path):
     best = {"base": 0.0, "sam": 0.2, "msam": 1.0}
     runs = price.equal_time(TASKS["digits"], times, best, args)
     assert [(t.contender, t.rho, t.seed, t.epochs) for t in runs] == [
-        ("base", 0.0, 0, 21), ("base", 0.0, 1, 21), ("msam", 1.0, 0, 19), ("msam", 1.0, 1, 19),
+        ("base", 0.0, 0, 21.0), ("base", 0.0, 1, 21.0),
+        ("msam", 1.0, 0, pytest.approx(21 / 1.1)), ("msam", 1.0, 1, pytest.approx(21 / 1.1)),
     ]  # fmt: skip
+
+
+def test_a_part_of_an_epoch_is_so_many_steps(small):
+    problem, _, steps = measure.prepare(training("sam", epochs=2.5))
+    assert (problem.steps, steps) == (2, 5)
+
+
+def test_radii_go_on_where_the_best_is_at_an_end(tmp_path):
+    argv = ["--tasks", "digits", "--seeds", "1", "--epochs", "10", "--output", str(tmp_path)]
+    args = price.parse(argv)
+    scores = {
+        "sam": {0.1: 80, 0.2: 90, 0.4: 70}, "msam": {0.3: 90, 1: 80, 2: 10},
+        "delayed": {0.1: 80, 0.2: 90, 0.4: 95}, "looksam": dict.fromkeys((1, 2, 4, 8, 16, 32), 5),
+        "base": {0.0: 50},
+    }  # fmt: skip
+    runs = [outcome(name, x, rho) for name, radii in scores.items() for rho, x in radii.items()]
+    one = report.Found("digits", {}, runs, [])
+    found = price.further_radii(TASKS["digits"], one, args)
+    assert [(t.contender, t.rho) for t in found] == [("msam", 0.15), ("delayed", 0.8)]
+
+
+def test_the_median_turn_and_its_variation():
+    turns = [Split(total, 0.0, 0.0) for total in (9, 10, 11, 13, 100)]
+    assert measure.median(turns) == Split(11, 0.0, 0.0, pytest.approx(100 * 3 / 11))
 
 
 def test_writes_its_three_files(small, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(measure, "STEPS", 5)
+    monkeypatch.setattr(price, "MOST_RADII", 3)
     folder = tmp_path / "made" / "here"
     argv = ["--tasks", "digits", "text", "--methods", "msam", "--epochs", "1", "--seeds", "1",
             "--rounds", "1", "--jobs", "1", "--output", str(folder)]  # fmt: skip
