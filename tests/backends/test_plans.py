@@ -143,8 +143,7 @@ def moved(optimizer):
     state.update({name: x * 2 for name, x in state.items() if name != "step"})
 
 
-@pytest.mark.parametrize("order", [1, -1])
-@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize(("base", "order"), [(torch.optim.SGD, 1), (torch.optim.AdamW, -1)])
 def test_launches_follow_what_changes(base, order):
     """After every change the triton backend goes on as the reference, which keeps nothing."""
     momentum = {"momentum": 0.9} if base is torch.optim.SGD else {}

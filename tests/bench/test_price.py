@@ -59,7 +59,7 @@ def test_passes_are_as_many_as_the_table_says(name, task, small):
 @pytest.mark.parametrize("task", ["digits", "text"])
 def test_without_a_radius_all_are_the_base(task, small):
     """So they share weights and batches."""
-    epochs = {"digits": 12, "text": 2}[task]
+    epochs = {"digits": 8, "text": 2}[task]
     base = measure.train(training("base", task, epochs=epochs))
     assert base.score > TASKS[task].chance
     # ESAM's selection trains on a part of the samples; pytorch-optimizer's LookSAM scales up the

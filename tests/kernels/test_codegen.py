@@ -65,7 +65,7 @@ def test_sample_on_other_targets():
 
 @pytest.mark.parametrize("target", ["cuda:90", "hip:gfx942"])
 def test_a_lost_alignment_hint_is_reported(target):
-    done = run(BROKEN, "hint", "--sample", "12", "--target", target)
+    done = run(BROKEN, "hint", "--sample", "10", "--target", target)
     assert done.returncode == 1, done.stderr
     streams = re.findall(r" (\w+ (?:load|store)) \d+", done.stdout)
     assert {"param load", "grad load", "backup store", "state2 store"} <= set(streams)
@@ -115,7 +115,7 @@ def test_what_finishes_sums_over_processes_compiles(tmp_path):
 
 
 def test_spilled_registers_are_reported():
-    done = run(BROKEN, "registers", "--sample", "12", "--target", "cuda:90")
+    done = run(BROKEN, "registers", "--sample", "6", "--target", "cuda:90")
     assert done.returncode == 1, done.stderr
     assert re.search(r"FAILED update_kernel adam .*: [1-9]\d* B spilled", done.stdout)
 

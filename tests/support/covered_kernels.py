@@ -32,15 +32,32 @@ def settings_of(variant: codegen.Variant) -> list[dict[str, Any]]:
 
 
 def covering_variants() -> list[codegen.Variant]:
-    """A fraction of all variants, in an order of their own."""
+    """A fraction of all variants, in an order of their own.
+
+    Of the variants with the same rules one is taken whose flags are due as well, if there is one.
+    """
     places: dict[int, int] = {}
     alike: dict[pairs.Case, list[codegen.Variant]] = defaultdict(list)
+    flags_of: dict[codegen.Variant, pairs.Case] = {}
     for variant in sorted(codegen.variants(), key=repr):
-        for settings in settings_of(variant):
-            alike[pairs.case_of(settings, places)].append(variant)
-    chosen = pairs.covering(alike)
-    picked = [members for case, members in alike.items() if case in chosen]
-    return list(dict.fromkeys(members[i % len(members)] for i, members in enumerate(picked)))
+        cases = [pairs.case_of(settings, places) for settings in settings_of(variant)]
+        for case in cases:
+            alike[case].append(variant)
+        flags_of[variant] = cases[-1]
+    flags = set(flags_of.values())
+    covering = pairs.covering(alike)
+    chosen = [case for case in alike if case in covering]
+    due = {case for case in chosen if case in flags}
+    picked = []
+    for i, case in enumerate(sorted(chosen, key=lambda case: case in flags)):
+        if case in flags and case not in due:
+            continue
+        members = alike[case]
+        useful = (variant for variant in members if flags_of[variant] in due)
+        variant = next(useful, members[i % len(members)])
+        due.discard(flags_of[variant])
+        picked.append(variant)
+    return list(dict.fromkeys(picked))
 
 
 if __name__ == "__main__":
