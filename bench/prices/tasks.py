@@ -165,7 +165,7 @@ TASKS = {
             0.1, 12, 40, "%", 10.0, label_noise=WRONG, most=1500, needs=("mlxtend",),
         ),
         Task(
-            "text", "text", torch.optim.AdamW, {"lr": 3e-3, "weight_decay": 0.1}, 0.03,
+            "text", "text, clean", torch.optim.AdamW, {"lr": 3e-3, "weight_decay": 0.1}, 0.03,
             1, 20, "nats", -4.6,
         ),
     )

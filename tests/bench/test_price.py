@@ -190,7 +190,7 @@ def test_writes_its_three_files(small, tmp_path, capsys, monkeypatch):
             "SAM",
             "MSAM",
             "digits, 40% of the labels wrong: 1 epoch(s)",
-            "text: ",
+            "text, clean: ",
         )
     )
     assert (folder / "price.png").read_bytes().startswith(b"\x89PNG")
