@@ -41,7 +41,7 @@ def split_closures(
       :class:`MSAM`, :class:`DelayedSAM`, the universal class, ``step_micro_batches`` and
       :func:`graphed` raise an error.
     - BatchNorm: with ``ascent_context=fastsam.frozen_batch_norm(model)`` the running statistics
-      follow the pass over the whole batch. The part needs two samples at least, as every batch.
+      follow the pass over the whole batch. The part then needs at least two samples.
     - DDP, FSDP2: each rank takes the same share of its own part of the batch.
 
     Args:

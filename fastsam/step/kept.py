@@ -32,8 +32,8 @@ class KnownNorm:
     """Of which tensors a norm on the device is, and whether it is still theirs.
 
     It is where they are the same ones, where they were, and torch has counted no write to them
-    since. Kernels' own writes are not counted: whoever launches one that writes to such tensors
-    calls :meth:`forget` before.
+    since. torch does not count the writes of kernels: call :meth:`forget` before a kernel that
+    writes to such tensors is launched.
     """
 
     def __init__(self) -> None:
