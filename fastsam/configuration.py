@@ -310,7 +310,7 @@ class Configured(SharedState):
 
         self._loading = Loading(self.kept, receiver, self._passes.loaded)
         self._loading.stay(self.base_optimizer)
-        # who saves the base's state dict finds the present counts in it, too
+        # a state dict of the base has the present counts in it, too
         self.base_optimizer.register_state_dict_pre_hook(write_own)
 
     def _own_base(self, base: Optimizer) -> None:

@@ -481,5 +481,5 @@ class ExplicitPasses(Configured):
 
     @property
     def _sets_to_none(self) -> bool:
-        """Whether what zeroes the gradients leaves them to whoever has them otherwise."""
+        """Whether what zeroes the gradients leaves them to other code that holds them."""
         return self.set_to_none and zeroes_as_torch(self)

@@ -21,7 +21,7 @@ class Context:
         folder: Where its results go.
         python: The command that runs a Python script.
         add: Called with each line of results, which is then on disk.
-        say: Prints a line for whoever waits.
+        say: Prints a line for the user who waits.
     """
 
     device: torch.device

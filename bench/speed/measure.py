@@ -111,7 +111,7 @@ def alternate(
     taken: dict[Any, list[float]] = {name: [] for name in samples}
     enabled = gc.isenabled()
     gc.collect()
-    gc.disable()  # a collection falls on whoever is at work
+    gc.disable()  # a collection would fall into some measurement
     try:
         for _ in range(rounds):
             for name, sample in samples.items():

@@ -29,9 +29,9 @@ ALONG_LAST = Ascent(
 class DelayedSAM(MSAM):
     r"""SAM along the perturbed gradient of the step before, with one forward and backward pass.
 
-    No published method: a heuristic for bases without a momentum, of which nothing has been
-    measured here. In the place of the gradient at :math:`w` stands the one that the last step has
-    taken, at other weights and of another batch:
+    A heuristic, not a published method. It needs no momentum in the base. Instead of the gradient
+    at :math:`w` it uses the gradient of the last step, which was taken at other weights and from
+    another batch. It has been measured on three small tasks (docs/choosing.md):
 
     .. math:: e_t = \rho\, \frac{\tilde g_{t-1}}{\|\tilde g_{t-1}\| + 10^{-12}}, \qquad
               w \leftarrow \mathrm{base}(w, \tilde g_t)

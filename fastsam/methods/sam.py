@@ -41,8 +41,8 @@ class SAM(SharpnessAwareOptimizer):
     Args:
         params: Parameters, named parameters or parameter groups, as in :mod:`torch.optim`. Groups
             may have their own ``rho``, ``adaptive`` and ``eta``. A group with ``perturb=False`` is
-            updated but not perturbed, and does not count in the norm; it costs nothing in the first
-            pass and has no state of the ascent. ``renormalize`` refuses it.
+            updated but not perturbed, and does not count in the norm. The first pass neither reads
+            nor writes it, and it has no state of the ascent. ``renormalize`` refuses it.
         base_optimizer: Optimizer class for the update. :class:`torch.optim.SGD`,
             :class:`~torch.optim.Adam`, :class:`~torch.optim.AdamW`, :class:`~torch.optim.Adagrad`
             and :class:`AdaGradNorm` run fused with the rest of the step. For any other class
@@ -78,8 +78,9 @@ class SAM(SharpnessAwareOptimizer):
             these three is sharpness-aware. ``step`` counts from 0. ``metrics`` has ``"lr"`` and
             ``"rho"`` of the first group if they are numbers, and nothing that the host would have
             to wait for. All ranks have to decide alike. Default None: every step that is due.
-        amplify: Let a step with a perturbation make up for those without, as in factor-SAM, so that
-            the best ``rho`` does not depend on :math:`k`, which is ``perturb_every``:
+        amplify: Let a step with a perturbation make up for those without, as in factor-SAM. Its
+            authors' aim is a best ``rho`` that does not depend on :math:`k`, which is
+            ``perturb_every``:
 
             .. math:: u = g + \alpha k\, (\tilde g - g)
 

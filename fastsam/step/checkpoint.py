@@ -32,12 +32,12 @@ BASE_KEY = "base_optimizer"
 class SharedState(Optimizer):
     """An optimizer whose groups and state are those of another one that it holds.
 
-    Whoever assigns to ``state`` or ``param_groups`` of one changes both.
+    An assignment to ``state`` or ``param_groups`` of one changes both.
     """
 
     #: Whose they are.
     _owner: Any
-    #: Attributes that a copy or a pickle leaves out: who comes from one makes or finds them anew.
+    #: Attributes that a copy or a pickle leaves out, and makes or finds anew.
     _TRANSIENT: tuple[str, ...] = ()
 
     @property

@@ -32,7 +32,7 @@ class DeviceScalars:
     ``kept``, a dict of the optimizer's own numbers, and become views of the vector there.
 
     Args:
-        kept: The optimizer's own numbers by name, shared with whoever saves them.
+        kept: The optimizer's own numbers by name, shared with the code that saves them.
         slots: Which of them live in which slot.
     """
 

@@ -65,7 +65,7 @@ def put_guard(made: Any) -> None:
 
 @contextmanager
 def stepped_from_here(base: Optimizer) -> Iterator[None]:
-    """In the block the base may be stepped, whoever it was taken over from."""
+    """In the block the base may be stepped, also if it was taken over from other code."""
     hooks = base._optimizer_step_pre_hooks.values()
     guard = next((hook for hook in hooks if isinstance(hook, Guard)), None)
     if guard is None:

@@ -1,7 +1,7 @@
 """What a step sends: the collectives that fastsam starts, and those of the two passes.
 
-They are noted below Python, where torch hands them to a process group, whoever starts them: DDP's
-reducer, FSDP2, DTensor or the optimizer. Small networks send as often as large ones.
+They are noted below Python, where torch hands them to a process group, whichever code starts them:
+DDP's reducer, FSDP2, DTensor or the optimizer. Small networks send as often as large ones.
 """
 
 import pytest

@@ -272,7 +272,7 @@ def test_lazy_modules_begin_inside():
 
 
 def test_views_of_one_memory():
-    """Values are put back in place: whoever else looks at the memory sees them."""
+    """Values are put back in place: other code that looks at the memory sees them."""
     flat = torch.arange(2.0 * FEATURES, device=DEVICE)
     model = network()
     model[1].running_mean, model[1].running_var = flat[::2], flat[1::2]
