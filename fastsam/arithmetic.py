@@ -28,11 +28,23 @@ def bounded(scale: Any, like: Tensor) -> Any:
     return scale.clamp(max=most) if isinstance(scale, Tensor) else min(scale, most)
 
 
-def where(condition: Any, x: Any) -> Any:
-    """``x`` where the condition holds, else 0; of numbers or of tensors."""
+def where(condition: Any, x: Any, other: Any = 0.0) -> Any:
+    """``x`` where the condition holds, else ``other``; of numbers or of tensors."""
     if isinstance(condition, Tensor):
-        return torch.where(condition, x, 0.0)
-    return x if condition else 0.0
+        return torch.where(condition, x, other)
+    return x if condition else other
+
+
+def is_finite(x: Any) -> Any:
+    """Whether a number or a tensor is neither infinite nor NaN."""
+    return x.isfinite() if isinstance(x, Tensor) else math.isfinite(x)
+
+
+def root(x: Any) -> Any:
+    """The square root of a number or a tensor; 0 of what rounding has made negative."""
+    if isinstance(x, Tensor):
+        return x.clamp(min=0).sqrt()
+    return 0.0 if x < 0 else math.sqrt(x)
 
 
 def gives_direction(norm: Any) -> Any:

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastsam.arithmetic import EPS, wide
+from fastsam.arithmetic import EPS, is_finite, root, where, wide
 from fastsam.kernels.layout import Scalar
 from fastsam.step.batch import Batch
 from fastsam.step.sharding import Sharding, add_up, total
@@ -81,6 +82,32 @@ def dot(
     return result
 
 
+@contextmanager
+def numbers(scalars: Tensor) -> Iterator[Any]:
+    """The scalars to read and to write: a list of numbers on a CPU, where that is faster.
+
+    They change at the end of the block, and not if it raises; on another device at once.
+    """
+    if scalars.device.type != "cpu":
+        yield scalars
+        return
+    values = scalars.tolist()
+    yield values
+    scalars.numpy()[:] = values  # a tensor of them takes three times as long
+
+
+def _number(x: Any, scalars: Tensor) -> Any:
+    """A number, or a tensor of one, as what :func:`numbers` gives."""
+    return float(x) if scalars.device.type == "cpu" else x + torch.zeros_like(scalars[0])
+
+
+def _tensor(x: Any, scalars: Tensor) -> Tensor:
+    """What a rule is given in the place of a number: a 0-dim tensor of its own."""
+    if isinstance(x, Tensor):
+        return x.clone()
+    return scalars.new_full((), x)
+
+
 def finish_ascent(n: Tensor, direction_norm: Tensor, spec: StepSpec, scalars: Tensor) -> None:
     """The norms that the perturbation needs, and the rule's accumulator."""
     scalars[Scalar.ASCENT_NORM] = direction_norm
@@ -97,11 +124,13 @@ def settle(n: Tensor, spec: StepSpec, scalars: Tensor) -> None:
     if rule is None or rule.sums or rule.given:
         return
     found = rule.coefficients(_scalars_of(rule, scalars), {}, rule.columns(spec.groups[0]))
-    c, c1, *beside = (x + torch.zeros_like(scalars[0]) for x in found)
-    scalars[Scalar.COEFFICIENT] = torch.where(n.isfinite(), c, 1.0)
-    scalars[Scalar.FIRST_COEFFICIENT] = torch.where(n.isfinite(), c1, 0.0)
-    for slot, x in zip(BESIDE, beside, strict=False):
-        scalars[slot] = torch.where(n.isfinite(), x, 0.0)
+    with numbers(scalars) as s:
+        c, c1, *beside = (_number(x, scalars) for x in found)
+        usable = is_finite(_number(n, scalars))
+        s[Scalar.COEFFICIENT] = where(usable, c, 1.0)
+        s[Scalar.FIRST_COEFFICIENT] = where(usable, c1, 0.0)
+        for slot, x in zip(BESIDE, beside, strict=False):
+            s[slot] = where(usable, x, 0.0)
 
 
 def first_passes(
@@ -177,59 +206,69 @@ def finish_descent(
     ``plain`` is its norm, ``measured`` that of ``T g~`` where it is renormalised, and ``sums`` what
     a descent rule asks for. The rule's scalars follow only where it ``adapts``.
     """
-    n = scalars[Scalar.GRAD_NORM].clone()
-    gamma = torch.ones_like(n)
+    with numbers(scalars) as s:
+        values = {name: _number(x, scalars) for name, x in sums.items()}
+        _finish(_number(plain, scalars), _number(measured, scalars), values, spec, scalars, s)
+    if spec.descent is not None and adapts:
+        adapt(spec.descent, spec, scalars)
+
+
+def _finish(
+    plain: Any, measured: Any, sums: dict[str, Any], spec: StepSpec, scalars: Tensor, s: Any
+) -> None:
+    """Fill in ``s``, which is to become the ``scalars``: numbers, or 0-dim tensors."""
+    n = s[Scalar.GRAD_NORM]
+    one = gamma = _number(1.0, scalars)
     if spec.renormalize:
         # n = n~ gives exactly 1, so that SSAM is then SAM bit for bit; so does a non-finite n,
         # where nothing was perturbed and there is no norm to restore
-        exact = (n == measured) | ~n.isfinite()
-        gamma = torch.where(exact, 1.0, n / (measured + EPS))
-    first, coefficient = torch.zeros_like(n), gamma
+        gamma = where((n != measured) & is_finite(n), n / (measured + EPS), 1.0)
+    first, coefficient = 0.0 * one, gamma
     norm = gamma * plain  # of u
     rule = spec.descent
     if rule is not None:
         state = _scalars_of(rule, scalars)
-        scalars[Scalar.USED_DESCENT0] = scalars[Scalar.DESCENT0]
-        given = sums | {"second": norm.square(), "product": gamma * sums["product"]}
-        given |= {"rise": gamma * sums.get("rise", 0.0), "loss": scalars[Scalar.LOSS].clone()}
-        given = {name: x for name, x in given.items() if name in rule.sums}
-        found = rule.coefficients(state, given, rule.columns(spec.groups[0]))
-        c, c1, *beside = (x + torch.zeros_like(n) for x in found)  # they may be numbers
+        s[Scalar.USED_DESCENT0] = s[Scalar.DESCENT0]
+        given = sums | {"second": norm * norm, "product": gamma * sums["product"]}
+        given |= {"rise": gamma * sums.get("rise", 0.0), "loss": s[Scalar.LOSS]}
+        tensors = {name: _tensor(x, scalars) for name, x in given.items() if name in rule.sums}
+        found = rule.coefficients(state, tensors, rule.columns(spec.groups[0]))
+        c, c1, *beside = (_number(x, scalars) for x in found)
         # a first gradient that is not finite stays out of u, as it stayed out of the perturbation
-        usable = n.isfinite() & sums["first"].isfinite()  # n is that of what is perturbed
-        first = torch.where(usable, c1, 0.0)
-        coefficient = torch.where(usable, c * gamma, gamma)
+        usable = is_finite(n) & is_finite(sums["first"])  # n is that of what is perturbed
+        first = where(usable, c1, 0.0)
+        coefficient = where(usable, c * gamma, gamma)
         if rule.rate:
-            scalars[Scalar.RATE] = beside.pop()
+            s[Scalar.RATE] = beside.pop()
         for slot, x, scale in zip(BESIDE, beside, (gamma, 1.0), strict=False):
-            scalars[slot] = torch.where(usable, x * scale, 0.0)
-        squared = (coefficient * plain).square() + 2 * first * coefficient * sums["product"]
-        squared = squared + torch.where(first != 0, first.square() * sums["first"], 0.0)
+            s[slot] = where(usable, x * scale, 0.0)
+        own = coefficient * plain
+        squared = own * own + 2 * first * coefficient * sums["product"]
+        squared = squared + where(first != 0, first * first * sums["first"], 0.0)
         # with g alone or g~ alone there is nothing to cancel, nor NaN from what is left out
-        norm = torch.where(first == 0, coefficient * plain, squared.clamp(min=0).sqrt())
-        scalars[Scalar.SHARPNESS] = sums.get("sharpness", torch.zeros_like(n))
-    clip = torch.ones_like(n)
+        norm = where(first == 0, own, root(squared))
+        s[Scalar.SHARPNESS] = sums.get("sharpness", 0.0)
+    clip = one
     if spec.max_grad_norm is not None:
         clip = spec.max_grad_norm / (norm + 1e-6)
-        clip = torch.where(clip >= 1, 1.0, clip)  # NaN stays, as in torch
-    accepted = torch.ones_like(plain, dtype=torch.bool)
+        clip = where(clip >= 1, 1.0, clip)  # NaN stays, as in torch
+    accepted = one == 1
     if spec.skip_nonfinite:
-        accepted = plain.isfinite() & (scalars[Scalar.FOUND_INF] == 0)
+        accepted = is_finite(plain) & (s[Scalar.FOUND_INF] == 0)
     if spec.skip_first:
-        accepted = accepted & n.isfinite()
-    scalars[Scalar.PERTURBED_GRAD_NORM] = measured
-    scalars[Scalar.RENORMALIZATION] = gamma
-    scalars[Scalar.COEFFICIENT] = coefficient * clip
-    scalars[Scalar.FIRST_COEFFICIENT] = first * clip
-    scalars[Scalar.ACCEPTED] = accepted
-    scalars[Scalar.SKIPPED] += 1 - scalars[Scalar.ACCEPTED]
+        accepted = accepted & is_finite(n)
+    s[Scalar.PERTURBED_GRAD_NORM] = measured
+    s[Scalar.RENORMALIZATION] = gamma
+    s[Scalar.COEFFICIENT] = coefficient * clip
+    s[Scalar.FIRST_COEFFICIENT] = first * clip
+    s[Scalar.ACCEPTED] = accepted
+    s[Scalar.SKIPPED] += 1 - s[Scalar.ACCEPTED]
     if spec.base is not None and spec.base.needs_norm:
-        scalars[Scalar.SQUARED_NORMS] += torch.where(accepted, (norm * clip).square(), 0.0)
+        clipped = norm * clip
+        s[Scalar.SQUARED_NORMS] += where(accepted, clipped * clipped, 0.0)
     if spec.ascent.accumulate is not None:
-        a, new = scalars[Scalar.ACCUMULATED], scalars[Scalar.NEXT_ACCUMULATED]
-        scalars[Scalar.ACCUMULATED] = torch.where(accepted, new, a)
-    if rule is not None and adapts:
-        adapt(rule, spec, scalars)
+        a, new = s[Scalar.ACCUMULATED], s[Scalar.NEXT_ACCUMULATED]
+        s[Scalar.ACCUMULATED] = where(accepted, new, a)
 
 
 def mixture(g: Tensor, second: Tensor, first: Tensor, coefficient: Tensor) -> Tensor:

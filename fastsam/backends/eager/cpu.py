@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastsam.kernels.layout import Scalar
 from fastsam.step.batch import Batch
+from fastsam.step.memory import alike
 from fastsam.step.spec import StepSpec
 
 from .. import reference, sums
@@ -37,13 +38,10 @@ def split(
     """The parts that the operators serve, and the other members."""
     key = ("parts", descends, spec.descent is None)
     found = known.get(key)
-    if found is None or found[0] is not batch.prepared:
+    if found is None or found[0] is not batch.prepared or not _fits(found, batch, spec, descends):
         found = batch.prepared, *_divide(batch, spec, descends)
-        if descends:
-            lasts = batch.prepared is not None and spec.descent is None
-        else:
-            lasts = batch.ascent is None
-        if lasts:  # with state of the ascent, or first gradients, other tensors come every time
+        # with state of the ascent other tensors come every time
+        if batch.prepared is not None if descends else batch.ascent is None:
             known[key] = found
     _, members, others = found
     parts = [
@@ -51,6 +49,21 @@ def split(
         for (i, _, fresh, mixed), ks in members.items()
     ]
     return parts, others
+
+
+def _fits(found: tuple[Any, ...], batch: Batch, spec: StepSpec, descends: bool) -> bool:
+    """Whether first gradients, which are others every time, are served as those were."""
+    if not descends or spec.descent is None:
+        return True
+    _, members, others = found
+    if others or batch.firsts is None:
+        return False
+    for (*_, mixed), ks in members.items():
+        for k in ks:
+            first = batch.firsts[k]
+            if (first is not None) != mixed or (mixed and not alike(batch.params[k], first)):
+                return False
+    return True
 
 
 def _divide(batch: Batch, spec: StepSpec, descends: bool) -> tuple[dict[Any, list[int]], list[int]]:
@@ -241,9 +254,12 @@ def descent_sums(
             own = total((*ends.values(), *whole.values()), plain, squares=True)
         if spec.descent.reuses and leaves_float32(own):
             return (yield from sums.descent_sums(batch, backup, spec, scalars))
+        squared = squared + own
+        if spec.reuses_by_norm:  # nobody asks for products
+            continue
         pairs = zip(firsts, [batch.grads[k] for k in sorted(members)], strict=True)
         cross = total(chain.from_iterable(dots(g, g_) for g, g_ in pairs), plain)
-        squared, product = squared + own, product + cross
+        product = product + cross
         sharpness = sharpness + scale * (own + cross) / 2
         rise = rise + scale * cross
     return {"first": squared, "product": product, "sharpness": sharpness, "rise": rise}

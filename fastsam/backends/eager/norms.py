@@ -22,6 +22,9 @@ from .scratch import Memory, Room
 #: sum of some 250,000 random squares in float32 loses a millionth.
 SPAN = 1 << 15
 
+#: Numbers that Python adds up sooner than an operator does.
+FEW = 32
+
 #: Dtypes of parameters that the operators serve.
 SERVED = (torch.float32, torch.float64)
 
@@ -171,12 +174,16 @@ def _square_again(
 
 def total(values: Iterable[Tensor], like: Tensor, squares: bool = False) -> Tensor:
     """The sum of numbers and of vectors' elements, or of squares, in the dtype of ``like``."""
+    values = list(values)
+    if len(values) <= FEW and not any(map(Tensor.dim, values)):
+        xs = [value.item() for value in values]
+        return like.new_full((), sum([x * x for x in xs] if squares else xs))
     by_dtype: dict[torch.dtype, tuple[list[Tensor], ...]] = defaultdict(lambda: ([], []))
     for value in values:
         by_dtype[value.dtype][value.dim()].append(value)
     sums = []
     for numbers, vectors in by_dtype.values():
         stacked = [torch.stack(numbers)] if numbers else []
-        xs = torch.cat(stacked + vectors).to(like.dtype)
-        sums.append((xs.square() if squares else xs).sum())
+        every = torch.cat(stacked + vectors).to(like.dtype)
+        sums.append((every.square() if squares else every).sum())
     return sum(sums[1:], sums[0]) if sums else torch.zeros_like(like)
