@@ -218,12 +218,13 @@ def _finish(
 ) -> None:
     """Fill in ``s``, which is to become the ``scalars``: numbers, or 0-dim tensors."""
     n = s[Scalar.GRAD_NORM]
-    one = gamma = _number(1.0, scalars)
+    zero, one = _number(0.0, scalars), _number(1.0, scalars)
+    gamma = one
     if spec.renormalize:
         # n = n~ gives exactly 1, so that SSAM is then SAM bit for bit; so does a non-finite n,
         # where nothing was perturbed and there is no norm to restore
         gamma = where((n != measured) & is_finite(n), n / (measured + EPS), 1.0)
-    first, coefficient = 0.0 * one, gamma
+    first, coefficient = zero, gamma
     norm = gamma * plain  # of u
     rule = spec.descent
     if rule is not None:
@@ -247,7 +248,7 @@ def _finish(
         squared = squared + where(first != 0, first * first * sums["first"], 0.0)
         # with g alone or g~ alone there is nothing to cancel, nor NaN from what is left out
         norm = where(first == 0, own, root(squared))
-        s[Scalar.SHARPNESS] = sums.get("sharpness", 0.0)
+        s[Scalar.SHARPNESS] = sums.get("sharpness", zero)
     clip = one
     if spec.max_grad_norm is not None:
         clip = spec.max_grad_norm / (norm + 1e-6)
