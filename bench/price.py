@@ -7,10 +7,10 @@
 First come times of steps: medians of turns that all contenders take in one process, split into
 forward and backward passes, the optimizer's own, and the rest. Leave the machine alone meanwhile.
 Then each contender trains for as many epochs as the base: at three radii, and at further ones while
-the best is the lowest or the highest, up to six. At the best it trains once more, for as long as
-SAM takes. Peers (published packages that are installed, and loops in plain torch)
-train once more at the best radius of fastsam's own method. It writes price.txt, price.csv and
-price.png.
+the best is the lowest or the highest, up to six. Validation data decide which is the best. There it
+trains twice more: for the time that the base takes, and for SAM's. Peers (published packages that
+are installed, and loops in plain torch) train once more at the best radius of fastsam's own method.
+It writes price.txt, price.csv and price.png.
 """
 
 from __future__ import annotations
@@ -121,15 +121,18 @@ def further_radii(task: Task, found: Found, args: argparse.Namespace) -> list[Tr
 
 
 def equal_time(
-    task: Task, times: dict[str, Split], best: dict[str, float], args: argparse.Namespace
+    task: Task, times: dict[str, Split], best: dict[str, float], of: str, args: argparse.Namespace
 ) -> list[Training]:
-    """Those that are quicker than SAM once more, for as many steps as fit into its time."""
+    """Every contender once more, for as many steps as fit into the time of the one that is ``of``.
+
+    Where that changes their number by less than a hundredth, equal epochs say it all.
+    """
     trainings = []
     for name, rho in best.items():
-        epochs = epochs_of(task, args) * times["sam"].total / times[name].total
-        if name != "sam" and epochs > epochs_of(task, args):
+        ratio = times[of].total / times[name].total
+        if abs(ratio - 1) >= 0.01:
             trainings += [
-                Training(task.name, name, rho, seed, epochs, args.device)
+                Training(task.name, name, rho, seed, epochs_of(task, args) * ratio, args.device)
                 for seed in range(args.seeds)
             ]
     return trainings
@@ -171,14 +174,17 @@ def look_at(
             return execute_all(train, trainings, args.jobs, progress)
 
     first = train_all(equal_epochs(task, names, args), "equal epochs")
-    found = Found(task.name, times, first, [])
+    found = Found(task.name, times, first)
     while more := further_radii(task, found, args):
         first = first + train_all(more, "further radii")
-        found = Found(task.name, times, first, [])
+        found = Found(task.name, times, first)
     best = {name: outcomes[0].training.rho for name, outcomes in found.best().items()}
-    later = train_all(equal_time(task, times, best, args), "equal time")
+    later = [
+        train_all(equal_time(task, times, best, of, args), f"the time of {CONTENDERS[of].title}")
+        for of in ("base", "sam")
+    ]
     others = train_all(of_peers(task, peers_of(names), best, args), "peers")
-    return Found(task.name, times, first, later, others)
+    return Found(task.name, times, first, *later, others)
 
 
 def report(found: list[Found], args: argparse.Namespace, minutes: float) -> str:

@@ -33,11 +33,19 @@ class Training:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a training gave: the test score, higher being better; chance if it diverged."""
+    """What a training gave: scores, higher being better; chance if it diverged.
+
+    Attributes:
+        score: On the test data, at the end.
+        validation: On the validation data, at the end.
+        stopped: On the test data, after the epoch that was the best on the validation data.
+    """
 
     training: Training
     score: float
     diverged: bool
+    validation: float
+    stopped: float
 
 
 class Split(NamedTuple):
@@ -71,18 +79,25 @@ def train(training: Training) -> Outcome:
 
     The learning rate falls to 0 along a cosine, whatever the number of epochs.
     """
-    task = TASKS[training.task]
+    chance = TASKS[training.task].chance
     problem, loop, steps = prepare(training)
     schedule = CosineAnnealingLR(loop.scheduled, T_max=steps)
-    for batch in itertools.islice(problem.forever(), steps):
+    score = validation = highest = stopped = -math.inf
+    for number, batch in enumerate(itertools.islice(problem.forever(), steps), 1):
         loop.step(batch)
         loop.after()
         schedule.step()
-    if not all(bool(p.isfinite().all()) for p in problem.model.parameters()):
-        return Outcome(training, task.chance, True)
-    score = problem.score()
-    diverged = not math.isfinite(score)
-    return Outcome(training, task.chance if diverged else max(score, task.chance), diverged)
+        if number == steps or number % problem.steps == 0:
+            validation, score = problem.validate(), problem.score()
+            if validation > highest:  # never where it is NaN
+                highest, stopped = validation, score
+    finite = all(bool(p.isfinite().all()) for p in problem.model.parameters())
+    diverged = not (finite and math.isfinite(score))
+    if diverged:
+        score = validation = -math.inf
+    return Outcome(
+        training, max(score, chance), diverged, max(validation, chance), max(stopped, chance)
+    )
 
 
 # --- times ---

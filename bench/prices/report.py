@@ -27,23 +27,30 @@ TIMES = {"msam": 1.10, "looksam": 1.35, "factor": 1.35, "tail": 1.35}
 
 @dataclass(frozen=True)
 class Found:
-    """What was found for a task: times of a step, and outcomes at equal epochs and equal time."""
+    """What was found for a task: times of a step, and outcomes.
+
+    Attributes:
+        equal_epochs: Of as many epochs as the base's, at every radius.
+        base_time, sam_time: Of as many epochs as take the base's time, or SAM's, at the best.
+        peers: Of equal epochs, at the best radius of fastsam's own method.
+    """
 
     task: str
     times: Mapping[str, Split]
     equal_epochs: Sequence[Outcome]
-    equal_time: Sequence[Outcome]
-    peers: Sequence[Outcome] = ()  # at equal epochs, at the best radius of fastsam's own
+    base_time: Sequence[Outcome] = ()
+    sam_time: Sequence[Outcome] = ()
+    peers: Sequence[Outcome] = ()
 
     def ratio(self, contender: str) -> float:
         """A step's time over the base's."""
         return self.times[contender].total / self.times["base"].total
 
     def best(self) -> dict[str, list[Outcome]]:
-        """Each contender's runs at equal epochs, at the radius of its highest mean score."""
+        """Each contender's runs at equal epochs, at the radius that is best in validation."""
         chosen: dict[str, list[Outcome]] = {}
         for radii in by_contender(self.equal_epochs).values():
-            runs = max(radii.values(), key=mean_score)
+            runs = max(radii.values(), key=mean_validation)
             chosen[runs[0].training.contender] = runs
         return chosen
 
@@ -70,6 +77,10 @@ def mean_score(outcomes: Sequence[Outcome]) -> float:
     return statistics.fmean(outcome.score for outcome in outcomes)
 
 
+def mean_validation(outcomes: Sequence[Outcome]) -> float:
+    return statistics.fmean(outcome.validation for outcome in outcomes)
+
+
 def spread(outcomes: Sequence[Outcome]) -> float:
     """The standard error of the mean; 0 for one seed."""
     scores = [outcome.score for outcome in outcomes]
@@ -78,10 +89,23 @@ def spread(outcomes: Sequence[Outcome]) -> float:
 
 def shown(outcomes: Sequence[Outcome], task: str) -> str:
     """Accuracies as they are, losses with their sign back."""
-    sign, digits = (1, 1) if TASKS[task].unit == "%" else (-1, 4)
-    text = mean_std([sign * outcome.score for outcome in outcomes], digits)
+    text = _mean_std([outcome.score for outcome in outcomes], task)
     count = sum(outcome.diverged for outcome in outcomes)
     return text + (f" ({count} div.)" if count else "")
+
+
+def _mean_std(scores: list[float], task: str) -> str:
+    sign, digits = (1, 1) if TASKS[task].unit == "%" else (-1, 4)
+    return mean_std([sign * score for score in scores], digits)
+
+
+def shown_at(found: Found, name: str, outcomes: Sequence[Outcome]) -> tuple[str, str]:
+    """Return the epochs that a contender trained for, and what that gave."""
+    runs = by_contender(outcomes).get(name)
+    if runs is None:
+        return "-", "-"
+    (same,) = runs.values()
+    return f"{same[0].training.epochs:.1f}", shown(same, found.task)
 
 
 def table(found: Found) -> str:
@@ -89,22 +113,19 @@ def table(found: Found) -> str:
     unit = TASKS[found.task].unit
     measure = f"test accuracy ({unit})" if unit == "%" else f"test loss ({unit})"
     lines = [["method", "passes", "relative time", "varies by", "ms: passes", "optimizer", "rest",
-              "rho",
-              f"{measure}, equal epochs", "share of SAM's gain", "epochs in SAM's time",
-              "at equal time"]]  # fmt: skip
-    later = {name: next(iter(radii.values())) for name, radii in
-             by_contender(found.equal_time).items()}  # fmt: skip
+              "rho", f"{measure}, equal epochs", "share of SAM's gain", "after its best epoch",
+              "epochs in the base's time", "what they give", "in SAM's time",
+              "what they give"]]  # fmt: skip
     for name, outcomes in found.best().items():
         split, share = found.times[name], found.share(outcomes)
-        runs = later.get(name, [])
         lines.append([
             CONTENDERS[name].title, f"{CONTENDERS[name].passes:.2f}", f"{found.ratio(name):.2f}",
             f"{split.variation:.0f} %", f"{split.passes:.2f}", f"{split.optimizer:.2f}",
             f"{split.rest:.2f}",
             "-" if name == "base" else f"{outcomes[0].training.rho:g}",
             shown(outcomes, found.task), "-" if share is None else f"{share:.0f} %",
-            f"{runs[0].training.epochs:.1f}" if runs else "-",
-            shown(runs, found.task) if runs else "-",
+            _mean_std([outcome.stopped for outcome in outcomes], found.task),
+            *shown_at(found, name, found.base_time), *shown_at(found, name, found.sam_time),
         ])  # fmt: skip
     return align(lines)
 
@@ -132,11 +153,12 @@ def peers_table(found: Found) -> str:
 
 def radii_table(found: Found) -> str:
     """Return what every radius that was tried gave, at equal epochs."""
-    lines = [["method", "rho", "score"]]
+    lines = [["method", "rho", "validation", "test"]]
     for name, radii in by_contender(found.equal_epochs).items():
         for rho, outcomes in radii.items():
             radius = "-" if name == "base" else f"{rho:g}"
-            lines.append([CONTENDERS[name].title, radius, shown(outcomes, found.task)])
+            validation = _mean_std([outcome.validation for outcome in outcomes], found.task)
+            lines.append([CONTENDERS[name].title, radius, validation, shown(outcomes, found.task)])
     return align(lines)
 
 
@@ -181,13 +203,15 @@ def verdicts(found: Found) -> list[str]:
 def write_csv(found: Sequence[Found], path: Path) -> None:
     """Write one line per training."""
     lines: list[Sequence[object]] = [["task", "comparison", "contender", "rho", "seed", "epochs",
-                                      "score", "diverged", "time_ratio"]]  # fmt: skip
+                                      "score", "validation", "stopped", "diverged",
+                                      "time_ratio"]]  # fmt: skip
     for one in found:
-        for comparison in ("equal_epochs", "equal_time", "peers"):
+        for comparison in ("equal_epochs", "base_time", "sam_time", "peers"):
             for outcome in getattr(one, comparison):
                 t = outcome.training
                 lines.append([t.task, comparison, t.contender, t.rho, t.seed, t.epochs,
-                              outcome.score, int(outcome.diverged),
+                              outcome.score, outcome.validation, outcome.stopped,
+                              int(outcome.diverged),
                               round(one.ratio(t.contender), 4)])  # fmt: skip
     write_lines(lines, path)
 

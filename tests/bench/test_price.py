@@ -86,8 +86,9 @@ def test_times_are_split_without_a_rest(small, monkeypatch):
     assert splits["sam"] == Split(2000.0, 3000.0, 1500.0)
 
 
-def outcome(name, score, rho=0.1, seed=0, diverged=False):
-    return Outcome(Training("digits", name, rho, seed, 40), score, diverged)
+def outcome(name, score, rho=0.1, seed=0, diverged=False, validation=None):
+    validation = score if validation is None else validation
+    return Outcome(Training("digits", name, rho, seed, 40), score, diverged, validation, score)
 
 
 def found(**scores):
@@ -98,7 +99,7 @@ def found(**scores):
         for name, (_, of_seeds) in scores.items()
         for seed, score in enumerate(of_seeds)
     ]
-    return report.Found("digits", times, runs, [])
+    return report.Found("digits", times, runs)
 
 
 def test_share_of_the_gain():
@@ -129,25 +130,55 @@ def test_no_share_where_sam_gains_nothing():
     ]
 
 
-def test_the_best_radius_is_that_of_the_highest_mean():
+def test_the_best_radius_is_that_of_the_highest_mean_in_validation():
     one = found(base=(1, [70]), sam=(2, [90]))
     runs = [*one.equal_epochs, outcome("sam", 95, rho=0.2), outcome("sam", 10, 0.4, diverged=True)]
-    one = report.Found("digits", one.times, runs, [])
+    runs.append(outcome("sam", 99, rho=0.3, validation=94))
+    one = report.Found("digits", one.times, runs)
     assert one.best()["sam"][0].training.rho == 0.2
     assert report.shown([outcome("sam", 10, diverged=True)], "digits") == "10.0 (1 div.)"
     assert report.shown([outcome("sam", -1.5)], "text") == "1.5000"
 
 
-def test_those_that_are_quicker_train_for_sams_time(tmp_path):
+def test_all_train_for_the_time_of_the_base_and_of_sam(tmp_path):
     times = {"base": Split(1, 0, 0), "sam": Split(2, 0, 0.1), "msam": Split(1, 0.1, 0)}
     argv = ["--tasks", "digits", "--seeds", "2", "--epochs", "10", "--output", str(tmp_path)]
     args = price.parse(argv)
     best = {"base": 0.0, "sam": 0.2, "msam": 1.0}
-    runs = price.equal_time(TASKS["digits"], times, best, args)
+    runs = price.equal_time(TASKS["digits"], times, best, "sam", args)
     assert [(t.contender, t.rho, t.seed, t.epochs) for t in runs] == [
         ("base", 0.0, 0, 21.0), ("base", 0.0, 1, 21.0),
         ("msam", 1.0, 0, pytest.approx(21 / 1.1)), ("msam", 1.0, 1, pytest.approx(21 / 1.1)),
     ]  # fmt: skip
+    runs = price.equal_time(TASKS["digits"], times, best, "base", args)
+    assert [(t.contender, t.seed, t.epochs) for t in runs] == [
+        ("sam", 0, pytest.approx(10 / 2.1)), ("sam", 1, pytest.approx(10 / 2.1)),
+        ("msam", 0, pytest.approx(10 / 1.1)), ("msam", 1, pytest.approx(10 / 1.1)),
+    ]  # fmt: skip
+
+
+def test_validation_images_are_not_trained_on():
+    train, _ = tasks._images("digits", "cpu")
+    problem = TASKS["digits"].make(0, "cpu")
+    count = problem.count
+    assert (count, len(problem.validation.y)) == (len(train.y) - len(train.y) // 5, 239)
+    assert torch.equal(torch.cat([problem.x, problem.validation.x]), train.x)
+    assert torch.equal(problem.validation.y, train.y[count:])  # the right labels
+    assert (problem.y != train.y[:count]).sum() == round(tasks.WRONG * count)
+
+
+def test_the_score_after_the_best_epoch(small, monkeypatch):
+    scores = iter([(50, 1), (80, 2), (70, 3)])
+    present = []
+
+    def validate(problem):
+        present[:] = next(scores)
+        return present[0]
+
+    monkeypatch.setattr(tasks.ImageProblem, "validate", validate)
+    monkeypatch.setattr(tasks.ImageProblem, "score", lambda problem: 10.0 + present[1])
+    found = measure.train(training("base", epochs=2.5))  # looked at after 1, 2 and 2.5
+    assert (found.score, found.validation, found.stopped) == (13.0, 70, 12.0)
 
 
 def test_a_part_of_an_epoch_is_so_many_steps(small):
@@ -164,7 +195,7 @@ def test_radii_go_on_where_the_best_is_at_an_end(tmp_path):
         "base": {0.0: 50},
     }  # fmt: skip
     runs = [outcome(name, x, rho) for name, radii in scores.items() for rho, x in radii.items()]
-    one = report.Found("digits", {}, runs, [])
+    one = report.Found("digits", {}, runs)
     found = price.further_radii(TASKS["digits"], one, args)
     assert [(t.contender, t.rho) for t in found] == [("msam", 0.15), ("delayed", 0.8)]
 
