@@ -3,6 +3,7 @@
     python bench/price.py                     # three tasks, meant for two CPU cores
     python bench/price.py --tasks digits      # one of them
     python bench/price.py --full              # more epochs and seeds, sized for a GPU
+    python bench/price.py --page              # write the documents' tables, measure nothing
 
 First come times of steps: medians of turns that all contenders take in one process, split into
 forward and backward passes, the optimizer's own, and the rest. Leave the machine alone meanwhile.
@@ -27,6 +28,7 @@ import torch
 from tqdm import tqdm
 
 from common.jobs import execute_all
+from prices import page
 from prices.contenders import CONTENDERS
 from prices.measure import Split, Training, time_steps, train
 from prices.peers import PEERS, peers_of
@@ -66,7 +68,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--jobs", type=count, default=2, help="processes of one thread (default: %(default)s)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: %(default)s")
     add("--output", type=Path, default=OUTPUT, help="folder (default: bench/results/price)")
+    add("--page", action="store_true", help="write the tables of README.md and docs/choosing.md "
+        "from the folder's price.csv, and measure nothing")  # fmt: skip
     args = parser.parse_args(argv)
+    if args.page:
+        return args
     if args.device == "auto":
         args.device = "cuda" if args.full and torch.cuda.is_available() else "cpu"
     elif args.device == "cuda" and not torch.cuda.is_available():
@@ -209,6 +215,13 @@ def report(found: list[Found], args: argparse.Namespace, minutes: float) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run everything, print the tables, write the three files; return the exit status."""
     args = parse(argv)
+    if args.page:
+        try:
+            page.rewrite(args.output / "price.csv")
+        except (OSError, ValueError) as error:
+            print(f"price.py: error: {error}", file=sys.stderr)
+            return 2
+        return 0
     names = list(dict.fromkeys(["base", "sam", *args.methods]))
     start = time.perf_counter()
     tasks = list(dict.fromkeys(args.tasks))
