@@ -63,7 +63,7 @@ class ExplicitPasses(Configured):
         self._replicas: Any = None
         self._inside_step = self._inside_closure = False
         self._unperturbed = 0  # blocks of ``unperturbed`` that are open
-        # the step that ``perturb_when`` was asked of last, whom, what it saw, and the answer
+        # of the last question to ``perturb_when``: step, function, what it saw, and the answer
         self._asked: tuple[int, Policy | None, dict[str, Any], bool] = 0, None, {}, False
 
     # --- a step ---

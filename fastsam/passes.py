@@ -53,7 +53,7 @@ class Passes:
         collector: Finds the tensors of a pass.
         scalars, dtypes: The same.
         backends: Those that have been needed so far.
-        recording: What takes in the step that is complete, where somebody asked for it.
+        recording: What takes in the complete step, if that was asked for.
         scratch: Whether parameters may point elsewhere between the passes, if the setting says so.
     """
 

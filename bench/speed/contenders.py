@@ -1,4 +1,4 @@
-"""Who takes part in a comparison of speed: parameter sets, fastsam, its peers, and a plain copy.
+"""What takes part in a comparison of speed: parameter sets, fastsam, its peers, and a plain copy.
 
 A contender is one call that does the optimizer's work of one sharpness-aware step, both passes of
 it. The gradients are there beforehand, the same for all; no forward or backward pass is timed.

@@ -44,7 +44,7 @@ def at_weights(batch: Batch) -> Batch:
 
 
 def follow_parameters(batch: Batch, backup: ListBackup | None) -> None:
-    """Let master weights take over what somebody has written to parameters since the last step."""
+    """Let master weights take over what was written to parameters since the last step."""
     for param, master in zip(batch.params, batch.masters or (), strict=False):
         if master is not None and (backup is None or param not in backup.copies):
             in_step = master.to(param.dtype) == param

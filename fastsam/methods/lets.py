@@ -52,8 +52,8 @@ class LETS(SharedState):
 
     Training small networks, ``"difference"`` was within 3 % of the exact hypergradient at the
     median with SAM, and had its sign in 99 % of the steps; ``"diag"`` was some 50 times too small,
-    with the wrong sign in a fifth of the steps (``tests/test_lets.py`` prints such figures). Adam
-    hides the scale, not the sign.
+    with the wrong sign in a fifth of the steps (``tests/methods/test_lets.py`` prints such
+    figures). Adam hides the scale, not the sign.
 
     A scalar optimizer then moves :math:`\nu = \log \rho` against :math:`\rho h`, so that
     :math:`\rho` stays positive. The radius of the first group is learned, and groups with different

@@ -101,7 +101,8 @@ class MSAM(SharpnessAwareOptimizer):
             ``torch.optim.SGD`` with ``momentum``, ``Adam``, ``AdamW``, or one of the user's
             (``fastsam.rules.register_base``) with a state ``momentum_buffer`` or ``exp_avg``.
         rho: Radius, at least 0. Default 0.3. A group key. The authors take ten times the radius of
-            :class:`SAM` and more.
+            :class:`SAM` and more. It has to be tuned: in two of three small tasks 0.3 was far from
+            the best (docs/choosing.md).
         **kwargs: The other arguments of :class:`SAM`, and the base optimizer's.
 
     Raises:

@@ -131,10 +131,10 @@ class SAMAR(SharpnessAwareOptimizer):
 
     Cost: that of :class:`SAM`, and a second reduction over both gradients; the first is kept until
     the update, in its own memory where the step sets it to None (``zero_grad=True``, as in
-    ``step``) and nobody else has it, else as a copy, whose memory is kept from step to step. With
-    SGD and momentum 52 bytes per element in float32 (reduce 4, perturb 16, reduce 8, update 24),
-    four launches, with either rule. :math:`\lambda` and :math:`s_{k-1}` stay on the device; they
-    are saved with the state, and are in ``kept["lam"]`` and ``kept["sharpness"]``. With
+    ``step``) and no other code holds it, else as a copy, whose memory is kept from step to step.
+    With SGD and momentum 52 bytes per element in float32 (reduce 4, perturb 16, reduce 8, update
+    24), four launches, with either rule. :math:`\lambda` and :math:`s_{k-1}` stay on the device;
+    they are saved with the state, and are in ``kept["lam"]`` and ``kept["sharpness"]``. With
     :class:`SharpnessTrend` the latter is the fast average and ``kept["slow_sharpness"]`` the slow
     one; a state dict of another rule has none, and loading that leaves it as it is. ``metrics`` has
     the lam of the last step and the sharpness that it measured.

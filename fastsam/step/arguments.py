@@ -78,8 +78,8 @@ class Number:
         keeps_shape: Whether a tensor of one element is kept as it is. Default: as a view of no
             dimension.
         optional: Whether None is allowed.
-        others: Whether what is neither a number, a tensor nor a string is somebody else's to
-            check.
+        others: Whether what is neither a number, a tensor nor a string is left for other code
+            to check.
         words: The range, for messages. Default: made of the above.
 
     Example:

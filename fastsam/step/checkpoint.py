@@ -106,7 +106,7 @@ def check_bases(saved: Sequence[Group], groups: Sequence[Group]) -> None:
 
 
 def nothing() -> None:
-    """What there is to check, or to do, where nobody says otherwise."""
+    """What there is to check, or to do, by default."""
 
 
 class Rollback:

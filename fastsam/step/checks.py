@@ -182,7 +182,7 @@ def check_base_state(
 ) -> None:
     """A perturbed group's base has the state that the ascent reads.
 
-    Of one that is not fused nobody knows before its first step.
+    Of one that is not fused this is not known before its first step.
     """
     read = ascent.momentum or ("" if ascent.is_computed else ascent.base_state)
     if not read or not is_perturbed(group):

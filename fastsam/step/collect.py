@@ -26,7 +26,7 @@ PATTERNS = 8
 
 
 def ignore(params: list[Tensor]) -> None:
-    """What there is to check where nobody says otherwise."""
+    """What there is to check by default."""
 
 
 class Sweep:

@@ -14,7 +14,7 @@ class Dtypes:
 
     Args:
         rounding, master_weights: The optimizer's.
-        warned: Of whom it has been said already that they are in 16 bits.
+        warned: Parameters of which it has been said already that they are in 16 bits.
     """
 
     def __init__(self, rounding: str, master_weights: bool, warned: Iterable[Tensor] = ()) -> None:

@@ -123,7 +123,7 @@ class InFlight:
         self.of = of, name
         device = batch.params[0].device
         self.stream = device, current_stream(device)
-        # an optimizer that is dropped between its passes stands in nobody's way
+        # an optimizer that is dropped between its passes does not stand in another's way
         _OPEN[id(self)] = weakref.ref(self, partial(_forget, id(self)))
 
     def _end(self) -> None:
@@ -242,7 +242,7 @@ def check_unperturbed(of: object, name: str, batch: Batch) -> None:
     It would restore them afterwards, and lose what is done to them now.
 
     Args:
-        of: Who asks, and is not meant by "other".
+        of: The optimizer that asks, which "other" does not mean.
         name: The optimizer's.
         batch: The parameters.
 

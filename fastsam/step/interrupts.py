@@ -138,7 +138,7 @@ class uninterrupted:  # noqa: N801 - used like a function
     def _put_back(self) -> None:
         try:
             for number, handler in self._handlers.items():
-                if _signal.getsignal(number) is self:  # else somebody has set another one
+                if _signal.getsignal(number) is self:  # else other code has set another one
                     found = _signal.signal(number, handler)
                     if found is not self:  # a handler that ran in that moment has
                         _signal.signal(number, found)

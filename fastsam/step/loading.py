@@ -41,7 +41,7 @@ OPTIONAL = ("rounding_step", "slow_sharpness")
 
 @dataclass(frozen=True)
 class Receiver:
-    """Who loads.
+    """The optimizer that loads.
 
     Attributes:
         method: Name of the method; empty for a base optimizer on its own.
@@ -197,7 +197,7 @@ def check_state_dict(given: Mapping[str, Any], receiver: Receiver) -> None:
 def _rehearse(
     base: Optimizer, groups: Sequence[Group], state: Mapping[Hashable, Any], receiver: Receiver
 ) -> None:
-    """Let a base that nobody uses take over what there is: some complete it, and fail at that."""
+    """Let an unused base take over what there is: some complete it, and fail at that."""
     new_groups: list[Group] = []
     new_state: dict[Any, dict[str, Any]] = {}
     for saved, present, owner in zip(groups, receiver.groups, receiver.bases, strict=True):

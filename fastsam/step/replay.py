@@ -212,7 +212,7 @@ def _state_values(optimizer: Any) -> list[Any]:
 
 
 def has_loss_scale(optimizer: Any) -> bool:
-    """Whether somebody has given the optimizer a loss scale, or a reason to skip its step."""
+    """Whether the optimizer was given a loss scale, or a reason to skip its step."""
     return any(getattr(optimizer, name, None) is not None for name in ("grad_scale", "found_inf"))
 
 

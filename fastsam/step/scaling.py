@@ -126,7 +126,7 @@ class LossScale:
             What these are to be multiplied by to carry the scale; None if they do.
         """
         is_unscaled, found = self._look()
-        self.found += [torch.as_tensor(x).clone() for x in found]  # which somebody may zero
+        self.found += [torch.as_tensor(x).clone() for x in found]  # which other code may zero
         return self._scale() if is_unscaled else None
 
     def record(self, scalars: Tensor, found_inf: Tensor) -> None:
@@ -149,7 +149,7 @@ def _like(x: Any, scalars: Tensor) -> Tensor:
 
 
 def find_scale(optimizer: Optimizer, grad_scaler: GradScaler | None) -> LossScale | None:
-    """The loss scale of a step; None where nobody scales the loss, nor looks for overflows."""
+    """The loss scale of a step; None if nothing is scaled, and no overflow looked for."""
     scale, found = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
     if grad_scaler is None and scale is None and found is None:
         return None

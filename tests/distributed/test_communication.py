@@ -73,7 +73,7 @@ def _end_processes():
 
 
 class Noted(TorchDispatchMode):
-    """The collectives inside the block: by whom, which, and how many bytes all of it is."""
+    """The collectives inside the block: by what, which, and how many bytes all of it is."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -107,7 +107,7 @@ def zeroed_unseen(model, optimizer):
                                    zero_grad_of_the_model])  # fmt: skip
 @pytest.mark.parametrize("parts", [1, 2, 3])
 def test_correct_loops_are_not_warned_of(clear, parts):
-    """Whoever zeroes the gradients, in whatever way; and with micro-batches in each pass."""
+    """Whatever zeroes the gradients, in whatever way; and with micro-batches in each pass."""
     results = []
     for way in (clear, zero_grad_of_the_optimizer):
         model, loss_fn, optimizer = make()

@@ -1,4 +1,4 @@
-"""For the checks of torch's optimizer suite: whom they run on, and what they run."""
+"""For the checks of torch's optimizer suite: which optimizers they run on, and what they run."""
 
 import copy
 from collections.abc import Callable, Iterable, Iterator

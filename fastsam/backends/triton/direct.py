@@ -23,8 +23,8 @@ class Direct:
     """A launch that can be made again and again, on the device that is current.
 
     The first is Triton's own. So is every other where that gives no compiled kernel, as in its
-    interpreter, where it wants the arguments otherwise than they are known to be, where somebody
-    has a hook on the kernel, and where the number that varies has become one of another type.
+    interpreter, where it wants the arguments otherwise than they are known to be, where the kernel
+    has a hook of other code, and where the number that varies has become one of another type.
     Triton's settings for compilation count as they were at the first.
 
     Args:
