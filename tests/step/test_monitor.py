@@ -392,6 +392,20 @@ def test_tensorboard_gets_the_last_report(watched):
     assert writer.scalars[-1] == ("accuracy", 20.0, 6)
 
 
+def test_tensorboard_reads_what_was_written(watched, tmp_path):
+    pytest.importorskip("tensorboard", reason="needs tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(tmp_path) as writer:
+        watched.write(writer)
+    events, last = EventAccumulator(str(tmp_path)).Reload(), watched.reports[-1]
+    assert set(events.Tags()["scalars"]) == {f"fastsam/{name}" for name in last.values}
+    for name, value in last.values.items():
+        (event,) = events.Scalars(f"fastsam/{name}")
+        assert (event.step, event.value) == (last.step, np.float32(value))  # it keeps float32
+
+
 def test_plot_draws_the_reports(watched):
     figure = watched.plot()
     reports = watched.reports
