@@ -59,8 +59,9 @@ from .step.checks import (
 from .step.dtypes import Dtypes
 from .step.flight import InFlight
 from .step.interrupts import uninterrupted
-from .step.loading import LEAST, Receiver, method_name, write_marks
+from .step.makers import method_name, write_marks
 from .step.precision import MASTER, ROUNDINGS, check_precision
+from .step.receiver import LEAST, Receiver
 from .step.scalars import DeviceScalars
 from .step.segments import NORMS, check_norm
 from .step.spec import Ascent, Base, Descent

@@ -11,7 +11,8 @@ from fastsam.arithmetic import bounded, narrowed
 from fastsam.step.arguments import FLAG, POSITIVE, RATE, Argument, settle
 from fastsam.step.checkpoint import Loading, write_kept
 from fastsam.step.checks import check_tensors
-from fastsam.step.loading import LEAST, Receiver, write_marks
+from fastsam.step.makers import write_marks
+from fastsam.step.receiver import LEAST, Receiver
 from fastsam.step.spec import Base, Columns, Group, sign_of
 
 from .uncorrected import ARGUMENTS as LIGHT_ARGUMENTS

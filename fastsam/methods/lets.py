@@ -23,14 +23,8 @@ from fastsam.step.checkpoint import SharedState, all_or_nothing
 from fastsam.step.checks import check_closure_free
 from fastsam.step.closures import check_closure, refuse_split
 from fastsam.step.interrupts import uninterrupted
-from fastsam.step.loading import (
-    Receiver,
-    check_count,
-    check_scalar,
-    check_state_dict,
-    number_of,
-    parts_in,
-)
+from fastsam.step.loading import check_state_dict, parts_in
+from fastsam.step.receiver import Receiver, check_count, check_scalar, number_of
 from fastsam.step.recording import Recording
 from fastsam.step.spec import Base, sign_of
 

@@ -14,14 +14,9 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from .loading import (
-    Receiver,
-    check_state_dict,
-    fitting,
-    is_exact,
-    is_fastsams,
-    number_of,
-)
+from .loading import check_state_dict
+from .receiver import Receiver, number_of
+from .saved_state import fitting, is_exact, is_fastsams
 from .scalars import PREFIX
 from .spec import Group
 

@@ -16,8 +16,8 @@ from fastsam.arithmetic import wide_dtype
 from .batch import Batch, identical
 from .capture import is_captured
 from .checkpoint import BASE_KEY
-from .loading import fitting, is_exact, is_fastsams
 from .memory import Owned
+from .saved_state import fitting, is_exact, is_fastsams
 from .sharding import check_shards, is_sharded, local_state
 from .spec import Ascent, Base, Group, StepSpec
 

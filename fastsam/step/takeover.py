@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 from torch.optim.optimizer import Optimizer
 
 from .checkpoint import BASE_KEY, Loading, SharedState
-from .loading import BASE, METHOD, OPTIONAL, method_name
+from .makers import BASE, METHOD, method_name
+from .receiver import OPTIONAL
 from .scalars import PREFIX
 from .spec import Group
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fastsam
-from fastsam.step.loading import number_of
+from fastsam.step.receiver import number_of
 from fastsam.step.torch_state import NUMBER, shapes_of
 
 from checkpoints import through_disk
