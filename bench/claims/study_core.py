@@ -67,11 +67,14 @@ class Size(NamedTuple):
     device: str = "cpu"
 
 
+Outcome = Literal["reproduced", "partly reproduced", "not reproduced"]
+
+
 class Verdict(NamedTuple):
     """A claim, what became of it, and the numbers that say so."""
 
     claim: str
-    outcome: Literal["reproduced", "partly reproduced", "not reproduced"]
+    outcome: Outcome
     evidence: str
 
 
@@ -150,9 +153,15 @@ class Difference(NamedTuple):
 def difference(
     first: list[Result], second: list[Result], value: Callable[[Result], float]
 ) -> Difference:
-    """Compare seed by seed: runs of one seed share weights and batches, so that noise cancels."""
-    other = {result.run.seed: value(result) for result in second}
-    gaps = [value(r) - other[r.run.seed] for r in first if r.run.seed in other]
+    """Compare seed by seed: runs of one seed share weights and batches, so that noise cancels.
+
+    Of several runs at one seed the mean counts.
+    """
+    own, other = (
+        {seed: statistics.fmean(map(value, runs)) for seed, runs in group(results, "seed").items()}
+        for results in (first, second)
+    )
+    gaps = [mean - other[seed] for seed, mean in own.items() if seed in other]
     error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else 0.0
     return Difference(statistics.fmean(gaps), error)
 
@@ -160,6 +169,21 @@ def difference(
 def compare(first: list[Result], second: list[Result]) -> Difference:
     """Compare accuracies, in points."""
     return difference(first, second, accuracy)
+
+
+def best_radii(
+    results: Iterable[Result], score: Callable[[list[Result]], float], *keys: str
+) -> dict[Any, list[Result]]:
+    """Return for each value of the keys the runs at the radius with the highest score."""
+    return {
+        value: max(group(runs, "rho").values(), key=score)
+        for value, runs in group(results, *keys).items()
+    }
+
+
+def radius_cell(rho: float | None) -> str:
+    """Format a radius, of a method that has one."""
+    return "-" if rho is None else f"{rho:g}"
 
 
 def mean_and_std(
@@ -177,3 +201,38 @@ def plot_band(
     """Draw a line of means with mean ± std as a band."""
     (line,) = axis.plot(x, mean, **options)
     axis.fill_between(x, mean - std, mean + std, color=line.get_color(), alpha=0.15)
+
+
+def plot_radii(
+    axis: Axes, results: Iterable[Result], value: Callable[[Result], float], label: str,
+    ls: str = "--",
+) -> None:  # fmt: skip
+    """Draw mean ± std against the radius; of runs without one a horizontal line of style ``ls``."""
+    cells = group(results, "rho")
+    mean, std = mean_and_std(cells.values(), value)
+    if None in cells:
+        axis.axhline(mean[0], color="grey", ls=ls, label=label)
+        axis.axhspan(mean[0] - std[0], mean[0] + std[0], color="grey", alpha=0.2)
+    else:
+        axis.errorbar(list(cells), mean, std, marker="o", capsize=3, label=label)
+
+
+def plot_traces(
+    axis: Axes, results: list[Result], label: str, log: bool = False, per_epoch: int = 1
+) -> None:
+    """Draw mean ± std of the traces against the epoch, up to where the shortest one ends.
+
+    Args:
+        axis, results, label: Where, what, and its name.
+        log: Take the logarithms' mean and std.
+        per_epoch: How many numbers a trace has for an epoch.
+    """
+    length = min(len(result.trace) for result in results)
+    traces = np.array([result.trace[:length] for result in results])
+    if log:
+        traces = np.log10(traces)
+    mean, std = traces.mean(0), traces.std(0, ddof=1) if len(traces) > 1 else np.zeros(length)
+    middle, low, high = (10**x if log else x for x in (mean, mean - std, mean + std))
+    x = np.arange(length) / per_epoch
+    (line,) = axis.plot(x, middle, label=label)
+    axis.fill_between(x, low, high, color=line.get_color(), alpha=0.15)

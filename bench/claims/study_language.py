@@ -10,11 +10,8 @@ epochs: as many passes as the others have.
 
 from __future__ import annotations
 
-import math
 import statistics
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from .study_core import (
     Difference,
@@ -23,18 +20,19 @@ from .study_core import (
     Size,
     Study,
     Verdict,
+    best_radii,
     difference,
     diverged,
     group,
-    mean_and_std,
+    plot_radii,
+    radius_cell,
 )
-from .text_training import ONE_PASS, train_decoder
+from .text_training import ADAMW, CHANCE, ONE_PASS, test_loss, train_decoder
 from common.outputs import align, mean_std
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-ADAMW = {"lr": 3e-3, "weight_decay": 0.1}
 RADII = {
     "adamw": (),
     "sam": (0.01, 0.03, 0.1),
@@ -45,7 +43,6 @@ RADII = {
     "msam": (0.03, 0.1, 0.3),
 }
 OWN = {"functional-p": {"warmup": 100}}  # of the 543 steps; by default 1,000
-CHANCE = math.log(100)  # nats, about: of some 100 characters, each as likely
 WORSE = "at equal passes, SAM's test loss is higher than AdamW's."
 BETTER = "Functional-SAM's test loss is lower than SAM's, and at equal epochs lower than AdamW's."
 
@@ -63,11 +60,6 @@ def make_runs(size: Size) -> list[Run]:
     return runs
 
 
-def test_loss(result: Result) -> float:
-    """Return the test loss in nats per character, at most that of chance."""
-    return CHANCE if result.diverged else min(result.measured["test_loss"], CHANCE)
-
-
 def validation_loss(results: list[Result]) -> float:
     losses = [CHANCE if r.diverged else r.measured["validation_loss"] for r in results]
     return statistics.fmean(losses)
@@ -75,10 +67,7 @@ def validation_loss(results: list[Result]) -> float:
 
 def pick_best(results: list[Result]) -> dict[tuple[str, int], list[Result]]:
     """Return the runs by method and epochs, at the radius of the lowest mean validation loss."""
-    return {
-        key: min(group(runs, "rho").values(), key=validation_loss)
-        for key, runs in group(results, "method", "epochs").items()
-    }
+    return best_radii(results, lambda runs: -validation_loss(runs), "method", "epochs")
 
 
 def tabulate(results: list[Result]) -> str:
@@ -91,8 +80,7 @@ def tabulate(results: list[Result]) -> str:
             for part in ("train", "validation", "test")
         ]
         passes = f"{epochs if method in ONE_PASS else 2 * epochs}"
-        radius = "-" if rho is None else f"{rho:g}"
-        lines.append([method, radius, passes, *losses, diverged(runs)])
+        lines.append([method, radius_cell(rho), passes, *losses, diverged(runs)])
     return align(lines)
 
 
@@ -134,13 +122,7 @@ def draw(results: list[Result], figure: Figure) -> None:
     short = min(result.run.epochs for result in results)
     for (method, epochs), runs in group(results, "method", "epochs").items():
         label = method if epochs == short else f"{method}, twice the epochs"
-        cells = group(runs, "rho")
-        mean, std = mean_and_std(cells.values(), test_loss)
-        if method == "adamw":
-            axis.axhline(mean[0], color="grey", ls="--" if epochs == short else ":", label=label)
-            axis.axhspan(mean[0] - std[0], mean[0] + std[0], color="grey", alpha=0.2)
-        else:
-            axis.errorbar(np.array(list(cells)), mean, std, marker="o", capsize=3, label=label)
+        plot_radii(axis, runs, test_loss, label, ls="--" if epochs == short else ":")
     axis.set(xlabel="rho (each method's own measure)", ylabel="test loss (nats per character)",
              xscale="log")  # fmt: skip
     axis.grid(alpha=0.3)

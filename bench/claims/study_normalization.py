@@ -6,6 +6,10 @@ large. Here two small networks learn the images: a convolutional one with BatchN
 linear layers with LayerNorm; a share of the training labels is wrong, as clean digits tell no
 methods apart. BatchNorm's statistics are frozen in the second pass, for every method. What the
 optimizer takes of a step is its wall-clock time less that of its closures.
+
+The radii were extended once, by two doublings each. In a first run, up to 0.4 (SAM), 0.8 (SAM-ON)
+and 4 (ASAM-ON), every method's best radius was the largest; ASAM-ON less SAM was -0.17 ± 0.39
+points of accuracy with BatchNorm and -0.33 ± 0.19 with LayerNorm.
 """
 
 from __future__ import annotations
@@ -16,7 +20,6 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
@@ -29,12 +32,15 @@ from .study_core import (
     Size,
     Study,
     Verdict,
+    accuracy,
     accuracy_cell,
+    best_radii,
     compare,
     diverged,
     group,
     mean_accuracy,
-    mean_and_std,
+    plot_radii,
+    radius_cell,
 )
 from .study_training import BATCH_SIZE, load
 from common.data import CLASSES, flip_labels
@@ -47,9 +53,9 @@ if TYPE_CHECKING:
 NETWORKS = ("batch", "layer")
 RADII = {
     "sgd": (),
-    "sam": (0.05, 0.1, 0.2, 0.4),
-    "sam-on": (0.1, 0.2, 0.4, 0.8),
-    "asam-on": (0.5, 1.0, 2.0, 4.0),
+    "sam": (0.05, 0.1, 0.2, 0.4, 0.8, 1.6),
+    "sam-on": (0.1, 0.2, 0.4, 0.8, 1.6, 3.2),
+    "asam-on": (0.5, 1.0, 2.0, 4.0, 8.0, 16.0),
 }
 CLAIMS = {
     "batch": "SAM-ON is more accurate than SAM on a network with BatchNorm.",
@@ -144,20 +150,13 @@ def make_runs(size: Size) -> list[Run]:
     ]  # fmt: skip
 
 
-def pick_best(results: list[Result]) -> dict[str, list[Result]]:
-    """Return the runs of each method at the radius of its highest mean accuracy."""
-    return {
-        method: max(group(runs, "rho").values(), key=mean_accuracy)
-        for method, runs in group(results, "method").items()
-    }
-
-
 def tabulate(results: list[Result]) -> str:
     lines = [["norm", "method", "rho", "test accuracy (%)", "optimizer (µs a step)", "diverged"]]
     for (network, method, rho), runs in group(results, "network", "method", "rho").items():
         times = mean_std([r.measured["optimizer_us"] for r in runs], 0)
-        radius = "-" if rho is None else f"{rho:g}"
-        lines.append([network, method, radius, accuracy_cell(runs), times, diverged(runs)])
+        lines.append(
+            [network, method, radius_cell(rho), accuracy_cell(runs), times, diverged(runs)]
+        )
     return align(lines)
 
 
@@ -169,7 +168,7 @@ def judge(results: list[Result]) -> list[Verdict]:
     """
     verdicts = []
     for network, runs in group(results, "network").items():
-        best = pick_best(runs)
+        best = best_radii(runs, mean_accuracy, "method")
         form = max(("sam-on", "asam-on"), key=lambda name: mean_accuracy(best[name]))
         gap = compare(best[form], best["sam"])
         outcome = "not reproduced" if gap.lower else "reproduced"
@@ -189,14 +188,7 @@ def draw(results: list[Result], figure: Figure) -> None:
     axes = figure.subplots(1, len(NETWORKS), squeeze=False)[0]
     for axis, (network, runs) in zip(axes, group(results, "network").items(), strict=True):
         for method, own in group(runs, "method").items():
-            cells = group(own, "rho")
-            mean, std = mean_and_std(cells.values())
-            if method == "sgd":
-                axis.axhline(mean[0], color="grey", ls="--", label="sgd")
-                axis.axhspan(mean[0] - std[0], mean[0] + std[0], color="grey", alpha=0.2)
-            else:
-                x = np.array(list(cells))
-                axis.errorbar(x, mean, std, marker="o", capsize=3, label=method)
+            plot_radii(axis, own, accuracy, label=method)
         axis.set(xlabel="rho (each method's own measure)", ylabel="test accuracy (%)",
                  xscale="log", title=f"{network.capitalize()}Norm")  # fmt: skip
         axis.grid(alpha=0.3)

@@ -23,8 +23,6 @@ import math
 import statistics
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from .study_core import (
     Result,
     Run,
@@ -38,6 +36,7 @@ from .study_core import (
     mean_accuracy,
     mean_and_std,
     plot_band,
+    plot_traces,
 )
 from .study_training import train_network
 from common.outputs import align, mean_std
@@ -191,13 +190,7 @@ def draw(results: list[Result], figure: Figure) -> None:
         axis.sharey(over_time[0])
     for axis, variant in zip(over_time, VARIANTS, strict=True):
         for start, runs in learned(results, variant).items():
-            length = min(len(r.trace) for r in runs)
-            logs = np.log10([r.trace[:length] for r in runs])  # mean ± std of log rho
-            mean = logs.mean(0)
-            std = logs.std(0, ddof=1) if len(logs) > 1 else 0.0
-            (line,) = axis.plot(range(length), 10**mean, label=f"from {start:g}")
-            low, high = 10 ** (mean - std), 10 ** (mean + std)
-            axis.fill_between(range(length), low, high, color=line.get_color(), alpha=0.2)
+            plot_traces(axis, runs, label=f"from {start:g}", log=True)
         note = " (as published)" if variant == PUBLISHED else ""
         axis.set(yscale="log", xlabel="epoch", title=f"LETS: {', '.join(variant)}{note}")
         axis.set_ylabel("rho (mean of the epoch)")

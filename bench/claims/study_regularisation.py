@@ -20,13 +20,15 @@ from .study_core import (
     Study,
     Verdict,
     accuracy_cell,
+    best_radii,
     compare,
     diverged,
     group,
     loss,
     mean_accuracy,
     mean_and_std,
-    plot_band,
+    plot_traces,
+    radius_cell,
 )
 from .study_training import train_network
 from common.outputs import align, mean_std
@@ -55,14 +57,6 @@ def make_runs(size: Size) -> list[Run]:
     ]
 
 
-def pick_best(results: list[Result]) -> dict[str, list[Result]]:
-    """Return the runs of each method at the radius of its highest mean accuracy."""
-    return {
-        method: max(group(runs, "rho").values(), key=mean_accuracy)
-        for method, runs in group(results, "method").items()
-    }
-
-
 def quarters(results: list[Result]) -> tuple[list[float], list[float]]:
     """Return the mean lam in the first and in the last quarter of the epochs, one value a seed.
 
@@ -80,7 +74,7 @@ def tabulate(results: list[Result]) -> str:
     for (noise, method, rho), runs in group(results, "label_noise", "method", "rho").items():
         lam = [mean_std(q, 2) for q in quarters(runs)] if method == "samar" else ["-", "-"]
         lines.append([
-            f"{100 * noise:g}", method, "-" if rho is None else f"{rho:g}", accuracy_cell(runs),
+            f"{100 * noise:g}", method, radius_cell(rho), accuracy_cell(runs),
             mean_std([loss(r) for r in runs], 3), *lam, diverged(runs),
         ])  # fmt: skip
     return align(lines)
@@ -94,7 +88,7 @@ def judge(results: list[Result]) -> list[Verdict]:
     """
     settings, told = [], []
     for noise, runs in group(results, "label_noise").items():
-        best = pick_best(runs)
+        best = best_radii(runs, mean_accuracy, "method")
         gaps = {rival: compare(best["samar"], best[rival]) for rival in RIVALS}
         settings.append(gaps)
         told.append(
@@ -121,10 +115,7 @@ def draw(results: list[Result], figure: Figure) -> None:
     for (over_time, at_end), (noise, runs) in zip(axes, by_noise.items(), strict=True):
         samar = [r for r in runs if r.run.method == "samar"]
         for rho, cell in group(samar, "rho").items():
-            length = min(len(r.trace) for r in cell)
-            traces = np.array([r.trace[:length] for r in cell])
-            std = traces.std(0, ddof=1) if len(traces) > 1 else np.zeros(length)
-            plot_band(over_time, range(length), traces.mean(0), std, label=f"rho = {rho:g}")
+            plot_traces(over_time, cell, label=f"rho = {rho:g}")
         over_time.axhline(1, color="grey", lw=0.8, ls=":")
         over_time.set(xlabel="epoch", ylabel="lam (mean of the epoch)",
                       title=f"SAMAR, {100 * noise:g} % wrong labels")  # fmt: skip

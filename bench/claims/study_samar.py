@@ -11,37 +11,39 @@ result on validation data.
 
 from __future__ import annotations
 
-import statistics
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from .study_core import (
-    CHANCE_ACCURACY,
     Difference,
     Result,
     Run,
     Size,
     Study,
     Verdict,
-    accuracy,
     difference,
     diverged,
     group,
-    mean_and_std,
-    plot_band,
+    plot_radii,
+    plot_traces,
+    radius_cell,
 )
-from .study_language import ADAMW, CHANCE, test_loss
 from .study_regularisation import quarters
-from .study_training import train_network
-from .text_training import train_decoder
+from .three_tasks import (
+    DATA,
+    base_of,
+    chosen,
+    judge_default,
+    label_of,
+    runs_of,
+    tested,
+    tested_cell,
+    train,
+)
 from common.outputs import align, mean_std
-from train import SGD
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-DATA = ("digits", "mnist5k", "text")
 RADII = {"digits": (0.05, 0.1, 0.2), "mnist5k": (0.05, 0.1, 0.2), "text": (0.01, 0.03, 0.1)}
 TEXT_EPOCHS = 10  # of the images' epochs one is run on the text
 RULES = {
@@ -55,50 +57,14 @@ PUBLISHED = "SAMAR is better than its base optimizer and than SAM: {}"
 def make_runs(size: Size) -> list[Run]:
     runs = []
     for data in DATA:
-        base, settings = ("adamw", ADAMW) if data == "text" else ("sgd", SGD)
+        base, settings = base_of(data)
         cells = [(base, settings)]
         for method in ("sam", *RULES):
             own = RULES.get(method, {})
             cells += [(method, {**settings, "rho": rho, **own}) for rho in RADII[data]]
         epochs = max(1, size.epochs // TEXT_EPOCHS) if data == "text" else size.epochs
-        noise, part = (0.0, 0.0) if data == "text" else (size.label_noise, 0.2)
-        runs += [
-            Run(method, own, seed, epochs, data, noise, True, part, size.device)
-            for method, own in cells
-            for seed in range(size.seeds)
-        ]
+        runs += runs_of(data, cells, epochs, size)
     return runs
-
-
-def train(run: Run) -> Result:
-    return train_decoder(run) if run.data == "text" else train_network(run)
-
-
-def tested(result: Result) -> float:
-    """Return what is compared, the higher the better: accuracy in percent, or minus nats."""
-    return -test_loss(result) if result.run.data == "text" else accuracy(result)
-
-
-def validated(results: list[Result]) -> float:
-    """Return the mean of the same on the validation data."""
-    found = []
-    for result in results:
-        text, measured = result.run.data == "text", result.measured
-        if result.diverged:
-            found.append(-CHANCE if text else CHANCE_ACCURACY)
-        else:
-            found.append(
-                -measured["validation_loss"] if text else measured["validation_accuracy_percent"]
-            )
-    return statistics.fmean(found)
-
-
-def pick_best(results: list[Result]) -> dict[str, list[Result]]:
-    """Return the runs of each method at the radius of its best mean on the validation data."""
-    return {
-        method: max(group(runs, "rho").values(), key=validated)
-        for method, runs in group(results, "method").items()
-    }
 
 
 def tabulate(results: list[Result]) -> str:
@@ -106,9 +72,7 @@ def tabulate(results: list[Result]) -> str:
               "lam, last quarter", "diverged"]]  # fmt: skip
     for (data, method, rho), runs in group(results, "data", "method", "rho").items():
         lam = [mean_std(q, 2) for q in quarters(runs)] if method in RULES else ["-", "-"]
-        told = mean_std([abs(tested(r)) for r in runs], 4 if data == "text" else 2)
-        radius = "-" if rho is None else f"{rho:g}"
-        lines.append([data, method, radius, told, *lam, diverged(runs)])
+        lines.append([data, method, radius_cell(rho), tested_cell(runs), *lam, diverged(runs)])
     return align(lines)
 
 
@@ -121,17 +85,14 @@ def judge(results: list[Result]) -> list[Verdict]:
     Each rule reproduces the paper's claim if it is better than the base optimizer and than SAM on
     every data set; partly if, on one at least, it is better than one of them and worse than none.
     """
-    by_data = {data: pick_best(runs) for data, runs in group(results, "data").items()}
+    by_data = {data: chosen(runs) for data, runs in group(results, "data").items()}
 
     def gaps(method: str, other: str) -> dict[str, Difference]:
         return {data: difference(best[method], best[other], tested)
                 for data, best in by_data.items() if other in best}  # fmt: skip
 
     between = gaps("samar-trend", "samar")
-    wins = sum(gap.higher for gap in between.values())
-    if any(gap.lower for gap in between.values()):
-        wins = 0
-    outcome = ("not reproduced", "partly reproduced", "reproduced")[min(wins, 2)]
+    outcome = judge_default(between.values())
     told = ", ".join(f"{gap} on {data}" for data, gap in between.items())
     verdicts = [Verdict(DEFAULT, outcome, f"By two averages less by ratios: {told}.")]
     for rule in RULES:
@@ -156,24 +117,14 @@ def draw(results: list[Result], figure: Figure) -> None:
     by_data = group(results, "data")
     axes = figure.subplots(len(by_data), 2, squeeze=False)
     for (over_time, at_end), (data, runs) in zip(axes, by_data.items(), strict=True):
-        best = pick_best(runs)
+        best = chosen(runs)
         for rule in RULES:
-            length = min(len(r.trace) for r in best[rule])
-            traces = np.array([r.trace[:length] for r in best[rule]])
-            std = traces.std(0, ddof=1) if len(traces) > 1 else np.zeros(length)
             radius = best[rule][0].get("rho")
-            plot_band(over_time, range(length), traces.mean(0), std, label=f"{rule}, {radius:g}")
+            plot_traces(over_time, best[rule], label=f"{rule}, {radius:g}")
         over_time.set(title=data, xlabel="epoch", ylabel="lam (mean of the epoch)")
         for method, same in group(runs, "method").items():
-            cells = group(same, "rho")
-            mean, std = mean_and_std(cells.values(), lambda r: abs(tested(r)))
-            if None in cells:
-                at_end.axhline(mean[0], color="grey", ls="--", label=method)
-                at_end.axhspan(mean[0] - std[0], mean[0] + std[0], color="grey", alpha=0.2)
-            else:
-                at_end.errorbar(list(cells), mean, std, marker="o", capsize=3, label=method)
-        name = "test loss (nats)" if data == "text" else "test accuracy (%)"
-        at_end.set(xlabel="rho", ylabel=name, xscale="log")
+            plot_radii(at_end, same, lambda r: abs(tested(r)), label=method)
+        at_end.set(xlabel="rho", ylabel=label_of(data), xscale="log")
         for axis in (over_time, at_end):
             axis.grid(alpha=0.3)
             axis.legend(fontsize=8)

@@ -43,11 +43,11 @@ def make_samar_trend(
 def make_lets(
     params: Iterable[Tensor], rho_lr: float, hessian: str, gap_batch: str, **settings: Any
 ) -> Any:
-    """Build LETS around SAM on SGD; ``rho`` in the settings is where the radius starts.
+    """Build LETS around SAM, on SGD by default; ``rho`` in the settings is its first radius.
 
-    ``gap_batch`` is :class:`Stepper`'s: on which training batch the gap is measured.
+    ``gap_batch`` is for :func:`step_lets`.
     """
-    sam = fastsam.SAM(params, torch.optim.SGD, **settings)
+    sam = fastsam.SAM(params, **{**ON_SGD, **settings})
     return fastsam.LETS(sam, rho_lr=rho_lr, hessian=hessian)
 
 
@@ -70,6 +70,32 @@ METHODS: dict[str, Callable[..., Any]] = {
     "lets": make_lets,
 }
 WATCHED = {"lets": "rho", "samar": "lam", "samar-trend": "lam"}  # the numbers that a method adapts
+
+
+def step_lets(
+    optimizer: fastsam.LETS,
+    gap_batch: str,
+    closure: Callable[[], Tensor],
+    fresh: Callable[[], Tensor],
+    validation: Callable[[], Tensor],
+) -> None:
+    """Take a step of LETS, with the gap measured on the batch that the settings ask for.
+
+    Args:
+        optimizer: What is stepped.
+        gap_batch: ``"same"`` for the training batch of the step, as published, or ``"fresh"``.
+        closure: Computes the loss of that batch and its gradients.
+        fresh, validation: The same of another training batch, and of a validation batch.
+    """
+    calls = 0
+
+    def training_loss() -> Tensor:
+        nonlocal calls
+        calls += 1
+        # the third call is for the radius alone
+        return fresh() if calls == 3 and gap_batch == "fresh" else closure()
+
+    optimizer.step(training_loss, validation)
 
 
 class Stepper:
@@ -104,18 +130,11 @@ class Stepper:
             self.record.append(self.optimizer.metrics[self.metric].clone())
 
     def _step_lets(self, closure: Callable[[], Tensor]) -> None:
-        calls = 0
-
-        def training_loss() -> Tensor:
-            # the third call is for the radius alone: by the settings on the batch of the step, as
-            # published, or on another
-            nonlocal calls
-            calls += 1
-            if calls == 3 and self.run.settings["gap_batch"] == "fresh":
-                return self._loss_of_batch(self.training)
-            return closure()
-
-        self.optimizer.step(training_loss, lambda: self._loss_of_batch(self.validation))
+        step_lets(
+            self.optimizer, self.run.settings["gap_batch"], closure,
+            lambda: self._loss_of_batch(self.training),
+            lambda: self._loss_of_batch(self.validation),
+        )  # fmt: skip
 
     def _loss_of_batch(self, images: Images | None) -> Tensor:
         """Return the loss of a random batch, with its gradients in place."""

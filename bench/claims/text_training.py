@@ -16,11 +16,13 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 import fastsam
 
 from .study_core import Result, Run
-from .study_training import WATCHED, make_samar, make_samar_trend
+from .study_training import WATCHED, make_lets, make_samar, make_samar_trend, step_lets
 from common.text import Decoder, Text, load_text, windows
 
 LENGTH = 64  # characters of a window
 BATCH_SIZE = 32  # windows
+ADAMW = {"lr": 3e-3, "weight_decay": 0.1}
+CHANCE = math.log(100)  # nats, about: of some 100 characters, each as likely
 
 ON_ADAMW = {"base_optimizer": torch.optim.AdamW}
 
@@ -50,8 +52,16 @@ METHODS: dict[str, Callable[..., Any]] = {
     "msam": on_parameters(fastsam.MSAM, **ON_ADAMW),
     "samar": on_parameters(make_samar, **ON_ADAMW),
     "samar-trend": on_parameters(make_samar_trend, **ON_ADAMW),
+    "lets": on_parameters(make_lets, **ON_ADAMW),
 }
-ONE_PASS = ("adamw", "msam")  # the others take two passes a step
+ONE_PASS = ("adamw", "msam")
+PASSES = {**dict.fromkeys(ONE_PASS, 1.0), "lets": 4.0}  # a step; the others take two
+TRACED = {"lets": 10}  # numbers of the trace for an epoch; of the others one
+
+
+def test_loss(result: Result) -> float:
+    """Return the test loss in nats per character, at most that of chance."""
+    return CHANCE if result.diverged else min(result.measured["test_loss"], CHANCE)
 
 
 @functools.lru_cache(maxsize=1)  # once a process
@@ -78,19 +88,33 @@ def train_decoder(run: Run) -> Result:
     """Train one network. At a given seed every method gets the same weights and batches.
 
     The learning rate falls to 0 along a cosine. The windows of an epoch begin at another character
-    in each epoch.
+    in each epoch. LETS is given batches of the validation text, and others of the training text.
     """
     text = load()
     torch.manual_seed(run.seed)
     model = Decoder(text.characters, LENGTH).to(run.device)
     order = torch.Generator().manual_seed(run.seed)
+    draws = torch.Generator().manual_seed(run.seed)  # of its own: all methods see the same batches
     training = text.training.to(run.device)
+    held_out = windows(text.validation.to(run.device), LENGTH)
     optimizer = METHODS[run.method](model, **run.settings)
     mark = getattr(optimizer, "outputs", lambda logits: logits)
     count = len(windows(training, LENGTH, LENGTH - 1))  # in every epoch, wherever it begins
     schedule = CosineAnnealingLR(optimizer, T_max=run.epochs * math.ceil(count / BATCH_SIZE))
     watched = WATCHED.get(run.method)
+    parts = TRACED.get(run.method, 1)
     trace = [float(run.settings[watched])] if watched else []
+
+    def loss_on(batch: Tensor) -> Tensor:
+        optimizer.zero_grad()
+        loss = loss_of(model, batch, mark)
+        loss.backward()
+        return loss
+
+    def loss_of_random(cut: Tensor) -> Tensor:
+        chosen = torch.randperm(len(cut), generator=draws)[:BATCH_SIZE]
+        return loss_on(cut[chosen.to(run.device)])
+
     start = time.perf_counter()
     for _ in range(run.epochs):
         seen = []
@@ -98,22 +122,24 @@ def train_decoder(run: Run) -> Result:
         cut = windows(training, LENGTH, shift)[:count]
         for chosen in torch.randperm(count, generator=order).split(BATCH_SIZE):
             batch = cut[chosen.to(run.device)]
-
-            def closure(batch: Tensor = batch) -> Tensor:
-                optimizer.zero_grad()
-                loss = loss_of(model, batch, mark)
-                loss.backward()
-                return loss
-
-            optimizer.step(closure)
+            closure = functools.partial(loss_on, batch)
+            if run.method == "lets":
+                step_lets(
+                    optimizer, run.settings["gap_batch"], closure,
+                    functools.partial(loss_of_random, cut),
+                    functools.partial(loss_of_random, held_out),
+                )  # fmt: skip
+            else:
+                optimizer.step(closure)
             schedule.step()
             if watched:
                 seen.append(optimizer.metrics[watched].clone())
         if watched:
-            trace.append(torch.stack(seen).mean().item())
+            pieces = min(parts, len(seen))
+            trace += [part.mean().item() for part in torch.stack(seen).tensor_split(pieces)]
     seconds = time.perf_counter() - start
     measured = {
-        "passes": run.epochs * (1.0 if run.method in ONE_PASS else 2.0),
+        "passes": run.epochs * PASSES.get(run.method, 2.0),
         "train_loss": evaluate(model, training[: len(text.test)]),
         "validation_loss": evaluate(model, text.validation.to(run.device)),
         "test_loss": evaluate(model, text.test.to(run.device)),

@@ -21,6 +21,7 @@ from claims import (
     study_flatness,
     study_lambda,
     study_language,
+    study_lets,
     study_normalization,
     study_radius,
     study_regularisation,
@@ -45,6 +46,11 @@ TINY = {
     study_lambda: {"RADII": (0.1,)},
     study_regularisation: {"RADII": (0.1,)},
     study_samar: {"DATA": ("digits", "text"), "RADII": dict.fromkeys(study_samar.DATA, (0.1,))},
+    study_lets: {
+        "DATA": ("digits", "text"),
+        "STARTS": dict.fromkeys(study_lets.DATA, (0.05,)),
+        "FIXED": dict.fromkeys(study_lets.DATA, (0.1,)),
+    },
     study_normalization: {"RADII": dict.fromkeys(study_normalization.RADII, (0.1,)) | {"sgd": ()}},
     study_flatness: {
         "HIDDEN": 2,
@@ -77,7 +83,7 @@ def run_main(folder: Path, name: str, *options: str) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("name", studies.STUDIES)
 def test_study_writes_its_three_files(name, tiny, tmp_path, capsys):
-    if name == "samar":
+    if name in ("samar", "lets"):
         pytest.importorskip("mlxtend")
     folder = tmp_path / "made" / "here"
     rows = run_main(folder, name)
@@ -249,6 +255,35 @@ def test_text_methods_share_weights_and_batches_at_a_seed(tiny):
     ).diverged
 
 
+def test_lets_on_text_is_given_other_batches_than_those_of_the_step(tiny, monkeypatch):
+    learning = {"rho_lr": 0.0, "hessian": "diag", "gap_batch": "fresh"}
+    run = Run("lets", {"lr": 3e-3, "rho": 0.1, **learning}, 0, epochs=2, data="text")
+    seen, original = [], text_training.loss_of
+
+    def record(model, batch, mark):
+        if torch.is_grad_enabled():  # not where the losses at the end are measured
+            seen.append(batch.tolist())
+        return original(model, batch, mark)
+
+    monkeypatch.setattr(text_training, "loss_of", record)
+    text = text_training.load()
+    lets = text_training.train_decoder(run)
+    steps = len(seen) // 4
+    held_out = windows(text.validation, text_training.LENGTH).tolist()
+    kept = text.training.unfold(0, text_training.LENGTH + 1, 1).tolist()
+    for first, second, fresh, validation in zip(*(seen[i::4] for i in range(4)), strict=True):
+        assert first == second != fresh and all(window in kept for window in fresh)
+        assert all(window in held_out for window in validation)
+    seen.clear()
+    sam = text_training.train_decoder(
+        Run("sam", {"lr": 3e-3, "rho": 0.1}, 0, epochs=2, data="text")
+    )
+    passes = lets.measured.pop("passes"), sam.measured.pop("passes")
+    assert passes == (8.0, 4.0) and steps == len(seen) // 2  # both have the same batches
+    assert lets.measured == pytest.approx(sam.measured, rel=1e-4)  # as its radius does not move
+    assert lets.trace == pytest.approx([0.1] * len(lets.trace)) and len(lets.trace) == 1 + steps
+
+
 # --- the saddle ---
 
 
@@ -328,6 +363,15 @@ def outcomes(study: study_core.Study, outcome: Callable[[Run], dict]) -> list[st
 def noisy(run: Run, accuracy: float) -> dict:
     """An accuracy that differs by seed, alike for every method."""
     return {"accuracy": accuracy + 2.0 * run.seed}
+
+
+def test_several_runs_of_a_seed_count_by_their_mean():
+    def runs(*accuracies):
+        return [Result(quick("sam", i % 2), {"test_accuracy_percent": a})
+                for i, a in enumerate(accuracies)]  # fmt: skip
+
+    gap = study_core.compare(runs(90, 80, 92, 84), runs(88, 80))
+    assert gap.mean == 2.5 and gap.error == pytest.approx(0.5)  # 91 less 88, 82 less 80
 
 
 def test_difference_is_taken_seed_by_seed():
@@ -502,6 +546,48 @@ def test_verdicts_of_samar(gains, expected):
     assert outcomes(study_samar.STUDY, outcome) == expected
 
 
+@pytest.mark.parametrize(
+    "gains, expected",
+    [
+        ({"digits": 1.0, "text": 1.0}, "reproduced"),
+        ({"mnist5k": 1.0}, "partly"),
+        ({"digits": 1.0, "mnist5k": 1.0, "text": -1.0}, "not"),
+        ({}, "not"),
+    ],
+)
+def test_default_of_lets_is_by_the_mean_over_both_starts(gains, expected):
+    def outcome(run):
+        gain = gains.get(run.data, 0.0) * (run.settings.get("hessian") == "difference")
+        at_low = run.settings["rho"] == min(study_lets.STARTS[run.data])
+        better = 3 * gain if at_low else -gain  # from the other start it is the worse one
+        return {"accuracy": 90 + better + 2.0 * run.seed, "loss": 2 - 0.1 * better + 0.1 * run.seed}
+
+    assert outcomes(study_lets.STUDY, outcome)[0] == expected
+
+
+@pytest.mark.parametrize(
+    "low, high, expected",
+    [
+        ({"digits": 0.11, "mnist5k": 0.06, "text": 1e-5}, 1.9, "reproduced"),
+        ({"digits": 0.11, "mnist5k": 0.06, "text": 1e-5}, 2.1, "not"),
+        ({"digits": 0.09, "mnist5k": 0.06, "text": 1e-5}, 1.0, "partly"),
+    ],
+)
+def test_radius_of_lets_is_compared_with_the_best_fixed_one(low, high, expected):
+    """The best fixed radius is the second one, on the text the first; ``high`` is relative."""
+    best = {"digits": 0.2, "mnist5k": 0.1, "text": 0.003}
+
+    def outcome(run):
+        rho, data = run.settings["rho"], run.data
+        if run.method == "sam":
+            good = 1.0 if rho == best[data] else 0.0
+            return {"accuracy": 80 + good, "loss": 2 - good}
+        ends = low[data], high * best[data]
+        return {"trace": (rho, ends[study_lets.STARTS[data].index(rho)])}
+
+    assert outcomes(study_lets.STUDY, outcome)[1:] == [expected, expected]
+
+
 def test_better_than_sgd_and_worse_than_sam_is_not_reproduced():
     level = {"sgd": 90, "sam": 94, "vasso": 92, "samar": 92}
     found = outcomes(study_regularisation.STUDY, lambda run: noisy(run, level[run.method]))
@@ -641,6 +727,18 @@ def test_table_of_robustness_is_recomputed_from_the_csv(tiny, tmp_path, capsys):
     digits = [2, 2, 2, 2, 0, 3, 3]
     expected = [f"{m:.{d}f} ± {s:.{d}f}" for m, s, d in zip(mean, std, digits, strict=True)]
     assert cells == ["LightSAM II", "4", *expected, "0 of 8"]
+
+
+def test_title_says_how_long_each_data_set_was_trained(tmp_path):
+    size = study_lets.STUDY.small
+    title = studies.describe("lets", size, study_lets.make_runs(size))
+    assert title == (
+        "lets: digits, mnist5k, text, 20 % of the training labels wrong, 30 epochs of digits, "
+        "6 epochs of mnist5k, 1 epochs of text, 3 seed(s)"
+    )
+    size = study_language.STUDY.small
+    title = studies.describe("language", size, study_language.make_runs(size))
+    assert title == "language: text, 3 epochs, 3 seed(s)"
 
 
 # --- the command line ---
