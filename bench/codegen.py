@@ -177,14 +177,22 @@ def _of_ascent(types: Sequence[str], spec: StepSpec) -> Iterator[Variant]:
     # neither noise nor what follows from the base's state, or from the accumulator, serves what
     # makes the perturbation once more
     again = not (spec.ascent.sees_past or spec.ascent.momentum or spec.ascent.noise)
+    # an update may have left the norm
+    known = (1 + (types[0] == "fp64")) * (bool(spec.ascent.momentum) and not spec.adaptive)
     for storage in _storages(types):
         for read in _reads(spec.ascent, types, storage):
             yield _perturbation(types, perturb_constants(spec), read, **storage)
+            if known:
+                constants = perturb_constants(spec, known=known)
+                yield _perturbation(types, constants, read, **storage)
     if again:
         yield _reduction(types, hypergradient_sums(spec, "diag"), False)
     storage = next(iter(_storages(types)))
     for read in _reads(spec.ascent, types, storage):
         yield _perturbation(types, perturb_constants(spec, moves=True), read, **storage)
+        if known:
+            constants = perturb_constants(spec, moves=True, known=known)
+            yield _perturbation(types, constants, read, **storage)
         if spec.ascent.divides:
             by_layer = replace(spec, norm="layer")
             yield _perturbation(types, perturb_constants(by_layer), read, **storage)
@@ -254,6 +262,10 @@ def _of_base(types: Sequence[str], base: Base, group: dict[str, Any]) -> Iterato
                 yield _variant("update_kernel", types, LAUNCHES.update, STATES=states, **rule)
                 continue
             yield _variant("update_kernel", types, LAUNCHES.update, STATES=states, **rule)
+            names = list(base.states(group))[:1]
+            if names in (["momentum_buffer"], ["exp_avg"]) and of_ascent == 0:  # MSAM's
+                leaves = rule | {"SQUARES": 0}
+                yield _variant("update_kernel", types, LAUNCHES.update, STATES=states, **leaves)
             if scale and not base.wide and of_ascent == 0:
                 for beside, keeps in ((False, False), (True, False), (False, True)):
                     mixed = rule | {"MIX": True, "BESIDE": beside, "KEEPS": keeps}

@@ -281,6 +281,9 @@ class Configured(SharedState):
         if self.rounding == "stochastic" or self.ascent.chooses:
             slots["rounding_step"] = Scalar.ROUNDING_STEP
             self.kept["rounding_step"] = 0.0
+        if self.ascent.momentum and not self.ascent.follows_last:
+            slots["momentum_squared_norm"] = Scalar.KEPT
+            self.kept["momentum_squared_norm"] = 0.0
         if self.ascent.noise:
             slots["noise_step"] = Scalar.NOISE_STEP
             self.kept["noise_step"] = 0.0
@@ -400,6 +403,8 @@ class Configured(SharedState):
         """What a state dict has beyond the base's: who made it, and the optimizer's own numbers."""
         bases = bases_of(self.base_optimizer, groups)
         write_marks(groups, method_name(type(self)), bases)
+        if hasattr(self, "_passes"):
+            self._passes.settle()
         write_kept(groups, self.kept)
 
     def _receiver(self) -> Receiver:
@@ -424,6 +429,7 @@ class Configured(SharedState):
             raise RuntimeError(
                 "expected second_step: an optimizer cannot be copied or pickled between passes"
             )
+        self._passes.settle()
         return super().__getstate__() | {"_base_parts": parts_of(self.base_optimizer)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ from .step.dtypes import Dtypes
 from .step.flight import Backup, InFlight, check_unperturbed, with_all_firsts
 from .step.gradients import take_over
 from .step.kept import KnownNorm, give_kept, keep, keep_last, room_for_last
+from .step.left import LeftNorm, may_leave
 from .step.precision import find_masters, find_places
 from .step.recording import Recording
 from .step.scalars import DeviceScalars
@@ -68,6 +69,7 @@ class Passes:
         self._was_captured = False  # in a CUDA graph
         self._squares: Tensor | None = None  # by segment
         self._known_norm = KnownNorm()  # of what an earlier step has kept
+        self._left_norm = LeftNorm()  # of the momentum
 
     # --- the first pass ---
 
@@ -99,6 +101,9 @@ class Passes:
         if is_captured(batch):
             self._check_capture(batch, spec, states)
         scalars = self.scalars.on_device_of(batch)
+        if momentum and spec.knows_momentum:
+            allowed = self._may_leave(batch, spec, backend)
+            batch.norm_is_known = self._left_norm.is_known(batch, scalars, allowed)
         ascent = None
         if spec.ascent.advance is not None:
             ascent = find_ascent_state(spec.ascent, batch, spec.groups, states)
@@ -136,6 +141,8 @@ class Passes:
         if batch.params:
             serving = self.backends.serving(backend, batch)
             flight.backup = serving.ascend(batch, spec, scalars, flight.backup)
+            if batch.norm_is_known:
+                self._left_norm.note_perturbed(scalars)
             flight.begin(self, self._name, batch)
         elif not goes_on:
             scalars[Scalar.GRAD_NORM].zero_()
@@ -257,6 +264,9 @@ class Passes:
                 batch = self._scale(batch, Scalar.INVERSE_SCALE, spec, flight, backend, states)
             lacks_firsts = flight.give_to(batch)
             last = None
+            if spec.ascent.momentum and not spec.ascent.follows_last:
+                allowed = self._may_leave(batch, spec, backend)
+                batch.leaves_norm = self._left_norm.prepare(batch, spec, scalars, allowed)
             if spec.ascent.follows_last:
                 kept = batch
                 if flight.scale is not None and self.backends.serving(backend, batch).takes_scaled:
@@ -292,6 +302,8 @@ class Passes:
             if batch.kept_is_known is False:
                 assert batch.firsts is not None
                 self._known_norm.remember(batch.firsts, scalars)
+            if batch.leaves_norm:
+                self._left_norm.remember(batch, spec, scalars)
             self._commit(seen, spec, flight, states, scalars, room)
             if last is not None:
                 keep_last(*last, spec, scalars, states)
@@ -305,8 +317,16 @@ class Passes:
             return
         # collectives write to tensors, too, and torch does not count that
         apart = is_distributed() or (batch.shardings is not None and any(batch.shardings))
-        if not apart and self.backends.serving(backend, batch).knows_kept:
+        if not apart and self.backends.serving(backend, batch).knows_norms:
             batch.kept_is_known = self._known_norm.is_of(batch.firsts, scalars)
+
+    def _may_leave(self, batch: Batch, spec: StepSpec, backend: str) -> bool:
+        """Whether an update may leave the norm of the momentum for the next perturbation."""
+        if not may_leave(batch, spec):
+            return False
+        # collectives write to tensors, too, and torch does not count that
+        apart = is_distributed() or (batch.shardings is not None and any(batch.shardings))
+        return not apart and self.backends.serving(backend, batch).knows_norms
 
     def _update(
         self, batch: Batch, spec: StepSpec, flight: InFlight, states: States, backend: str,
@@ -396,14 +416,20 @@ class Passes:
         serving.hypergradient(batch, backup, hessian, spec, scalars)
         return scalars
 
+    def settle(self) -> None:
+        """Let the optimizer's own numbers have the norm that the last update has left, if any."""
+        self._left_norm.settle(self.scalars.vector)
+
     def loaded(self) -> None:
         """Look at everything anew that a state dict may have brought."""
         self.collector.forget()
         self._known_norm.forget()
+        self._left_norm.forget()
 
     def forget(self) -> None:
         """Look at everything anew: a capture has failed, which was to upload what launches read."""
         self.loaded()
+        self._left_norm.begin_anew()
         self.backends.forget()
 
     # --- parts of them ---

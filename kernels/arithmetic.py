@@ -9,6 +9,13 @@ EPS = tl.constexpr(1e-12)
 SMALLEST = tl.constexpr(2.0**-126)
 #: The largest float32.
 LARGEST = tl.constexpr((2 - 2.0**-23) * 2.0**127)
+#: What numbers are multiplied by in a second look: where sums are small, and where they are not
+#: finite. The squares' own factors, undone in float64, are 2^200 and 2^-140.
+RAISE = tl.constexpr(2.0**100)
+LOWER = tl.constexpr(2.0**-70)
+#: A sum of squares below this may have lost more than its rounding: 8192 squares, the most that a
+#: chunk has, of less than the smallest normal float32 are a part in 2^25 of it.
+SMALL = tl.constexpr(2.0**-88)
 
 
 @triton.jit

@@ -38,6 +38,11 @@ ADAPT = tl.constexpr(int(Task.ADAPT))
 SKIP_FIRST = tl.constexpr(int(Task.SKIP_FIRST))
 APART = tl.constexpr(int(Scalar.APART))
 FIRST_APART = tl.constexpr(int(Scalar.FIRST_APART))
+AGREE = tl.constexpr(int(Task.AGREE))
+#: How far two sums of squares may be apart that differ by their order alone, relatively: in
+#: float32, of which programs add up 1,024 or 8,192 each, and in float64.
+APART_BY_ORDER = tl.constexpr(2.0**-18)
+APART_BY_ORDER64 = tl.constexpr(2.0**-40)
 LOSS = tl.constexpr(int(Scalar.LOSS))
 RATE = tl.constexpr(int(Scalar.RATE))
 KEPT = tl.constexpr(int(Scalar.KEPT))
@@ -58,6 +63,14 @@ def finish_ascent(hyper, scalars, direction_squared, grad_squared, sum2, sum3, s
                   ACCUMULATES: tl.constexpr, COEFFICIENTS: tl.constexpr,
                   ADAPTED: tl.constexpr):  # fmt: skip
     """The norms that the perturbation needs, the rule's accumulator, and what is known of ``u``."""
+    if (tasks & AGREE) != 0:
+        # so a run that is resumed goes on with the bits of the one that was saved
+        known = tl.load(scalars + KEPT)
+        WIDE: tl.constexpr = hyper.dtype.element_ty == tl.float64
+        apart = (APART_BY_ORDER64 if WIDE else APART_BY_ORDER) * direction_squared
+        agrees = tl.abs(known - direction_squared) < apart
+        direction_squared = tl.where(agrees, known, direction_squared)
+        grad_squared = direction_squared
     tl.store(scalars + ASCENT_NORM, tl.sqrt(direction_squared))
     tl.store(scalars + GRAD_NORM, tl.sqrt(grad_squared))
     if ACCUMULATES is not None:

@@ -125,6 +125,9 @@ class Hyper(IntEnum):
     MAX_GRAD_NORM = 3  # the same in every row
     DESCENT = 4  # four columns, the same in every row
     ASCENT = 8  # three columns
+    # the last of these, where the ascent follows the base's momentum: 1 in groups whose momentum
+    # counts in the norm that it is divided by, else 0
+    COUNTED = 10
     LR = 11  # for LETS
     SIGN = 12  # -1 where the base maximizes: rules are given the gradient of what is minimised
     BASE = 13  # twelve columns
@@ -165,7 +168,36 @@ class Scalar(IntEnum):
     LOSS = 29  # at w + e, where the descent rule takes it
     RATE = 30  # the step size that such a rule gives to the base
     DESCENT2 = 31  # the third of the descent rule's scalars
-    KEPT = 32  # the squared norm of what a descent rule has kept, where it is known from before
+    # the squared norm of what a descent rule has kept, where it is known from before; or of the
+    # momentum that the ascent follows, as state dicts have it: -1 where it is not finite
+    KEPT = 32
+
+
+#: Behind the scalars lie integers: a squared norm that one launch adds up and a later one reads
+#: (``bins.py``). Where they begin, in numbers of 64 bits: at a line of the cache.
+INTEGERS = -(-len(Scalar) // 16) * 16
+#: Bits of exponent per bin, bins of a set (the last is for what is not finite), and what the bins
+#: count in: the first in 2^UNIT, each in 2^BIN_BITS times the unit of the one before.
+BIN_BITS = 18
+BINS = 115
+UNIT = -1051
+#: Squares of float32, which are 2^-298 to 2^266 in a program, are in the bins from here to there.
+BINS_OF_FLOAT32 = 40, 72
+
+#: How many programs may add to them: each adds less than 2^(24 + BIN_BITS - 1) to a bin of 63 bits.
+MOST_PROGRAMS = 1 << (63 - (24 + BIN_BITS - 1))
+
+
+class Integer(IntEnum):
+    """Slots of the integers."""
+
+    READS = 0  # which of two sets the next perturbation reads
+    ADDS = 1  # which one the next update adds to
+    SETS = 16  # the sets; each begins at a line of the cache, and has room for vectors of 32
+
+
+SET = -(-BINS // 32) * 32
+INTEGER_COUNT = Integer.SETS + 2 * SET
 
 
 class Task(IntFlag):
@@ -180,3 +212,4 @@ class Task(IntFlag):
     COMMIT = 64  # make the ascent's new accumulator the old
     ADAPT = 128  # let the descent rule's scalars follow the sharpness
     SKIP_FIRST = 256  # reject it as well if the first one is not
+    AGREE = 512  # take the norm of a state dict, if that differs by rounding alone

@@ -9,6 +9,7 @@ from its file in ``ascent/``.
 import triton
 import triton.language as tl
 
+from .bins import READS, bins_of, hand_over, norm_of_bins, read_bins
 from .choice import takes_part
 from .layout import Hyper, Scalar
 from .noise import draw, noise_key, rounding_key
@@ -76,14 +77,14 @@ def length(row, scalars, norm, RADIUS: tl.constexpr, ACCUMULATES: tl.constexpr,
 
 
 @triton.jit
-def _perturb(table, columns, tensor, start, offsets, mask, row, scalars, origin,
+def _perturb(table, columns, tensor, start, offsets, mask, row, scalars, origin, bins,
              P: tl.constexpr, G: tl.constexpr, ACC: tl.constexpr, ADVANCE: tl.constexpr,
              DIRECTION: tl.constexpr, RADIUS: tl.constexpr, USABLE: tl.constexpr,
              ACCUMULATES: tl.constexpr, STATES: tl.constexpr, FROM_OLD: tl.constexpr,
              NOISE: tl.constexpr, READ: tl.constexpr, ADAPTIVE: tl.constexpr,
              SEGMENTS: tl.constexpr, BACKS_UP: tl.constexpr, MOVES: tl.constexpr,
-             CHOOSES: tl.constexpr, HAS_MASTER: tl.constexpr, STOCHASTIC: tl.constexpr,
-             ALIGNED: tl.constexpr):  # fmt: skip
+             CHOOSES: tl.constexpr, KNOWN: tl.constexpr, HAS_MASTER: tl.constexpr,
+             STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr):  # fmt: skip
     # all addresses, then all loads, then what is computed of them, then all stores: a load after a
     # store would wait for that, and one after a use for everything before it
     param = stream(table, PARAM, columns, tensor, start, P, ALIGNED) + offsets
@@ -120,9 +121,14 @@ def _perturb(table, columns, tensor, start, offsets, mask, row, scalars, origin,
         state0 = stream(table, STATE0, columns, tensor, start, READ, ALIGNED) + offsets
         there = where_present(table, STATE0, columns, tensor, mask)
         read = tl.load(state0, mask=there, other=0.0)
+    if KNOWN:
+        found = read_bins(bins, KNOWN == 2)
     if ALIGNED:
         all_loads_first()
-    norm = norm_of(table, columns, tensor, scalars, ACC, SEGMENTS)
+    if KNOWN:
+        norm = norm_of_bins(found, KNOWN == 2).to(ACC)
+    else:
+        norm = norm_of(table, columns, tensor, scalars, ACC, SEGMENTS)
     scale = length(row, scalars, norm, RADIUS, ACCUMULATES, ACC)
     if NOISE:
         noise = noise_key(table, columns, tensor, scalars)
@@ -168,7 +174,7 @@ def perturb_kernel(table, chunks, columns, hyper, scalars, origin, P: tl.constex
                    FROM_OLD: tl.constexpr, NOISE: tl.constexpr, READ: tl.constexpr,
                    ADAPTIVE: tl.constexpr, SEGMENTS: tl.constexpr,
                    BACKS_UP: tl.constexpr, MOVES: tl.constexpr, CHOOSES: tl.constexpr,
-                   HAS_MASTER: tl.constexpr, STOCHASTIC: tl.constexpr,
+                   KNOWN: tl.constexpr, HAS_MASTER: tl.constexpr, STOCHASTIC: tl.constexpr,
                    CHUNK: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
     """``e = radius * T^2 * direction``, one chunk per program.
 
@@ -191,21 +197,27 @@ def perturb_kernel(table, chunks, columns, hyper, scalars, origin, P: tl.constex
         MOVES: Whether some parameters will point at other memory, to which their perturbed weights
             go; these are not copied.
         CHOOSES: Whether tensors take part at random.
+        KNOWN: Whether the norm is what an update has left (``bins.py``), 1 of float32 alone, 2 with
+            float64 among it; else 0.
         HAS_MASTER: Whether the parameters have master weights, in ``ACC``.
         STOCHASTIC: Whether bfloat16 parameters are rounded stochastically.
     """
     tensor, group, index, size, vector = read_chunk(chunks, tl.program_id(0))
     start = index * CHUNK
     row = hyper_row(hyper, group)
+    bins = bins_of(scalars, READS) if KNOWN else scalars
     if vector > 0:
         offsets = tl.arange(0, CHUNK)
         _perturb(table, columns, tensor, start, offsets, offsets < vector, row, scalars, origin,
-                 P, G, ACC, ADVANCE, DIRECTION, RADIUS, USABLE, ACCUMULATES, STATES, FROM_OLD,
-                 NOISE, READ, ADAPTIVE, SEGMENTS, BACKS_UP, MOVES, CHOOSES, HAS_MASTER,
+                 bins, P, G, ACC, ADVANCE, DIRECTION, RADIUS, USABLE, ACCUMULATES, STATES, FROM_OLD,
+                 NOISE, READ, ADAPTIVE, SEGMENTS, BACKS_UP, MOVES, CHOOSES, KNOWN, HAS_MASTER,
                  STOCHASTIC, True)  # fmt: skip
     for first in range(vector, size, LANES):
         offsets = first + tl.arange(0, LANES)
         _perturb(table, columns, tensor, start, offsets, offsets < size, row, scalars, origin,
-                 P, G, ACC, ADVANCE, DIRECTION, RADIUS, USABLE, ACCUMULATES, STATES, FROM_OLD,
-                 NOISE, READ, ADAPTIVE, SEGMENTS, BACKS_UP, MOVES, CHOOSES, HAS_MASTER,
+                 bins, P, G, ACC, ADVANCE, DIRECTION, RADIUS, USABLE, ACCUMULATES, STATES, FROM_OLD,
+                 NOISE, READ, ADAPTIVE, SEGMENTS, BACKS_UP, MOVES, CHOOSES, KNOWN, HAS_MASTER,
                  STOCHASTIC, False)  # fmt: skip
+    if KNOWN:
+        if tl.program_id(0) == 0:
+            hand_over(scalars, KNOWN == 2)

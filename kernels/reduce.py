@@ -14,7 +14,7 @@ GPUs do little, is kept to a few operations per program.
 import triton
 import triton.language as tl
 
-from .arithmetic import is_finite
+from .arithmetic import LOWER, RAISE, SMALL, is_finite
 from .choice import takes_part
 from .finish import APART, COEFFICIENT, INVERSE_SCALE
 from .layout import WINDOW as PARTIALS
@@ -56,13 +56,6 @@ SUM0 = tl.constexpr(int(Scalar.SUM0))
 FIRST = tl.constexpr(int(Task.FIRST))
 LAST = tl.constexpr(int(Task.LAST))
 WINDOW = tl.constexpr(PARTIALS)
-#: What gradients are multiplied by in a second look: where sums are small, and where they are not
-#: finite. The squares' own factors, undone in float64, are 2^200 and 2^-140.
-RAISE = tl.constexpr(2.0**100)
-LOWER = tl.constexpr(2.0**-70)
-#: A sum of squares below this may have lost more than its rounding: 8192 squares, the most that a
-#: chunk has, of less than the smallest normal float32 are a part in 2^25 of it.
-SMALL = tl.constexpr(2.0**-88)
 
 
 @triton.jit

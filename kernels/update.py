@@ -7,6 +7,7 @@ file in ``base/``.
 import triton
 import triton.language as tl
 
+from .bins import ADDS, add_squares, bins_of, take_over
 from .finish import (
     ACCEPTED,
     APART,
@@ -50,6 +51,7 @@ BASE_COLUMNS = tl.constexpr(int(Hyper.BASE))
 #: From a group's columns of the base.
 LR = tl.constexpr(int(Hyper.LR) - int(Hyper.BASE))
 SIGN = tl.constexpr(int(Hyper.SIGN) - int(Hyper.BASE))
+COUNTED = tl.constexpr(int(Hyper.COUNTED) - int(Hyper.BASE))
 
 
 @triton.jit
@@ -59,8 +61,8 @@ def _update(table, columns, tensor, start, offsets, mask, h, scalars, origin, co
             STATES: tl.constexpr, SCALE: tl.constexpr, MIX: tl.constexpr, BESIDE: tl.constexpr,
             KEEPS: tl.constexpr, SKIP: tl.constexpr, BY_NORM: tl.constexpr, BY_RATE: tl.constexpr,
             FIRST: tl.constexpr,
-            ASCENT_STATES: tl.constexpr, HAS_MASTER: tl.constexpr, STOCHASTIC: tl.constexpr,
-            ALIGNED: tl.constexpr):  # fmt: skip
+            ASCENT_STATES: tl.constexpr, SQUARES: tl.constexpr, HAS_MASTER: tl.constexpr,
+            STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr):  # fmt: skip
     # all addresses, then all loads, then what is computed of them, then all stores: a load after a
     # store would wait for that, and one after a use for everything before it
     param = stream(table, PARAM, columns, tensor, start, P, ALIGNED) + offsets
@@ -174,6 +176,12 @@ def _update(table, columns, tensor, start, offsets, mask, h, scalars, origin, co
         tl.store(state1, narrow(new1, S), mask=mask)
     if STATES > 2:
         tl.store(state2, narrow(new2, S), mask=mask)
+    if SQUARES is not None:
+        left = new0 if SQUARES == 0 else (new1 if SQUARES == 1 else new2)
+        left = tl.where(mask, narrow(left, S).to(ACC), 0.0)
+        return left * left
+    else:
+        return 0.0
 
 
 @triton.jit(do_not_specialize=["columns", "origin"])
@@ -183,7 +191,7 @@ def update_kernel(table, chunks, columns, hyper, scalars, arrivals, origin, P: t
                   STATES: tl.constexpr, SCALE: tl.constexpr, MIX: tl.constexpr,
                   BESIDE: tl.constexpr, KEEPS: tl.constexpr, SKIP: tl.constexpr,
                   BY_NORM: tl.constexpr, BY_RATE: tl.constexpr, FIRST: tl.constexpr,
-                  ASCENT_STATES: tl.constexpr,
+                  ASCENT_STATES: tl.constexpr, SQUARES: tl.constexpr,
                   HAS_MASTER: tl.constexpr, STOCHASTIC: tl.constexpr,
                   CHUNK: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
     """Restore, ``u = coefficient * g~ + first coefficient * g``, base update: a chunk per program.
@@ -205,6 +213,8 @@ def update_kernel(table, chunks, columns, hyper, scalars, arrivals, origin, P: t
         BY_RATE: Whether it takes the descent rule's step size, in the place of that.
         FIRST: With MIX, whether it takes the first gradient.
         ASCENT_STATES: With SKIP, number of the ascent rule's state tensors, to be rejected too.
+        SQUARES: Which of the base's state tensors the next perturbation follows, and needs the norm
+            of (``bins.py``); None where it will measure that itself.
 
     The other arguments are ``perturb_kernel``'s.
     """
@@ -214,16 +224,33 @@ def update_kernel(table, chunks, columns, hyper, scalars, arrivals, origin, P: t
     count = table
     if COUNTS:
         count = tl.load(table + STEP * columns + tensor).to(tl.pointer_type(tl.float32))
+    if SQUARES is not None:
+        bins = bins_of(scalars, ADDS)
+        sum = tl.full([], 0.0, ACC)
+        lanes = tl.zeros([LANES], ACC)
     if vector > 0:
         offsets = tl.arange(0, CHUNK)
-        _update(table, columns, tensor, start, offsets, offsets < vector, h, scalars, origin, count,
-                P, G, S, ACC, UPDATE, COUNTS, STARTS, STATES, SCALE, MIX, BESIDE, KEEPS, SKIP,
-                BY_NORM, BY_RATE, FIRST, ASCENT_STATES, HAS_MASTER, STOCHASTIC, True)  # fmt: skip
+        squares = _update(
+            table, columns, tensor, start, offsets, offsets < vector, h, scalars, origin, count,
+            P, G, S, ACC, UPDATE, COUNTS, STARTS, STATES, SCALE, MIX, BESIDE, KEEPS, SKIP, BY_NORM,
+            BY_RATE, FIRST, ASCENT_STATES, SQUARES, HAS_MASTER, STOCHASTIC, True)  # fmt: skip
+        if SQUARES is not None:
+            sum += tl.sum(squares)
     for first in range(vector, size, LANES):
         offsets = first + tl.arange(0, LANES)
-        _update(table, columns, tensor, start, offsets, offsets < size, h, scalars, origin, count,
-                P, G, S, ACC, UPDATE, COUNTS, STARTS, STATES, SCALE, MIX, BESIDE, KEEPS, SKIP,
-                BY_NORM, BY_RATE, FIRST, ASCENT_STATES, HAS_MASTER, STOCHASTIC, False)  # fmt: skip
+        squares = _update(
+            table, columns, tensor, start, offsets, offsets < size, h, scalars, origin, count,
+            P, G, S, ACC, UPDATE, COUNTS, STARTS, STATES, SCALE, MIX, BESIDE, KEEPS, SKIP, BY_NORM,
+            BY_RATE, FIRST, ASCENT_STATES, SQUARES, HAS_MASTER, STOCHASTIC, False)  # fmt: skip
+        if SQUARES is not None:
+            lanes += squares
+    if SQUARES is not None:
+        if vector < size:
+            sum += tl.sum(lanes)
+        if tl.load(h + COUNTED) != 0:
+            add_squares(bins, sum, table, columns, tensor, start, size, S, ACC, SQUARES, LANES)
+        if tl.program_id(0) == 0:
+            take_over(scalars)
     if COUNTS:
         # Every chunk of a tensor reads its step count, so only the last to finish may write it. The
         # arrivals order nothing else, and need no fence: a program's stores are computed from the

@@ -93,13 +93,14 @@ class Backend(Protocol):
     """What a backend does for the optimizer, with at least one parameter in the batch.
 
     Nothing here synchronises with the host on a GPU. ``takes_scaled`` says whether gradients may
-    carry a loss scale, whose inverse is then among the scalars. ``knows_kept`` says whether it
-    measures what an earlier step has kept where ``batch.kept_is_known`` is False, and leaves its
-    squared norm among the scalars; else that is left out.
+    carry a loss scale, whose inverse is then among the scalars. ``knows_norms`` says whether it
+    heeds what a batch says of norms that are known from step to step: where ``kept_is_known`` is
+    False it measures what an earlier step has kept, where ``leaves_norm`` it measures the momentum
+    that it writes, and leaves either's squared norm among the scalars.
     """
 
     takes_scaled: bool
-    knows_kept: bool
+    knows_norms: bool
 
     def ascend(self, batch: Batch, spec: StepSpec, scalars: Tensor, kept: Any = None) -> Backup:
         """Set ``w <- w + e`` and keep ``w``. If it fails, the weights are as they were.
@@ -135,7 +136,7 @@ class DeviceBackend(ABC):
     """A :class:`Backend` for one device, whose passes may also run in lockstep with others."""
 
     takes_scaled = False
-    knows_kept = False
+    knows_norms = False
 
     def ascend(self, batch: Batch, spec: StepSpec, scalars: Tensor, kept: Any = None) -> Any:
         return complete(self.ascent_pass(batch, spec, scalars, kept))

@@ -45,7 +45,7 @@ class SeveralDevices:
     """
 
     takes_scaled = True
-    knows_kept = False
+    knows_norms = False
 
     def __init__(
         self,

@@ -119,6 +119,9 @@ class Batch:
         kept: What an earlier step has left that this one replaces, where it may be rejected.
         kept_is_known: Whether the squared norm of what an earlier step has left, and this one
             reuses, is among the scalars; None where the step has no need to know.
+        norm_is_known: In the first pass, whether the squared norm of the momentum that the ascent
+            follows is among the scalars.
+        leaves_norm: In the second, whether the update is to leave it there.
         validation, training: LETS's gradients at the updated weights.
         masters: Float32 weights behind 16-bit parameters.
         places: Every parameter's place among all, which its random bits depend on.
@@ -147,6 +150,8 @@ class Batch:
     firsts: list[Tensor | None] | None = None
     kept: list[Tensor | None] | None = None
     kept_is_known: bool | None = None
+    norm_is_known: bool = False
+    leaves_norm: bool = False
     validation: list[Tensor | None] | None = None
     training: list[Tensor | None] | None = None
     masters: list[Tensor | None] | None = None

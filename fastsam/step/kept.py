@@ -45,6 +45,11 @@ class KnownNorm:
         self._marks: list[int] | None = None
         self._scalars: Tensor | None = None
 
+    @property
+    def is_some(self) -> bool:
+        """Whether it is that of some tensors, as they were."""
+        return self._marks is not None
+
     def remember(self, tensors: list[Tensor | None], scalars: Tensor) -> None:
         """It is that of these tensors, and among these scalars."""
         self._tensors, self._marks, self._scalars = tensors, _marks_of(tensors), scalars

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsam.kernels.layout import Scalar
+from fastsam.kernels.layout import INTEGER_COUNT, INTEGERS, Scalar
 
 from .batch import Batch
 from .spec import StepSpec
@@ -15,10 +15,10 @@ PREFIX = "fastsam_"
 
 
 def new_scalars(device: torch.device) -> Tensor:
-    """A vector indexed by :class:`Scalar`, as it is before the first step."""
-    # float64 costs nothing for two dozen numbers; Apple's GPUs have none
+    """A vector indexed by :class:`Scalar`, as it is before the first step; integers follow."""
+    # float64 costs nothing for so few numbers; Apple's GPUs have none
     dtype = torch.float32 if device.type == "mps" else torch.float64
-    scalars = torch.zeros(len(Scalar), dtype=dtype, device=device)
+    scalars = torch.zeros(INTEGERS + INTEGER_COUNT, dtype=dtype, device=device)
     for slot in (Scalar.RENORMALIZATION, Scalar.COEFFICIENT, Scalar.ACCEPTED,
                  Scalar.FIRST_INVERSE_SCALE, Scalar.INVERSE_SCALE):  # fmt: skip
         scalars[slot].fill_(1)
@@ -48,6 +48,8 @@ class DeviceScalars:
             self.vector = new_scalars(next(iter(devices), torch.device("cpu")))
         for name, scalar in self.slots.items():
             slot, held = self.vector[scalar], self.kept[name]
+            if not devices and scalar == Scalar.KEPT:
+                continue  # it is of nothing, and would be read to get to another vector
             if not (isinstance(held, Tensor) and held.data_ptr() == slot.data_ptr()):
                 if isinstance(held, Tensor) and held.device.type != "cpu":
                     slot.copy_(held)

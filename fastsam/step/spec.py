@@ -26,7 +26,7 @@ SUMS = ("first", "second", "product", "sharpness", "rise", "loss")
 
 #: Numbers that an optimizer keeps of its own, and that no descent rule may call its scalars.
 RESERVED = ("t", "squared_norms", "ascent_squared_norms", "rounding_step", "noise_step", "method",
-            "base")  # fmt: skip
+            "base", "momentum_squared_norm")  # fmt: skip
 
 
 def sign_of(group: Mapping[str, Any]) -> float:
@@ -575,6 +575,19 @@ class StepSpec:
         if self.descent.given:
             return False
         return bool(self.descent.sums) or not all(map(is_perturbed, self.groups))
+
+    @property
+    def knows_momentum(self) -> bool:
+        """Whether an update can leave the norm that the next perturbation is divided by.
+
+        It is that of the momentum alone, of all that is perturbed.
+        """
+        rule = self.ascent
+        return (
+            bool(rule.momentum) and not rule.follows_last and rule.norm == "gradient"
+            and self.descent is None and self.norm == "global" and self.has_fused
+            and not (self.adaptive or self.renormalize or rule.chooses)
+        )  # fmt: skip
 
     @property
     def reuses_by_norm(self) -> bool:

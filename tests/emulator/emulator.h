@@ -15,7 +15,7 @@
   X(min) X(max) X(neg) X(abs) X(sqrt) X(rsqrt) X(rcp) X(ex2) X(lg2) \
   X(and) X(or) X(xor) X(not) X(shl) X(shr) X(bfe) \
   X(ld_param) X(ld_global) X(st_global) X(ld_shared) X(st_shared) X(ldmatrix) X(stmatrix) \
-  X(atom_add) X(shfl) X(bar) X(fence) X(bra) X(ret)
+  X(atom_add) X(shfl) X(redux_add) X(redux_max) X(bar) X(fence) X(bra) X(ret)
 #define OPERATION(name) OP_##name,
 enum { OPERATIONS(OPERATION) N_OPERATIONS };
 
@@ -25,7 +25,7 @@ enum { OPERATIONS(OPERATION) N_OPERATIONS };
   X(u8, 1, 0, 0) X(u16, 2, 0, 0) X(u32, 4, 0, 0) X(u64, 8, 0, 0) \
   X(s8, 1, 1, 0) X(s16, 2, 1, 0) X(s32, 4, 1, 0) X(s64, 8, 1, 0) \
   X(f16, 2, 0, 1) X(bf16, 2, 0, 1) X(f32, 4, 0, 1) X(f64, 8, 0, 1) \
-  X(pred, 1, 0, 0) X(bf16x2, 4, 0, 0) X(f16x2, 4, 0, 0)
+  X(pred, 1, 0, 0) X(bf16x2, 4, 0, 0) X(f16x2, 4, 0, 0) X(s16x2, 4, 0, 0)
 #define TYPE(name, bytes, is_signed, is_float) TYPE_##name,
 enum { TYPES(TYPE) N_TYPES };
 

@@ -199,7 +199,7 @@ static int access_global(const Instruction *i, const Block *block, Register *reg
       uint64_t sum = float_types[i->type]
           ? of_number(as_number(old, i->type) + as_number(added, i->type), i->type) : old + added;
       memcpy(memory, &sum, bytes);
-      registers[i->results[0]][lane] = old;
+      if (i->n_results) registers[i->results[0]][lane] = old;
       continue;
     }
     for (int k = 0; k < i->width; k++, memory += bytes) {
@@ -277,6 +277,20 @@ static void shuffle(const Instruction *i, Register *registers, uint32_t active) 
   );
 }
 
+// redux.sync: the sum, or the largest, of what all lanes have, in 32 bits.
+static void reduce(const Instruction *i, Register *registers, uint32_t active) {
+  uint64_t *values = registers[i->sources[0]];
+  int64_t sum = 0, largest = INT64_MIN;
+  EACH_LANE(
+    int64_t value = signed_types[i->type] ? extend(values[lane], i->type)
+                                          : (int64_t)(values[lane] & 0xffffffff);
+    sum += value;
+    if (value > largest) largest = value
+  );
+  uint64_t result = (uint64_t)(i->operation == OP_redux_add ? sum : largest) & 0xffffffff;
+  EACH_LANE(registers[i->results[0]][lane] = result);
+}
+
 static void pack(const Instruction *i, Register *registers, uint32_t active) {
   int bits = 8 * bytes_of[i->type] / i->n_sources;
   EACH_LANE(
@@ -320,7 +334,12 @@ static int compute(const Launch *launch, const Instruction *i, const Block *bloc
   case OP_selp: RESULT((c & 1 ? a : b) & mask); break;
   case OP_prmt: RESULT(permute(a, b, c)); break;
   case OP_bfe: RESULT(extract(a, b & 0xff, c & 0xff, type)); break;
-  case OP_add: ARITHMETIC(+);
+  case OP_add:
+    if (type == TYPE_s16x2) {
+      RESULT(((a + b) & 0xffff) | (((a >> 16) + (b >> 16)) << 16 & 0xffff0000));
+      break;
+    }
+    ARITHMETIC(+);
   case OP_sub: ARITHMETIC(-);
   case OP_mul: ARITHMETIC(*);
   case OP_mul_lo: RESULT(a * b & mask); break;
@@ -439,9 +458,10 @@ int execute(const Launch *launch, Block *block, int warp) {
     if (lanes != w->alive) return fail("line %d: a barrier in a diverged warp", i->line);
     w->waiting = 1;
     break;
-  case OP_shfl:
+  case OP_shfl: case OP_redux_add: case OP_redux_max:
     if (lanes != w->alive) return fail("line %d: a shuffle in a diverged warp", i->line);
-    shuffle(i, w->registers, active);
+    if (i->operation == OP_shfl) shuffle(i, w->registers, active);
+    else reduce(i, w->registers, active);
     break;
   case OP_pack: pack(i, w->registers, active); break;
   case OP_unpack: unpack(i, w->registers, active); break;

@@ -76,7 +76,7 @@ IGNORED = set(
     "rn rni sync aligned relaxed acquire release acq_rel gpu cta sys global shared param cg ca cs "
     "lu wt cv wb cluster uni x1 x2 x4 m8n8 trans lo hi wide to L1 nc evict_first evict_last "
     "evict_normal L2 no_allocate L1::evict_first L1::evict_last L1::evict_normal "
-    "L1::no_allocate shared::cta volatile v2 v4 v8 add bfly up down idx".split()
+    "L1::no_allocate shared::cta volatile v2 v4 v8 add max bfly up down idx".split()
 )
 SHUFFLES = ("bfly", "up", "down", "idx")
 SPECIAL = {
@@ -213,6 +213,8 @@ class Parser:
 
     def _read_plain(self, found, kind, words, operands):
         """``kind destination, sources``; a destination may be two: ``d|p``."""
+        if "s16x2" in words and kind != "add":
+            raise KeyError(kind)
         form = next((word for word in ("lo", "hi", "wide") if word in words), None)
         name = f"{kind}_{form}" if kind in ("mul", "mad") and form else kind
         self._set(found, name, operands[0].split("|"), operands[1:])
@@ -263,6 +265,13 @@ class Parser:
         base = self._address(found, operands[1])
         self._set(found, "atom_add", [operands[0]], [base, operands[2]])
 
+    def _read_red(self, found, kind, words, operands):
+        """As ``atom``, where nobody wants what was there."""
+        if "add" not in words or _space(words) != "global":
+            raise KeyError(kind)
+        base = self._address(found, operands[0])
+        self._set(found, "atom_add", [], [base, operands[1]])
+
     def _read_setp(self, found, kind, words, operands):
         found.mode = COMPARISONS[words[0]]
         self._set(found, "setp", [operands[0]], operands[1:])
@@ -270,6 +279,10 @@ class Parser:
     def _read_shfl(self, found, kind, words, operands):
         found.mode = next(i for i, word in enumerate(SHUFFLES) if word in words)
         self._set(found, "shfl", operands[0].split("|"), operands[1:4])  # not the lanes' mask
+
+    def _read_redux(self, found, kind, words, operands):
+        what = next(word for word in words if word in ("add", "max"))
+        self._set(found, f"redux_{what}", operands[:1], operands[1:2])  # not the lanes' mask
 
     def _read_bra(self, found, kind, words, operands):
         self._set(found, "bra", [], [])

@@ -64,6 +64,49 @@ def test_any_order_of_blocks_and_warps_gives_the_same_bits(machine):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_norm_that_the_update_leaves(machine, wide):
+    """MSAM's, of the momentum, by integer atomics: equal bits in any order.
+
+    Some of it is not perturbed, and the squares of some leave float32.
+    """
+    dtypes = [torch.float32, torch.float64 if wide else torch.float32, torch.float32]
+    results = []
+    for seed in range(2):
+        random = torch.Generator().manual_seed(0)
+        params = [
+            torch.nn.Parameter(torch.zeros(n, dtype=dtype))
+            for n, dtype in zip((1031, 2100, 5), dtypes, strict=True)
+        ]
+        groups = [{"params": params[:2]}, {"params": params[2:], "perturb": False}]
+        optimizer = fastsam.MSAM(
+            groups, torch.optim.SGD, lr=0.1, momentum=0.9, rho=0.5, backend="triton"
+        )
+        with compiled_launches.on(machine, seed=seed) as kernels:
+            for step in range(4):
+                momenta = [optimizer.state[p].get("momentum_buffer") for p in params[:2]]
+                before = [p.detach().double() for p in params]
+                optimizer.perturb()
+                if step:
+                    parts = torch.cat([v.double() for v in momenta])
+                    for p, w, v in zip(params, before, momenta, strict=False):
+                        exact = w - 0.5 / parts.norm() * v.double()
+                        torch.testing.assert_close(p.double(), exact, rtol=2e-6, atol=2e-6)
+                    assert torch.equal(params[2].double(), before[2])
+                for p, scale in zip(params, (1.0, 1e-25, 1e3), strict=True):
+                    grad = torch.randn(p.shape, generator=random, dtype=torch.float64)
+                    p.grad = (grad * scale).to(p.dtype)
+                optimizer.step()
+        assert (
+            kernels
+            == ["update_kernel"] * (1 + wide)
+            + (["perturb_kernel"] * (1 + wide) + ["update_kernel"] * (1 + wide)) * 3
+        )
+        saved = optimizer.state_dict()["param_groups"][0]["fastsam_momentum_squared_norm"]
+        results.append(torch.cat([p.detach().double() for p in params] + [saved.reshape(1)]))
+    assert torch.equal(*results)
+
+
 @pytest.mark.parametrize("size", [REDUCE_CHUNK - 1, REDUCE_CHUNK, 2 * REDUCE_CHUNK + 1])
 def test_reduction_edges(machine, size):
     grads = draws(size, [(size,), (5,)], 1)[0]

@@ -165,6 +165,30 @@ def test_shuffles(emulator, shuffle):
     assert ours.tolist() == [SHUFFLES[shuffle](k) for k in range(64)]
 
 
+@pytest.mark.parametrize(
+    ("operation", "exact"),
+    [("add.s32", lambda warp: warp.sum()), ("max.s32", lambda warp: warp.max()),
+     ("max.u32", lambda warp: -1 if (warp < 0).any() else warp.max())],
+)  # fmt: skip
+def test_reductions_of_a_warp(emulator, operation, exact):
+    load, store = element(("b32", "b32"), (4, 4))
+    body = load + f"redux.sync.{operation} %y, %x, -1;" + store
+    numbers = torch.arange(64, dtype=torch.int32) * 7 % 40 - 1
+    ours = run(emulator, body, numbers, torch.zeros(64, dtype=torch.int32))
+    expected = [int(exact(warp)) for warp in numbers.split(32) for _ in warp]
+    assert ours.tolist() == expected
+
+
+def test_two_numbers_at_once(emulator):
+    load, store = element(("b32", "b32"), (4, 4))
+    body = load + "add.s16x2 %y, %x, -65537;" + store
+    numbers = torch.tensor([0, 1, 65536, 65537, 2**31 - 1, -1, -(2**31), 5] * 8, dtype=torch.int32)
+    ours = run(emulator, body, numbers, torch.zeros(64, dtype=torch.int32))
+    halves = numbers.view(torch.int16) - 1
+    halves[1::2] -= 1  # -65537 is -2 and -1
+    assert ours.tolist() == halves.view(torch.int32).tolist()
+
+
 THROUGH_SHARED = """
 shl.b32 %r3, %r1, 2;
 st.shared.b32 [%r3], %r1;
@@ -193,6 +217,10 @@ def test_atomics_count_every_thread_of_every_block(emulator):
     body = "atom.global.gpu.acq_rel.add.u32 %r3, [%rd2 + 4], 3;"
     counter = torch.zeros(2, dtype=torch.int32)
     assert run(emulator, body, counter, counter, grid=(7,)).tolist() == [0, 7 * 64 * 3]
+    body = "red.global.gpu.relaxed.add.u64 [ %rd2 + 8 ], %rd9;"
+    body = "mov.b64 %rd9, 4294967297;" + body
+    counter = torch.zeros(2, dtype=torch.int64)
+    assert run(emulator, body, counter, counter, grid=(7,)).tolist() == [0, 7 * 64 * (2**32 + 1)]
 
 
 WRONG = {
@@ -219,7 +247,8 @@ def test_what_a_gpu_must_not_do(emulator, body):
 @pytest.mark.parametrize(
     "statement",
     ["add.cc.u32 %a, %b, %c", "wgmma.fence.sync.aligned", "atom.global.cas.b32 %a, [%rd1], %b, %c",
-     "mad.hi.s32 %a, %b, %c, %d", "bar.sync 1, 64", "set.eq.u32.u32 %a, %b, %c"],
+     "mad.hi.s32 %a, %b, %c, %d", "bar.sync 1, 64", "set.eq.u32.u32 %a, %b, %c",
+     "sub.s16x2 %a, %b, %c", "redux.sync.min.s32 %a, %b, -1", "red.global.max.u32 [%rd1], %b"],
 )  # fmt: skip
 def test_no_instruction_is_run_wrongly(emulator, statement):
     memory = torch.zeros(64, dtype=torch.int32)

@@ -57,7 +57,7 @@ class TritonBackend(Launcher, DeviceBackend):
     """See the module's docstring."""
 
     takes_scaled = True
-    knows_kept = True
+    knows_norms = True
 
     def __init__(self, launches: Launches = LAUNCHES) -> None:
         super().__init__(launches)
@@ -122,12 +122,16 @@ class TritonBackend(Launcher, DeviceBackend):
         if not identical(depends, plan.depends):
             plan.reduction = None
             with on(scalars.device):
-                if spec.needs_ascent_norm:
+                if spec.needs_ascent_norm and not batch.norm_is_known:
                     plan.reduction = self._reduce(
                         ascent_sums(spec), plan.buckets, batch, spec, scalars
                     )
+                known = int(batch.norm_is_known)
+                if known and any(bucket.types["ACC"] == tl.float64 for bucket in plan.buckets):
+                    known = 2
                 rules = [
-                    perturb_constants(spec, kept is None, bucket.moves) for bucket in plan.buckets
+                    perturb_constants(spec, kept is None, bucket.moves, known)
+                    for bucket in plan.buckets
                 ]
                 backwards = self.launches.backwards and plan.reduction is not None
                 plan.launches = [self._prepare(
@@ -192,7 +196,7 @@ class TritonBackend(Launcher, DeviceBackend):
                         spec, scalars,
                     )  # fmt: skip
                 if spec.has_fused:
-                    plan.launches = self._updates(plan.buckets, spec, scalars, states)
+                    plan.launches = self._updates(plan.buckets, batch, spec, scalars, states)
             plan.depends = depends
         if batch.kept_is_known is False:
             yield from self._measure_kept(batch, spec, scalars)
@@ -268,7 +272,7 @@ class TritonBackend(Launcher, DeviceBackend):
     # --- launches ---
 
     def _updates(
-        self, buckets: list[Bucket], spec: StepSpec, scalars: Tensor, states: int
+        self, buckets: list[Bucket], batch: Batch, spec: StepSpec, scalars: Tensor, states: int
     ) -> list[Launched]:
         updates = []
         for bucket in buckets:
@@ -279,11 +283,16 @@ class TritonBackend(Launcher, DeviceBackend):
             arrivals = self._scratch("updated", bucket.table.columns, torch.int32, scalars.device)
             backwards = self.launches.backwards and spec.needs_descent_norm
             has_start = bool(starts) and bucket.types["STATES"] > 0
+            squares = None
+            if batch.leaves_norm:
+                names = list(base.states(spec.groups[batch.groups[bucket.members[0]]]))
+                if spec.ascent.momentum in names:
+                    squares = names.index(spec.ascent.momentum)
             updates.append(self._prepare(
                 update_kernel, bucket, spec, scalars, self.launches.update, arrivals,
                 compiles=True, backwards=backwards, HAS_MASTER=bucket.has_master,
                 STOCHASTIC=_is_stochastic(bucket, spec),
-                **update_constants(spec, states, has_start, base), **bucket.types,
+                **update_constants(spec, states, has_start, base, squares), **bucket.types,
             ))  # fmt: skip
         return updates
 
@@ -422,7 +431,7 @@ class TritonBackend(Launcher, DeviceBackend):
         own. Nor are they with several devices, which get new copies of the scalars.
         """
         depends = [*spec.key, self.launches, batch.part, scalars, batch.squares,
-                   batch.kept_is_known is None]  # fmt: skip
+                   batch.kept_is_known is None, batch.norm_is_known, batch.leaves_norm]  # fmt: skip
         for bucket in plan.buckets:
             depends += bucket.table.revision, self._hyper_table(bucket, spec), bucket.moves
         return depends

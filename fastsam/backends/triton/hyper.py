@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastsam.kernels.layout import Hyper
 from fastsam.step.checkpoint import is_own
-from fastsam.step.spec import Group, StepSpec, sign_of
+from fastsam.step.spec import Group, StepSpec, is_perturbed, sign_of
 
 from ..equations import learning_rate, radius_of
 from .functions import ASCENT, BASE, DESCENT, ordered
@@ -61,6 +61,8 @@ def hyper_rows(
         ]
         row += ordered(spec.ascent, ASCENT, spec.ascent.columns(group, spec.lam))
         row += [0.0] * (Hyper.LR - len(row)) + [learning_rate(group), sign_of(group)]
+        if spec.ascent.momentum:
+            row[Hyper.COUNTED] = is_perturbed(group)
         base = spec.base_of(i)
         if base is not None:
             row += ordered(base, BASE, base.columns(group))

@@ -90,11 +90,14 @@ def _scale_of(spec: StepSpec) -> int:
     return 2 if spec.adaptive and spec.ascent.scales_once else spec.adaptive
 
 
-def perturb_constants(spec: StepSpec, backs_up: bool = True, moves: bool = False) -> dict[str, Any]:
+def perturb_constants(
+    spec: StepSpec, backs_up: bool = True, moves: bool = False, known: int = 0
+) -> dict[str, Any]:
     """What the perturbation is specialised for, but for dtypes.
 
     ``backs_up`` says whether it copies the weights: the first of several ascents does. ``moves``
-    says whether some are not copied, as their parameters will point elsewhere.
+    says whether some are not copied, as their parameters will point elsewhere. ``known`` says
+    whether an update has left the norm: 1 of float32 alone, 2 with float64 among it.
     """
     rule = functions_of(spec.ascent, ASCENT)
     return {
@@ -102,12 +105,16 @@ def perturb_constants(spec: StepSpec, backs_up: bool = True, moves: bool = False
         "USABLE": rule["usable"], "ACCUMULATES": rule["accumulate"], "STATES": states_of(spec),
         "FROM_OLD": spec.ascent.from_old, "NOISE": spec.ascent.noise,
         "ADAPTIVE": _scale_of(spec), "SEGMENTS": spec.norm != "global", "BACKS_UP": backs_up,
-        "MOVES": moves, "CHOOSES": spec.ascent.chooses,
+        "MOVES": moves, "CHOOSES": spec.ascent.chooses, "KNOWN": known,
     }  # fmt: skip
 
 
 def update_constants(
-    spec: StepSpec, ascent_states: int, starts: bool, base: Base | None = None
+    spec: StepSpec,
+    ascent_states: int,
+    starts: bool,
+    base: Base | None = None,
+    squares: int | None = None,
 ) -> dict[str, Any]:
     """What the update is specialised for, but for dtypes and the base's states.
 
@@ -116,6 +123,7 @@ def update_constants(
         ascent_states: Number of the ascent's state tensors, where they may have to be put back.
         starts: Whether a state that starts from the gradient is among the base's.
         base: The bucket's. Default: the only one.
+        squares: Which of the base's states it leaves the squared norm of.
     """
     base = base or spec.base
     assert base is not None
@@ -125,7 +133,7 @@ def update_constants(
         "MIX": spec.descent is not None and spec.descent.mixes,
         "BESIDE": spec.has_part_apart, "KEEPS": spec.keeps, "SKIP": spec.skip_nonfinite,
         "BY_NORM": base.needs_norm, "BY_RATE": base.takes_rate, "FIRST": base.takes_first,
-        "ASCENT_STATES": ascent_states,
+        "ASCENT_STATES": ascent_states, "SQUARES": squares,
     }  # fmt: skip
 
 
@@ -158,7 +166,7 @@ def ascent_sums(spec: StepSpec) -> Sums:
             "SUMS": 2 if along else 1,
             "CHOOSES": spec.ascent.chooses,
         },
-        several=along,
+        int(Task.AGREE * spec.knows_momentum), several=along,
     )  # fmt: skip
 
 
@@ -172,7 +180,7 @@ def kept_sums() -> Sums:
     return Sums(NO_RULE | own, several=False)
 
 
-def descent_sums(spec: StepSpec, kept_is_known: bool = False) -> Sums:
+def descent_sums(spec: StepSpec, kept_is_known: int = 0) -> Sums:
     """The second gradient's norm, and a descent rule's sums over both gradients.
 
     Or that norm alone, where the rule reuses something whose norm is known.
