@@ -14,6 +14,8 @@ import fastsam
 
 import codegen
 import launches
+from compiled.measure import KERNELS, TARGETS
+from compiled.variants import variants
 from covered_kernels import covering_variants
 from registry import COMBINATIONS, DTYPES, LEARNING, OTHERS, create, parameters, torch_dtype
 
@@ -49,14 +51,14 @@ def test_variants_with_every_pair_of_settings_on_hopper():
     chosen = covering_variants()
     done = run("tests/support/covered_kernels.py", "--target", "cuda:90")
     check_clean(done)
-    families = {variant.family for variant in codegen.variants()}
+    families = {variant.family for variant in variants()}
     assert {variant.family for variant in chosen} == families
     assert "in flight" not in done.stdout  # which takes as long again, and is for --flight
     assert len(chosen) > 80 and all(f"  {variant}: " in done.stdout for variant in chosen)
 
 
 def test_sample_on_other_targets():
-    others = [target for target in codegen.TARGETS if target != "cuda:90"]
+    others = [target for target in TARGETS if target != "cuda:90"]
     done = run("bench/codegen.py", "--summary", "--sample", "16", "--target", *others)
     check_clean(done)
     for target in others:
@@ -71,13 +73,14 @@ def test_a_lost_alignment_hint_is_reported(target):
     assert {"param load", "grad load", "backup store", "state2 store"} <= set(streams)
     failures = re.findall(r"FAILED (\w+) .*: (\w+ (?:load|store)) is \d+-bit", done.stdout)
     assert [stream for _, stream in failures] == streams  # none escapes
-    assert {kernel for kernel, _ in failures} == set(codegen.KERNELS)
+    assert {kernel for kernel, _ in failures} == set(KERNELS)
 
 
 FINISH = """
 import triton
 from triton.compiler import ASTSource
-from codegen import GROUPS, TARGETS
+from compiled.measure import TARGETS
+from compiled.variants import GROUPS
 from fastsam.backends.triton.plan import ascent_sums, descent_sums, hypergradient_sums
 from fastsam.kernels.reduce import finish_kernel, segments_kernel
 from fastsam.methods.lightsam import LIGHT_NORM
@@ -144,7 +147,7 @@ def take_steps(optimizer, params, grads) -> None:
 @pytest.mark.filterwarnings("ignore:some parameters are float16 or bfloat16")
 def test_all_launches_are_known_variants(dtype):
     dtypes = DTYPES[dtype]
-    known = set(codegen.variants())
+    known = set(variants())
     others = [(name, base) for name, method in OTHERS.items() for base in method.bases]
     for method, base in [*COMBINATIONS, *others]:
         params = parameters([torch.ones(3).numpy()], dtypes)
@@ -178,7 +181,7 @@ def test_all_launches_are_known_variants(dtype):
 @needs_interpreter
 @pytest.mark.parametrize("hessian", ["diag", "difference"])
 def test_all_launches_of_lets_are_known_variants(hessian):
-    known = set(codegen.variants())
+    known = set(variants())
     for method in LEARNING:
         params = parameters([torch.ones(3).numpy()], DTYPES["fp32"])
         lets = fastsam.LETS(create(method, params, "triton"), hessian=hessian)

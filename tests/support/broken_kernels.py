@@ -13,6 +13,7 @@ import triton.language as tl
 from fastsam.kernels import perturb, reduce, update
 
 import codegen
+from compiled.variants import variants
 
 
 @triton.jit
@@ -28,6 +29,6 @@ if sys.argv[1] == "hint":
 
 if __name__ == "__main__":
     if sys.argv[1] == "registers":
-        starved = [replace(v, options=(*v.options, ("maxnreg", 24))) for v in codegen.variants()]
+        starved = [replace(v, options=(*v.options, ("maxnreg", 24))) for v in variants()]
         codegen.variants = lambda: starved
     sys.exit(codegen.main(sys.argv[2:]))

@@ -11,6 +11,7 @@ from typing import Any
 
 import codegen
 import pairs
+from compiled.variants import Variant, variants
 
 WIDTHS = {"fp16": "16 bits", "bf16": "16 bits"}
 TYPES = ("P", "G", "S", "READ")
@@ -19,7 +20,7 @@ RULES = ("TERMS", "DIRECTION", "COEFFICIENTS", "ACCUMULATES", "UPDATE")
 DERIVED = ("CHUNK", "LANES", "ACC", "RADIUS", "ADVANCE", "USABLE", "FINISH", "ADAPTED", "FROM_OLD")
 
 
-def settings_of(variant: codegen.Variant) -> list[dict[str, Any]]:
+def settings_of(variant: Variant) -> list[dict[str, Any]]:
     """Two selections of a variant's settings, each of which has to meet its like."""
     constants = dict(variant.constants)
     if constants["P"] == "fp64":
@@ -31,15 +32,15 @@ def settings_of(variant: codegen.Variant) -> list[dict[str, Any]]:
     return [rules, flags]
 
 
-def covering_variants() -> list[codegen.Variant]:
+def covering_variants() -> list[Variant]:
     """A fraction of all variants, in an order of their own.
 
     Of the variants with the same rules one is taken whose flags are due as well, if there is one.
     """
     places: dict[int, int] = {}
-    alike: dict[pairs.Case, list[codegen.Variant]] = defaultdict(list)
-    flags_of: dict[codegen.Variant, pairs.Case] = {}
-    for variant in sorted(codegen.variants(), key=repr):
+    alike: dict[pairs.Case, list[Variant]] = defaultdict(list)
+    flags_of: dict[Variant, pairs.Case] = {}
+    for variant in sorted(variants(), key=repr):
         cases = [pairs.case_of(settings, places) for settings in settings_of(variant)]
         for case in cases:
             alike[case].append(variant)

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.language import constexpr
 from triton.runtime import interpreter
 
-from codegen import Variant
+from compiled.variants import Variant
 
 TYPES = {
     torch.int32: "*i32",
