@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .agreement import find_wrapped
+from .ranks import find_wrapped
 from .replicas import is_distributed
 from .step.arguments import as_float, shown
 from .step.sharding import is_sharded, local

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim.optimizer import ParamsT
 
-from fastsam.agreement import find_wrapped
 from fastsam.bases.polyak import PolyakSteps
 from fastsam.explicit import uncompiled
+from fastsam.ranks import find_wrapped
 from fastsam.replicas import is_distributed, replicas_of
 from fastsam.step.arguments import Number, as_float, shown
 from fastsam.step.checks import check_common

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 
 import fastsam
-from fastsam import agreement
+from fastsam import meetings
+from fastsam.rank_settings import ATTRIBUTES
 
 import processes
 from processes import are_equal_everywhere, data, small_network
@@ -40,9 +41,9 @@ def closure_for(model, rank, size):
 def quick(patience, limit):
     """Ranks that wait no longer than that; gives the list of warnings."""
     with (
-        mock.patch.object(agreement, "PATIENCE", patience),
-        mock.patch.object(agreement, "LIMIT", limit),
-        mock.patch.object(agreement, "LOOK_AGAIN", 0.0),
+        mock.patch.object(meetings, "PATIENCE", patience),
+        mock.patch.object(meetings, "LIMIT", limit),
+        mock.patch.object(meetings, "LOOK_AGAIN", 0.0),
         warnings.catch_warnings(record=True) as seen,
     ):
         warnings.simplefilter("always")
@@ -159,7 +160,7 @@ def schedules(rank, size):
     closure = closure_for(model, rank, size)
     numbers = []
     with mock.patch.object(
-        agreement.Meeting, "compare", autospec=True, side_effect=agreement.Meeting.compare
+        meetings.Meeting, "compare", autospec=True, side_effect=meetings.Meeting.compare
     ) as compare:
         for i in range(40):
             optimizer.param_groups[0]["lr"] = 0.1 / (i + 1)
@@ -270,7 +271,7 @@ def parting(rank, size):
                 meeting._store = LostOnCleaning(meeting._store)
         optimizer.stop = 7 + rank
         parting = 0.0 if is_lost else processes.TIMEOUT
-        with mock.patch.object(agreement, "PARTING", parting), quick(60.0, None) as seen:
+        with mock.patch.object(meetings, "PARTING", parting), quick(60.0, None) as seen:
             said.append(message_of(optimizer.first_step))
         gone.append(rank == 1 or not meeting._store.check(["1/verdict"]))
         said += [str(one.message) for one in seen]
@@ -290,9 +291,9 @@ def test_every_rank_has_the_verdict_before_one_ends():
 def test_a_rank_does_not_wait_for_good():
     """For one that does not take the verdict: it has gone on or has ended."""
     with mock.patch.object(dist, "get_rank", return_value=0):
-        meeting = agreement.Meeting(dist.HashStore(), [0, 1], "key")
+        meeting = meetings.Meeting(dist.HashStore(), [0, 1], "key")
     meeting._store.set("0/verdict", "!they differ")
-    with mock.patch.object(agreement, "PARTING", 0.05):
+    with mock.patch.object(meetings, "PARTING", 0.05):
         assert meeting._take(0) == "they differ"
     assert meeting._store.check(["0/verdict"])  # for the other
 
@@ -300,7 +301,7 @@ def test_a_rank_does_not_wait_for_good():
 # --- what is compared -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", agreement.ATTRIBUTES)
+@pytest.mark.parametrize("name", ATTRIBUTES)
 def test_every_attribute_is_one_that_some_optimizer_has(name):
     classes = (
         fastsam.SAM, fastsam.UnifiedSAM, fastsam.SAMAR, fastsam.PreconditionedSAM, fastsam.TraceSAM,

@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastsam import agreement
+from fastsam import meetings
 
 #: Seconds for one case, of which one process may take the rest where another has failed.
 TIMEOUT, GRACE = 300.0, 3.0
@@ -141,7 +141,7 @@ def _serve(rank: int, size: int, backend: str, directory: str, pipe: Connection)
         timeout=timedelta(seconds=TIMEOUT),
     )  # fmt: skip
     warnings.simplefilter("ignore")
-    agreement.PATIENCE = TIMEOUT  # a rank that the machine keeps waiting is not late
+    meetings.PATIENCE = TIMEOUT  # a rank that the machine keeps waiting is not late
     gc.freeze()  # what has been imported need not be gone through to find DDP models
     with contextlib.suppress(EOFError), _interpreter():  # the parent has closed its end
         while True:
