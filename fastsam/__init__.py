@@ -15,6 +15,7 @@ from .methods.esam import ESAM, select_samples
 from .methods.friendly import FriendlySAM
 from .methods.functional import FunctionalSAM, functional_closures
 from .methods.gsam import GSAM
+from .methods.hessian import DetSAM, FrobSAM, TraceSAM
 from .methods.lesam import LESAM
 from .methods.lets import LETS
 from .methods.lightsam import LightSAM
@@ -25,7 +26,7 @@ from .methods.ratio import SharpnessRatio, SharpnessTrend
 from .methods.sam import ASAM, SAM, SSAM, USAM, UnifiedSAM
 from .methods.samar import SAMAR
 from .methods.sps import SAMSPS
-from .methods.universal import DetSAM, FrobSAM, TraceSAM, UniversalSAM
+from .methods.universal import UniversalSAM
 from .methods.vasso import VaSSO
 from .methods.weighted import GNP, WSAM
 from .monitor import Monitor

@@ -23,7 +23,7 @@ from fastsam.step.interrupts import uninterrupted
 from fastsam.step.recording import Recording
 from fastsam.step.spec import Ascent, Columns, Descent, Group, StepSpec
 
-from .universal import NORMAL
+from .noise import NORMAL
 
 
 def _along(g: Tensor, state: dict[str, Tensor], h: Columns) -> Tensor:

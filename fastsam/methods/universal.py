@@ -1,5 +1,5 @@
-"""The universal class of sharpness measures: the trace, the determinant and the Frobenius norm of
-the Hessian, by the losses and gradients at weights with noise on them."""
+"""The universal class of sharpness measures: functions of the Hessian, by the losses and gradients
+at weights with noise on them. The authors' own choices are in ``hessian.py``."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,59 +13,16 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from fastsam.explicit import uncompiled
 from fastsam.kernels.layout import Scalar
 from fastsam.losses import check_loss, groups_of, mean_loss
-from fastsam.objectives import Determinant, Frobenius, General, Objective, Trace
+from fastsam.objectives import General, Objective
 from fastsam.optimizer import SharpnessAwareOptimizer
 from fastsam.step.arguments import FLAG, Choice, Integer, Number, setting, shown
 from fastsam.step.batch import Batch
 from fastsam.step.flight import InFlight
 from fastsam.step.recording import Recording
 from fastsam.step.samples import Samples
-from fastsam.step.spec import Ascent, Columns, Descent, Group, StepSpec, is_perturbed, sign_of
+from fastsam.step.spec import Columns, Descent, Group, StepSpec, is_perturbed, sign_of
 
-#: Of the central part of a Gaussian's quantile and of its tails, by Giles' approximation of the
-#: inverse error function (2010), times the root of 2; the highest power first.
-CENTRAL = (3.97426023e-08, 4.85462660e-07, -4.98282267e-06, -6.21052811e-06, 3.09120031e-04,
-           -1.77303494e-03, -5.90813403e-03, 3.48802661e-01, 2.12331355)  # fmt: skip
-TAILS = (-2.83145718e-04, 1.42765648e-04, 1.90825948e-03, -5.19501232e-03, 8.11688967e-03,
-         -1.07797881e-02, 1.33485786e-02, 1.41658104, 4.00643424)  # fmt: skip
-
-
-def _polynomial(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
-    value = coefficients[0] * x + coefficients[1]
-    for c in coefficients[2:]:
-        value = value.mul_(x).add_(c)
-    return value
-
-
-def _quantile(x: Tensor, state: dict[str, Tensor], h: Columns) -> Tensor:
-    w = -((1 - x) * (1 + x)).log()
-    central, tails = _polynomial(CENTRAL, w - 2.5), _polynomial(TAILS, w.sqrt() - 3)
-    quantile: Tensor = x * torch.where(w < 5, central, tails)
-    return quantile
-
-
-def _scaled(x: Tensor, state: dict[str, Tensor], h: Columns) -> Tensor:
-    scaled: Tensor = h["HALF_WIDTH"] * x
-    return scaled
-
-
-def _radius(rho: Any, norm: Any, total: Any, h: Columns) -> Any:
-    return rho
-
-
-def _half_width(group: Group, lam: float) -> Columns:
-    return {"HALF_WIDTH": group["half_width"]}
-
-
-NORMAL = Ascent(
-    name="normal", kernel="fastsam.kernels.ascent.normal", direction=_quantile, radius=_radius,
-    norm=None, noise=True, scales=False,
-)  # fmt: skip
-UNIFORM = Ascent(
-    name="uniform", kernel="fastsam.kernels.ascent.uniform", direction=_scaled, radius=_radius,
-    columns=_half_width, norm=None, noise=True, scales=False,
-    arguments={"half_width": Number(with_low=False, tensors=None)},
-)  # fmt: skip
+from .noise import NORMAL, UNIFORM
 
 
 def _given(state: dict[str, Tensor], sums: dict[str, Tensor], h: Columns) -> tuple[Any, Any]:
@@ -439,149 +396,3 @@ class UniversalSAM(SharpnessAwareOptimizer):
         if spec.skip_first and isinstance(found.last, Tensor) and scalars is not None:
             finite = (found.last + found.first + found.plain + found.weighted).isfinite()
             scalars[Scalar.FOUND_INF] += ~finite
-
-
-class TraceSAM(UniversalSAM):
-    r"""Minimises the trace of the Hessian with the loss, by Gaussian noise.
-
-    .. math:: u = g + \lambda \left(\frac1N \sum_{i=1}^N g_i - g\right), \qquad
-              g_i = \nabla L(w + \rho\, v_i), \quad v_i \sim N(0, I)
-
-    :class:`UniversalSAM` with :math:`\phi(t) = t` and :math:`\psi(t) = t`. It does not use the
-    losses. With :math:`\lambda = 1`, the default, :math:`u` is the mean of the :math:`g_i`, and the
-    first gradient is not used.
-
-    Cost, noise and failures: as :class:`UniversalSAM`.
-
-    Args:
-        params, base_optimizer: As in :class:`SAM`.
-        rho: Standard deviation of the noise, at least 0. Default 0.01.
-        weight: :math:`\lambda`, at least 0. Default 1.
-        samples: :math:`N`, at least 1. Default 1.
-        **kwargs: The other arguments of :class:`SAM` but ``ascent_steps``, ``renormalize`` and
-            ``adaptive``, and the base optimizer's.
-
-    Raises:
-        TypeError, ValueError, ImportError, RuntimeError: As :class:`UniversalSAM`.
-
-    Example:
-        >>> optimizer = fastsam.TraceSAM(model.parameters(), torch.optim.SGD, rho=0.01, lr=0.1)
-        >>> loss = optimizer.step(closure)
-
-    Reference: Tahmasebi, Soleymani, Bahri, Jegelka and Jaillet, "A universal class of
-    sharpness-aware minimization algorithms", ICML 2024, arXiv 2406.03682. The equation and the
-    defaults are the authors'.
-    """
-
-    def __init__(
-        self,
-        params: ParamsT,
-        base_optimizer: type[Optimizer],
-        rho: float | Tensor = 0.01,
-        weight: float = 1.0,
-        samples: int = 1,
-        **kwargs: Any,
-    ):
-        self._build(params, base_optimizer, Trace(), "normal", rho, weight, samples, None, kwargs)
-
-
-class DetSAM(UniversalSAM):
-    r"""Minimises the determinant of the Hessian with the loss, by uniform noise.
-
-    .. math:: u = g + \lambda\, \bar x^{-3}\, \frac1N \sum_{i=1}^N e^{-x_i / 2}\, (g_i - g),
-              \qquad \bar x = \frac1N \sum_{i=1}^N e^{-x_i / 2}, \quad
-              x_i = \frac{L_i - L_0}{\rho^2}
-
-    where :math:`g_i` and :math:`L_i` are the gradient and the loss at :math:`w + \rho v_i`, and the
-    elements of :math:`v_i` are uniform in :math:`(-h, h)`. :class:`UniversalSAM` with
-    :math:`\phi(t) = t^{-2}` and :math:`\psi(t) = e^{-t/2}`. With one sample
-    :math:`u = g + \lambda\, e^{x_1} (g_1 - g)`. Exponentials are taken relative to the largest, in
-    float64. If a loss rises by more than about :math:`80 \rho^2`, their product may leave the range
-    of float32. Then :math:`u` is not finite, and ``skip_nonfinite`` skips the step.
-
-    Cost, noise and failures: as :class:`UniversalSAM`.
-
-    Args:
-        params, base_optimizer: As in :class:`SAM`.
-        rho: :math:`\rho`, at least 0. Default 1.
-        weight: :math:`\lambda`, at least 0. Default 1.
-        samples: :math:`N`, at least 1. Default 1.
-        half_width: :math:`h`, above 0. Default 0.01. A group key.
-        **kwargs: The other arguments of :class:`SAM` but ``ascent_steps``, ``renormalize`` and
-            ``adaptive``, and the base optimizer's.
-
-    Raises:
-        TypeError, ValueError, ImportError, RuntimeError: As :class:`UniversalSAM`.
-
-    Example:
-        >>> optimizer = fastsam.DetSAM(model.parameters(), torch.optim.SGD, weight=0.1, lr=0.1)
-        >>> loss = optimizer.step(closure)
-
-    Reference: Tahmasebi, Soleymani, Bahri, Jegelka and Jaillet, "A universal class of
-    sharpness-aware minimization algorithms", ICML 2024, arXiv 2406.03682. The equation and the
-    defaults are the authors'.
-    """
-
-    def __init__(
-        self,
-        params: ParamsT,
-        base_optimizer: type[Optimizer],
-        rho: float | Tensor = 1.0,
-        weight: float = 1.0,
-        samples: int = 1,
-        half_width: float = 0.01,
-        **kwargs: Any,
-    ):
-        self._build(params, base_optimizer, Determinant(), "uniform", rho, weight, samples,
-                    half_width, kwargs)  # fmt: skip
-
-
-class FrobSAM(UniversalSAM):
-    r"""Minimises the Frobenius norm of the Hessian with the loss, by Gaussian noise.
-
-    .. math:: u = g + \frac{\lambda}{\rho^2}\, \frac{1}{N - 1}
-                  \sum_{i=1}^N \Big(L_i - \frac1N \sum_{j=1}^N L_j\Big)\, g_i
-
-    where :math:`g_i` and :math:`L_i` are the gradient and the loss at :math:`w + \rho v_i`,
-    :math:`v_i \sim N(0, I)`. The sum is a covariance: the gradient of half the variance of the
-    loss. With two samples :math:`u = g + \lambda\, (L_1 - L_2)(g_1 - g_2) / (2 \rho^2)`. The
-    computation uses the rises of the losses, :math:`L_i - L_0`.
-
-    Cost: that of :class:`UniversalSAM` with several samples: three forward and backward passes with
-    two, and with SGD and momentum 44 bytes per element in three launches (perturb 12 and 8, update
-    24). torch's operators put the weights back between the perturbations, 8 bytes, and mix the
-    gradients, 20.
-
-    Args:
-        params, base_optimizer: As in :class:`SAM`.
-        rho: Standard deviation of the noise, at least 0. Default 0.005.
-        weight: :math:`\lambda`, at least 0. Default 0.005.
-        samples: :math:`N`, at least 2. Default 2.
-        **kwargs: The other arguments of :class:`SAM` but ``ascent_steps``, ``renormalize`` and
-            ``adaptive``, and the base optimizer's.
-
-    Raises:
-        TypeError, ValueError, ImportError, RuntimeError: As :class:`UniversalSAM`.
-
-    Example:
-        >>> optimizer = fastsam.FrobSAM(model.parameters(), torch.optim.SGD, samples=2, lr=0.1)
-        >>> loss = optimizer.step(closure)
-
-    Reference: Tahmasebi, Soleymani, Bahri, Jegelka and Jaillet, "A universal class of
-    sharpness-aware minimization algorithms", ICML 2024, arXiv 2406.03682. The equation and the
-    defaults are the authors'.
-    """
-
-    samples: int = setting(Integer(2), fixed="construct another optimizer and load the state dict")
-
-    def __init__(
-        self,
-        params: ParamsT,
-        base_optimizer: type[Optimizer],
-        rho: float | Tensor = 0.005,
-        weight: float = 0.005,
-        samples: int = 2,
-        **kwargs: Any,
-    ):
-        self._build(params, base_optimizer, Frobenius(), "normal", rho, weight, samples, None,
-                    kwargs)  # fmt: skip

@@ -29,7 +29,7 @@ def test_the_noise_is_gaussian():
     k = np.concatenate([np.arange(40), 2**23 + np.arange(-20, 20), 2**24 - 1 - np.arange(40),
                         np.random.default_rng(0).integers(0, 2**24, 400)])  # fmt: skip
     x = (2 * k + 1 - 2.0**24) / 2**24
-    z = fastsam.methods.universal.NORMAL.direction(torch.tensor(x), {}, {}).numpy()
+    z = fastsam.methods.noise.NORMAL.direction(torch.tensor(x), {}, {}).numpy()
     exact = np.array([NormalDist().inv_cdf((v + 1) / 2) for v in x])
     assert np.abs(z / exact - 1).max() < 2e-7
     many = oracle_noise.normal(3, 1, 7, 2, (1 << 18,))
