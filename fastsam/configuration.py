@@ -27,20 +27,15 @@ from .bases.several import (
 from .passes import Passes
 from .step.arguments import (
     FLAG,
-    OF_STATE,
-    OF_TABLES,
     Choice,
     Context,
     FlagOr,
     FlagOrNumber,
-    GroupArguments,
     Integer,
     Number,
     Policy,
-    complete_settings,
     context,
     policy,
-    setting,
     shown,
 )
 from .step.checkpoint import Loading, SharedState, parts_of, read_kept, set_parts, write_kept
@@ -58,12 +53,14 @@ from .step.checks import (
 )
 from .step.dtypes import Dtypes
 from .step.flight import InFlight
+from .step.group_arguments import GroupArguments
 from .step.interrupts import uninterrupted
 from .step.makers import method_name, write_marks
 from .step.precision import MASTER, ROUNDINGS, check_precision
 from .step.receiver import LEAST, Receiver
 from .step.scalars import DeviceScalars
 from .step.segments import NORMS, check_norm
+from .step.settings import OF_STATE, OF_TABLES, complete_settings, setting
 from .step.spec import Ascent, Base, Descent
 from .step.takeover import TakenOver, put_guard, take_over, takes_base
 

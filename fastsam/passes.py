@@ -14,7 +14,6 @@ from fastsam.kernels.layout import Scalar
 from . import backends
 from .bases.several import Several
 from .replicas import agree, is_distributed
-from .step.arguments import named
 from .step.base_state import compute_what_is_read, find_base_state_read
 from .step.batch import Batch
 from .step.caches import forget_weights
@@ -23,6 +22,7 @@ from .step.collect import Collector
 from .step.dtypes import Dtypes
 from .step.flight import Backup, InFlight, check_unperturbed, with_all_firsts
 from .step.gradients import take_over
+from .step.group_arguments import named
 from .step.kept import KnownNorm, give_kept, keep, keep_last, room_for_last
 from .step.left import LeftNorm, may_leave
 from .step.precision import find_masters, find_places

@@ -13,10 +13,11 @@ from fastsam.backends.base import complete
 from fastsam.backends.equations import element_scale, perturbation, radius
 from fastsam.backends.sums import global_norm, scaled_norm
 from fastsam.kernels.layout import Scalar
-from fastsam.step.arguments import COMMON, Integer, settle
+from fastsam.step.arguments import Integer
 from fastsam.step.batch import Batch
 from fastsam.step.caches import forget_weights
 from fastsam.step.checks import check_tensors
+from fastsam.step.group_arguments import COMMON, settle
 from fastsam.step.interrupts import uninterrupted
 from fastsam.step.scalars import new_scalars
 from fastsam.step.spec import StepSpec

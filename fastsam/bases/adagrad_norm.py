@@ -8,9 +8,10 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from fastsam.arithmetic import bounded, narrowed
-from fastsam.step.arguments import FLAG, POSITIVE, RATE, Argument, settle
+from fastsam.step.arguments import FLAG, POSITIVE, RATE, Argument
 from fastsam.step.checkpoint import Loading, write_kept
 from fastsam.step.checks import check_tensors
+from fastsam.step.group_arguments import settle
 from fastsam.step.makers import write_marks
 from fastsam.step.receiver import LEAST, Receiver
 from fastsam.step.spec import Base, Columns, Group, sign_of

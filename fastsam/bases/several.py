@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from fastsam.step.arguments import named
 from fastsam.step.checkpoint import BASE_KEY, parts_of
 from fastsam.step.checks import check_group_keys
+from fastsam.step.group_arguments import named
 from fastsam.step.spec import Base, Group
 
 from . import find_base

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from fastsam.arithmetic import narrowed, over_root
-from fastsam.step.arguments import BETAS, FLAG, RATE, WEIGHT, Argument, Number, settle
+from fastsam.step.arguments import BETAS, FLAG, RATE, WEIGHT, Argument, Number
+from fastsam.step.group_arguments import settle
 from fastsam.step.spec import Base, Columns, Group, sign_of
 
 from .torch_optim import adam_states

@@ -14,13 +14,14 @@ from fastsam.bases.variational import Variational
 from fastsam.explicit import uncompiled
 from fastsam.kernels.layout import Scalar
 from fastsam.optimizer import SharpnessAwareOptimizer
-from fastsam.step.arguments import FLAG, Integer, Policy, policy, setting
+from fastsam.step.arguments import FLAG, Integer, Policy, policy
 from fastsam.step.batch import Batch
 from fastsam.step.caches import forget_weights
 from fastsam.step.checks import check_common
 from fastsam.step.flight import InFlight, write
 from fastsam.step.interrupts import uninterrupted
 from fastsam.step.recording import Recording
+from fastsam.step.settings import setting
 from fastsam.step.spec import Ascent, Columns, Descent, Group, StepSpec
 
 from .noise import NORMAL

@@ -16,9 +16,10 @@ from fastsam.batch_norm import frozen_batch_norm
 from fastsam.derivatives import Derivatives, MarksOutputs, Outputs
 from fastsam.explicit import uncompiled
 from fastsam.optimizer import SharpnessAwareOptimizer
-from fastsam.step.arguments import FLAG, Context, Integer, setting, shown
+from fastsam.step.arguments import FLAG, Context, Integer, shown
 from fastsam.step.arguments import context as check_context
 from fastsam.step.recording import Recording
+from fastsam.step.settings import setting
 from fastsam.step.spec import Ascent, Columns, Group
 from fastsam.unified import UNIFIED
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from fastsam.objectives import Determinant, Frobenius, Trace
-from fastsam.step.arguments import Integer, setting
+from fastsam.step.arguments import Integer
+from fastsam.step.settings import setting
 
 from .universal import UniversalSAM
 

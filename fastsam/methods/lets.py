@@ -17,7 +17,7 @@ from fastsam.bases import find_base
 from fastsam.explicit import uncompiled
 from fastsam.kernels import table
 from fastsam.optimizer import SharpnessAwareOptimizer
-from fastsam.step.arguments import Choice, Integer, Number, complete_settings, setting, shown
+from fastsam.step.arguments import Choice, Integer, Number, shown
 from fastsam.step.capture import refuse
 from fastsam.step.checkpoint import SharedState, all_or_nothing
 from fastsam.step.checks import check_closure_free
@@ -26,6 +26,7 @@ from fastsam.step.interrupts import uninterrupted
 from fastsam.step.loading import check_state_dict, parts_in
 from fastsam.step.receiver import Receiver, check_count, check_scalar, number_of
 from fastsam.step.recording import Recording
+from fastsam.step.settings import complete_settings, setting
 from fastsam.step.spec import Base, sign_of
 
 

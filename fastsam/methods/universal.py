@@ -15,11 +15,12 @@ from fastsam.kernels.layout import Scalar
 from fastsam.losses import check_loss, groups_of, mean_loss
 from fastsam.objectives import General, Objective
 from fastsam.optimizer import SharpnessAwareOptimizer
-from fastsam.step.arguments import FLAG, Choice, Integer, Number, setting, shown
+from fastsam.step.arguments import FLAG, Choice, Integer, Number, shown
 from fastsam.step.batch import Batch
 from fastsam.step.flight import InFlight
 from fastsam.step.recording import Recording
 from fastsam.step.samples import Samples
+from fastsam.step.settings import setting
 from fastsam.step.spec import Columns, Descent, Group, StepSpec, is_perturbed, sign_of
 
 from .noise import NORMAL, UNIFORM

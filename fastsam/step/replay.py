@@ -12,11 +12,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import optimizer as torch_optimizer
 
-from .arguments import Setting
 from .batch import identical
 from .capture import refuse
 from .checkpoint import is_own
 from .hooks import Observer
+from .settings import Setting
 from .takeover import Guard
 
 #: Keys of groups that no step reads.

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fastsam
-from fastsam.step.arguments import Setting
+from fastsam.step.settings import Setting
 
 from test_loading import MAKERS, params_of, run, trained
 from two_losses import same
