@@ -1,9 +1,9 @@
 """LETS with either approximation of the Hessian on three data sets: which is to be the default?
 
 LETS learns SAM's radius (Wang et al., ECML-PKDD 2024). ``hessian="diag"`` is our reading of the
-paper's diagonal; ``"difference"`` is fastsam's own, and is far closer to the exact hypergradient
-on small networks (``tests/methods/test_lets.py``). Here both train on the digits and on MNIST images, with
-20 % of the training labels wrong and SGD as the base, and on the characters of Python's
+paper's diagonal; ``"difference"`` is fastsam's own, and is far closer to the exact hypergradient on
+small networks (``tests/methods/test_lets.py``). Here both train on the digits and on MNIST images,
+with 20 % of the training labels wrong and SGD as the base, and on the characters of Python's
 documentation with AdamW. Each starts from two radii: a tenth of SAM's best radius in earlier
 studies, and twice that (ten times on the text). On images twice is already where SAM fails, and
 from further up no learned radius came back in the study ``radius``. SAM at three fixed radii is the
