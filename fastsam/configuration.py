@@ -54,6 +54,7 @@ from .step.checks import (
 from .step.dtypes import Dtypes
 from .step.flight import InFlight
 from .step.group_arguments import GroupArguments
+from .step.hooks import Notice
 from .step.interrupts import uninterrupted
 from .step.makers import method_name, write_marks
 from .step.precision import MASTER, ROUNDINGS, check_precision
@@ -313,6 +314,9 @@ class Configured(SharedState):
         self._loading.stay(self.base_optimizer)
         # a state dict of the base has the present counts in it, too
         self.base_optimizer.register_state_dict_pre_hook(write_own)
+        if self.ascent.momentum or self.ascent.keeps:  # norms are known from step to step
+            for base in members_of(self.base_optimizer):
+                base.register_step_pre_hook(Notice(self._passes.forget_norms))
 
     def _own_base(self, base: Optimizer) -> None:
         self._owner = base

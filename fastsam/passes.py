@@ -23,7 +23,14 @@ from .step.dtypes import Dtypes
 from .step.flight import Backup, InFlight, check_unperturbed, with_all_firsts
 from .step.gradients import take_over
 from .step.group_arguments import named
-from .step.kept import KnownNorm, give_kept, keep, keep_last, room_for_last
+from .step.kept import (
+    KnownNorm,
+    forget_elsewhere,
+    give_kept,
+    keep,
+    keep_last,
+    room_for_last,
+)
 from .step.left import LeftNorm, may_leave
 from .step.precision import find_masters, find_places
 from .step.recording import Recording
@@ -275,6 +282,7 @@ class Passes:
             elif spec.ascent.keeps:
                 give_kept(batch, spec, states, scalars)
                 self._look_at_kept(batch, spec, backend, scalars)
+            forget_elsewhere(batch, self._known_norm, self._left_norm.norm)
             if flight.loss is not None:
                 scalars[Scalar.LOSS].copy_(flight.loss, non_blocking=True)
             again = spec.descent is not None or self.recording is not None
@@ -423,6 +431,10 @@ class Passes:
     def loaded(self) -> None:
         """Look at everything anew that a state dict may have brought."""
         self.collector.forget()
+        self.forget_norms()
+
+    def forget_norms(self) -> None:
+        """Measure anew what is known of earlier steps: somebody is about to write to the state."""
         self._known_norm.forget()
         self._left_norm.forget()
 

@@ -70,7 +70,7 @@ def counters(programs: int) -> int:
 
 
 #: Columns of the hyper-parameter table: one width, so that no kernel depends on the base.
-WIDTH = 25
+WIDTH = 26
 #: State tensors per parameter that the tables have rows for, scalars that a descent rule keeps, and
 #: numbers that one is given.
 BASE_STATES = 3
@@ -125,12 +125,12 @@ class Hyper(IntEnum):
     MAX_GRAD_NORM = 3  # the same in every row
     DESCENT = 4  # four columns, the same in every row
     ASCENT = 8  # three columns
-    # the last of these, where the ascent follows the base's momentum: 1 in groups whose momentum
-    # counts in the norm that it is divided by, else 0
-    COUNTED = 10
     LR = 11  # for LETS
     SIGN = 12  # -1 where the base maximizes: rules are given the gradient of what is minimised
-    BASE = 13  # twelve columns
+    # where the ascent follows the base's momentum: 1 in groups whose momentum counts in the norm
+    # that it is divided by, else 0
+    COUNTED = 13
+    BASE = 14  # twelve columns
 
 
 class Scalar(IntEnum):

@@ -23,6 +23,22 @@ class Observer:
         self.look()
 
 
+class Notice:
+    """A pre hook of a base: its own step is about to write to the state.
+
+    The steps that fastsam takes in its place do not run it.
+
+    Args:
+        tell: Is called before every step.
+    """
+
+    def __init__(self, tell: Callable[[], None]) -> None:
+        self.tell = tell
+
+    def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self.tell()
+
+
 def run_observers(optimizer: Optimizer) -> None:
     """Run the optimizer's observers after a step that ran no Python."""
     for hook in optimizer._optimizer_step_post_hooks.values():
@@ -46,5 +62,5 @@ def run_of_base(base: Optimizer, when: str) -> None:
     """Run the step hooks of a base whose ``step`` is not called."""
     for one in (base, *getattr(base, "fused_members", ())):
         for hook in getattr(one, f"_optimizer_step_{when}_hooks").values():
-            if not isinstance(hook, Guard):
+            if not isinstance(hook, (Guard, Notice)):
                 hook(one, (), {})

@@ -1,7 +1,9 @@
 """What one step leaves in the memory of its first gradients, for the steps that follow."""
 
 from functools import partial
+from itertools import chain
 from operator import attrgetter
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -32,8 +34,9 @@ class KnownNorm:
     """Of which tensors a norm on the device is, and whether it is still theirs.
 
     It is where they are the same ones, where they were, and torch has counted no write to them
-    since. torch does not count the writes of kernels: call :meth:`forget` before a kernel that
-    writes to such tensors is launched.
+    since. torch does not count the writes of kernels, nor those of its own fused optimizers: call
+    :meth:`forget` before something of that kind writes to such tensors. Other optimizers may hold
+    the same tensors; :func:`forget_elsewhere` is for their norms.
     """
 
     def __init__(self) -> None:
@@ -53,12 +56,44 @@ class KnownNorm:
     def remember(self, tensors: list[Tensor | None], scalars: Tensor) -> None:
         """It is that of these tensors, and among these scalars."""
         self._tensors, self._marks, self._scalars = tensors, _marks_of(tensors), scalars
+        if id(self) not in _NORMS:
+            _NORMS[id(self)] = self
 
     def is_of(self, tensors: list[Tensor | None], scalars: Tensor) -> bool:
         """Whether it is that of these tensors, as they are now."""
         if self._marks is None or scalars is not self._scalars:
             return False
         return identical(tensors, self._tensors) and _marks_of(tensors) == self._marks
+
+    def is_in(self, places: set[int]) -> bool:
+        """Whether some of its tensors are at one of these addresses."""
+        return self._marks is not None and not places.isdisjoint(
+            self._marks[: len(self._marks) // 2]
+        )
+
+
+#: All that have been known in this process, by ``id``.
+_NORMS: WeakValueDictionary[int, KnownNorm] = WeakValueDictionary()
+
+
+def forget_elsewhere(batch: Batch, *own: KnownNorm) -> None:
+    """Let norms of other optimizers be unknown, where an update is about to write to their tensors.
+
+    State is shared by what ``copy.copy`` makes, and where a state dict is loaded that was not
+    copied.
+
+    Args:
+        batch: Of the update.
+        own: The norms of the optimizer that updates, which has seen to them.
+    """
+    norms = (reference() for reference in _NORMS.valuerefs())
+    others = [x for x in norms if x is not None and x.is_some and x not in own]
+    if others:
+        held = chain(*map(dict.values, batch.states or ()), batch.firsts or (), batch.kept or ())
+        places = {x.data_ptr() for x in held if isinstance(x, Tensor) and x.numel()}
+        for norm in others:
+            if norm.is_in(places):
+                norm.forget()
 
 
 def _marks_of(tensors: list[Tensor | None]) -> list[int] | None:

@@ -39,7 +39,7 @@ class LeftNorm:
     """
 
     def __init__(self) -> None:
-        self._norm = KnownNorm()
+        self.norm = KnownNorm()
         self._replays = False  # graphs may write to the momentum
         self._was_plain = False  # whether the last step has perturbed nothing
         self._cleared: Tensor | None = None  # scalars whose bins the next update may add to
@@ -52,7 +52,7 @@ class LeftNorm:
             scalars: The optimizer's.
             allowed: What :func:`may_leave` says, and the backend.
         """
-        if allowed and not self._replays and self._norm.is_of(list(batch.grads), scalars):
+        if allowed and not self._replays and self.norm.is_of(list(batch.grads), scalars):
             return True
         if not is_captured(batch):
             self.settle(scalars)
@@ -82,16 +82,16 @@ class LeftNorm:
         momenta: list[Tensor | None] = [
             x[name] for x, i in states if name in x and is_perturbed(spec.groups[i])
         ]
-        self._norm.remember(momenta, scalars)
+        self.norm.remember(momenta, scalars)
 
     def settle(self, scalars: Tensor | None) -> None:
         """Store it, squared, among the optimizer's own numbers, if there is one."""
-        if self._norm.is_some and scalars is not None:
+        if self.norm.is_some and scalars is not None:
             scalars[Scalar.KEPT] = squared_norm(scalars)
 
     def forget(self) -> None:
         """It is no longer that of the momentum, or about to be not."""
-        self._norm.forget()
+        self.norm.forget()
 
     def begin_anew(self) -> None:
         """Something has failed, and nothing is known of what the bins hold."""

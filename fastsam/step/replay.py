@@ -15,7 +15,7 @@ from torch.optim import optimizer as torch_optimizer
 from .batch import identical
 from .capture import refuse
 from .checkpoint import is_own
-from .hooks import Observer
+from .hooks import Notice, Observer
 from .settings import Setting
 from .takeover import Guard
 
@@ -227,7 +227,7 @@ def has_hooks(optimizer: Any) -> bool:
         *(member._optimizer_step_pre_hooks.values() for member in _members(base)),
         *(member._optimizer_step_post_hooks.values() for member in _members(base)),
     )
-    return not all(isinstance(hook, (Guard, Observer)) for hook in hooks)
+    return not all(isinstance(hook, (Guard, Notice, Observer)) for hook in hooks)
 
 
 def _members(base: Any) -> list[Any]:

@@ -15,8 +15,12 @@ from .spec import Group
 
 Made = TypeVar("Made", bound=Optimizer)
 #: Hooks that a constructor adds.
-HOOKS = ("_optimizer_state_dict_pre_hooks", "_optimizer_load_state_dict_pre_hooks",
-         "_optimizer_load_state_dict_post_hooks")  # fmt: skip
+HOOKS = (
+    "_optimizer_step_pre_hooks",
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)
 
 
 class TakenOver:

@@ -5,12 +5,15 @@ Every perturbation is compared with its equation in float64, on what the optimiz
 
 import copy
 import pickle
+from enum import IntEnum
 
 import pytest
 import torch
 import triton
+import triton.language as tl
 
 import fastsam
+from fastsam.rules import Ascent
 
 import launches
 from registry import DEVICE
@@ -170,6 +173,33 @@ def take_over(loop):
     loop.optimizer = fastsam.MSAM.from_optimizer(base, rho=loop.rho, backend="triton")
 
 
+def step_the_base(loop):
+    """torch does not count the writes of its fused optimizers."""
+    loop.optimizer.base_optimizer.step()
+
+
+def step_a_copy(loop):
+    """The copy has the same momenta, and kernels that write to them: torch does not count that."""
+    other = copy.copy(loop.optimizer)
+    assert other.state[loop.params[0]] is loop.optimizer.state[loop.params[0]]
+    step_with(loop, other)
+
+
+def step_one_that_has_loaded_the_state(loop):
+    """Of another method; what it has loaded are the same tensors."""
+    other = fastsam.SAM(loop.params[1:], torch.optim.SGD, lr=0.1, momentum=0.9, backend="triton")
+    for p in loop.params[1:]:
+        other.state[p] = dict(loop.optimizer.state[p])
+    step_with(loop, other)
+
+
+def step_with(loop, other):
+    other.first_step()
+    for p in loop.params:
+        p.grad = 100 * loop.draw(p.shape, p.dtype)
+    other.second_step()
+
+
 def change_backends(loop):
     loop.optimizer.backend = "torch"
     loop.step()
@@ -178,7 +208,8 @@ def change_backends(loop):
 
 CHANGES = [replace, write, write_through_a_view, move, remove, load, load_into_the_base,
            load_what_lacks_the_number, freeze, leave_out_of_the_perturbation,
-           leave_one_without_gradient, copy_it, pickle_it, take_over, change_backends]  # fmt: skip
+           leave_one_without_gradient, copy_it, pickle_it, take_over, change_backends,
+           step_the_base, step_a_copy, step_one_that_has_loaded_the_state]  # fmt: skip
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -187,6 +218,73 @@ def test_measured_where_it_may_be_another(change):
     assert loop.step() == KNOWS
     change(loop)
     assert [loop.step(), loop.step()] == [MEASURES, KNOWS]
+
+
+@pytest.mark.parametrize("base", [SGD, ADAMW], ids=["sgd", "adamw"])
+def test_measured_after_a_step_of_a_fused_base(base):
+    loop = Loop(**base, fused=True)
+    assert loop.step() == KNOWS
+    for p in loop.params:
+        p.grad = 100 * loop.draw(p.shape)
+    loop.optimizer.base_optimizer.step()
+    assert [loop.step(), loop.step()] == [MEASURES, KNOWS]
+
+
+def test_two_optimizers_of_other_parameters_do_not_disturb_each_other():
+    loops = Loop(), Loop()
+    assert [[loop.step() for loop in loops] for _ in range(2)] == [[KNOWS] * 2] * 2
+
+
+class Columns(IntEnum):
+    """Of a rule of the user's, with as many as there may be."""
+
+    AHEAD = 0
+    POWER = 1
+    GAIN = 2
+
+
+AHEAD, GAIN = tl.constexpr(0), tl.constexpr(2)
+
+
+@triton.jit
+def direction(g, state, h):
+    return tl.load(h + AHEAD) * tl.load(h + GAIN) * g
+
+
+@triton.jit
+def radius(rho, norm, total, h):
+    return rho / norm
+
+
+def test_a_rule_of_three_columns():
+    """Along the momentum, times a gain; ``rho`` is 0.5."""
+    rule = Ascent(
+        name="gained", kernel=__name__, momentum="momentum_buffer",
+        direction=lambda g, state, h: h["AHEAD"] * h["GAIN"] * g,
+        radius=lambda rho, norm, total, h: rho / norm,
+        columns=lambda group, lam: {"AHEAD": -1.0, "POWER": 1.0, "GAIN": 0.25},
+    )  # fmt: skip
+
+    class Gained(fastsam.MSAM):
+        @staticmethod
+        def _rule_of(base_optimizer):
+            return rule
+
+    for backend in ("torch", "triton"):
+        loop = Loop(steps=0)
+        optimizer = Gained(loop.params, **SGD, rho=0.5, backend=backend)
+        for step in range(4):
+            before = torch.cat([p.detach().flatten() for p in loop.params])
+            with launches.record() as log:
+                optimizer.perturb()
+            after = torch.cat([p.detach().flatten() for p in loop.params])
+            if step:
+                assert float((after - before).norm()) == pytest.approx(0.25 * 0.5, rel=1e-5)
+            if step > 1 and backend == "triton":
+                assert log.kernels == KNOWS[:1]
+            for p in loop.params:
+                p.grad = loop.draw(p.shape)
+            optimizer.step()
 
 
 def add_a_group(loop):

@@ -61,8 +61,7 @@ def hyper_rows(
         ]
         row += ordered(spec.ascent, ASCENT, spec.ascent.columns(group, spec.lam))
         row += [0.0] * (Hyper.LR - len(row)) + [learning_rate(group), sign_of(group)]
-        if spec.ascent.momentum:
-            row[Hyper.COUNTED] = is_perturbed(group)
+        row.append(is_perturbed(group) if spec.ascent.momentum else 0.0)  # whether it counts
         base = spec.base_of(i)
         if base is not None:
             row += ordered(base, BASE, base.columns(group))
