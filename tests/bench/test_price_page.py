@@ -121,3 +121,10 @@ def test_a_file_that_is_not_whole_changes_nothing(lacking, tmp_path, capsys):
     assert price.main(["--page", "--output", str(tmp_path)]) == 2
     assert "price.csv lacks" in capsys.readouterr().err
     assert (page.ROOT / "README.md").read_text(encoding="utf-8") == before
+
+
+def test_the_documents_are_of_the_results_that_are_here():
+    made = page.tables(page.Results(price.OUTPUT / "price.csv"))
+    for (name, table), text in made.items():
+        found = (page.ROOT / name).read_text(encoding="utf-8")
+        assert f"{page.BEGIN.format(table)}\n{text}\n{page.END.format(table)}" in found, name
