@@ -196,11 +196,14 @@ class ExplicitPasses(Configured):
         """
         if not self._has_schedule:
             return True
-        since = self.kept["t"] - 1 - self.start
-        ended = self.stop is not None and since >= self.stop - self.start
-        if since < 0 or ended or since % self.perturb_every != 0:
+        if not self._may_perturb_in(self.kept["t"] - 1):
             return False
         return self.perturb_when is None or self._ask(self.perturb_when)
+
+    def _may_perturb_in(self, t: int) -> bool:
+        """Whether ``perturb_every``, ``start`` and ``stop`` let step ``t``, from 0, perturb."""
+        ended = self.stop is not None and t >= self.stop
+        return t >= self.start and not ended and (t - self.start) % self.perturb_every == 0
 
     def _ask(self, perturb_when: Policy) -> bool:
         """What the user's policy says of the next step; asked once for what it is shown."""
@@ -398,7 +401,10 @@ class ExplicitPasses(Configured):
     def _finish(self, batch: Batch, spec: StepSpec, flight: InFlight) -> None:
         """The second half of a step, or all of a plain one."""
         with uninterrupted():
-            self._passes.second(batch, spec, flight, self.state, self.backend, self.base_optimizer)
+            goes_on = self._may_perturb_in(self.kept["t"])
+            self._passes.second(
+                batch, spec, flight, self.state, self.backend, self.base_optimizer, goes_on
+            )
             self._flight = None
             self._inside_closure = False
             self.kept["t"] += 1

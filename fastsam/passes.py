@@ -77,6 +77,7 @@ class Passes:
         self._squares: Tensor | None = None  # by segment
         self._known_norm = KnownNorm()  # of what an earlier step has kept
         self._left_norm = LeftNorm()  # of the momentum
+        self._look_at_number()
 
     # --- the first pass ---
 
@@ -245,7 +246,7 @@ class Passes:
 
     def second(
         self, batch: Batch, spec: StepSpec, flight: InFlight, states: States, backend: str,
-        base: Optimizer,
+        base: Optimizer, goes_on: bool,
     ) -> None:  # fmt: skip
         """Restore the weights, update them, and commit what both passes computed.
 
@@ -255,6 +256,7 @@ class Passes:
             batch: Of :meth:`collect_second`.
             spec, flight, states, backend: As in :meth:`first`.
             base: The base optimizer, which is stepped where it is not fused.
+            goes_on: Whether the schedule lets the next step perturb.
         """
         scalars = self.scalars.on_device_of(batch)
         if not flight.perturbs and spec.ascent.accumulate is not None:  # nothing to take in
@@ -272,7 +274,7 @@ class Passes:
             lacks_firsts = flight.give_to(batch)
             last = None
             if spec.ascent.momentum and not spec.ascent.follows_last:
-                allowed = self._may_leave(batch, spec, backend)
+                allowed = goes_on and self._may_leave(batch, spec, backend)
                 batch.leaves_norm = self._left_norm.prepare(batch, spec, scalars, allowed)
             if spec.ascent.follows_last:
                 kept = batch
@@ -432,6 +434,12 @@ class Passes:
         """Look at everything anew that a state dict may have brought."""
         self.collector.forget()
         self.forget_norms()
+        self._look_at_number()
+
+    def _look_at_number(self) -> None:
+        """Heed what a state dict says of the norm of the momentum."""
+        if (number := self.scalars.kept.get("momentum_squared_norm")) is not None:
+            self._left_norm.loaded(number)
 
     def forget_norms(self) -> None:
         """Measure anew what is known of earlier steps: somebody is about to write to the state."""
@@ -440,7 +448,8 @@ class Passes:
 
     def forget(self) -> None:
         """Look at everything anew: a capture has failed, which was to upload what launches read."""
-        self.loaded()
+        self.collector.forget()
+        self.forget_norms()
         self._left_norm.begin_anew()
         self.backends.forget()
 

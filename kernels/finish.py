@@ -39,6 +39,7 @@ SKIP_FIRST = tl.constexpr(int(Task.SKIP_FIRST))
 APART = tl.constexpr(int(Scalar.APART))
 FIRST_APART = tl.constexpr(int(Scalar.FIRST_APART))
 AGREE = tl.constexpr(int(Task.AGREE))
+EXACT = tl.constexpr(int(Task.EXACT))
 #: How far two sums of squares may be apart that differ by their order alone, relatively: in
 #: float32, of which programs add up 1,024 or 8,192 each, and in float64.
 APART_BY_ORDER = tl.constexpr(2.0**-18)
@@ -64,11 +65,11 @@ def finish_ascent(hyper, scalars, direction_squared, grad_squared, sum2, sum3, s
                   ADAPTED: tl.constexpr):  # fmt: skip
     """The norms that the perturbation needs, the rule's accumulator, and what is known of ``u``."""
     if (tasks & AGREE) != 0:
-        # so a run that is resumed goes on with the bits of the one that was saved
+        # so a run that is resumed goes on with the bits of the one that was saved; the number may
+        # be of a momentum of before, too, where that differs no more than rounding does
         known = tl.load(scalars + KEPT)
-        WIDE: tl.constexpr = hyper.dtype.element_ty == tl.float64
-        apart = (APART_BY_ORDER64 if WIDE else APART_BY_ORDER) * direction_squared
-        agrees = tl.abs(known - direction_squared) < apart
+        apart = tl.where((tasks & EXACT) != 0, APART_BY_ORDER64, APART_BY_ORDER)
+        agrees = tl.abs(known - direction_squared) < apart * direction_squared
         direction_squared = tl.where(agrees, known, direction_squared)
         grad_squared = direction_squared
     tl.store(scalars + ASCENT_NORM, tl.sqrt(direction_squared))

@@ -169,7 +169,8 @@ class Scalar(IntEnum):
     RATE = 30  # the step size that such a rule gives to the base
     DESCENT2 = 31  # the third of the descent rule's scalars
     # the squared norm of what a descent rule has kept, where it is known from before; or of the
-    # momentum that the ascent follows, as state dicts have it: -1 where it is not finite
+    # momentum that the ascent follows, as state dicts have it: -1 where it is not finite, -2 where
+    # it is to be measured in every step
     KEPT = 32
 
 
@@ -213,3 +214,4 @@ class Task(IntFlag):
     ADAPT = 128  # let the descent rule's scalars follow the sharpness
     SKIP_FIRST = 256  # reject it as well if the first one is not
     AGREE = 512  # take the norm of a state dict, if that differs by rounding alone
+    EXACT = 1024  # which is that of float64: nothing was added up in float32

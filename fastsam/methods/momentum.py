@@ -95,11 +95,13 @@ class MSAM(SharpnessAwareOptimizer):
     Cost: one forward and backward pass. With SGD and momentum 36 bytes per element in float32
     (perturb 16, update 20), two launches; with AdamW 44. The update adds up the norm of the
     momentum that it writes, for the next step. A step that may find another momentum adds it up
-    again, which is 4 bytes and a launch more: after ``load_state_dict``, after a step of the base
-    alone, where torch has counted a write to the momentum, and where other parameters take part.
-    With ``adaptive`` groups, ``norm``, ``amplify``, several devices or processes, and once a step
-    has been captured in a CUDA graph, every step does. After a write to the momentum that torch
-    does not count, as through ``.data``, one perturbation is divided by the norm of before.
+    again, which is 4 bytes and a launch more: after ``load_state_dict``, after :meth:`plain_step`
+    and ``base_optimizer.step()``, where torch has counted a write to the momentum, where another
+    optimizer of fastsam has written to it, and where other parameters take part. Every step adds it
+    up with ``adaptive`` groups, ``norm``, ``amplify``, ``perturb_every`` above 1, several devices
+    or processes, and once a step has been captured in a CUDA graph. After a write to the momentum
+    that torch does not count, as to its ``.data``, one perturbation is divided by the norm of
+    before.
 
     Args:
         params: As in :class:`SAM`.

@@ -4,6 +4,7 @@ The host knows of which momenta it is, and tells no kernel more than whether to 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,20 +29,24 @@ from .spec import StepSpec, is_perturbed
 
 #: As in the kernels: the bit that the highest of all is moved to.
 HIGHEST = 54
+#: In the place of a squared norm: it is to be measured in every step.
+NEVER = -2.0
 
 
 class LeftNorm:
     """Whether updates leave the norm of the momentum, and whether it is still that of the momentum.
 
-    They do not in a step of the base alone, nor in the one after it: where such steps alternate
-    with others, it would be left in vain. Nor do they once a step has been captured: replays of a
-    graph write to the momentum, and the host does not know when.
+    They do not in a step of the base alone, nor where the next one is to be such a step. Nor do
+    they once a step has been captured: replays of a graph write to the momentum, and the host does
+    not know when.
+
+    A run that is resumed has to measure where the one that was saved would have. So what decides
+    follows from settings and from the state dict: the number there is ``NEVER`` after a capture.
     """
 
     def __init__(self) -> None:
         self.norm = KnownNorm()
         self._replays = False  # graphs may write to the momentum
-        self._was_plain = False  # whether the last step has perturbed nothing
         self._cleared: Tensor | None = None  # scalars whose bins the next update may add to
 
     def is_known(self, batch: Batch, scalars: Tensor, allowed: bool) -> bool:
@@ -54,8 +59,8 @@ class LeftNorm:
         """
         if allowed and not self._replays and self.norm.is_of(list(batch.grads), scalars):
             return True
-        if not is_captured(batch):
-            self.settle(scalars)
+        if self.norm.is_some and not is_captured(batch):
+            scalars[Scalar.KEPT] = squared_norm(scalars)
         self.forget()
         return False
 
@@ -67,8 +72,7 @@ class LeftNorm:
         """Whether the update that comes now is to leave it: then there are bins to add to."""
         self.forget()
         self._replays |= is_captured(batch)
-        was_plain, self._was_plain = self._was_plain, not spec.perturbs
-        if self._replays or was_plain or self._was_plain or not allowed:
+        if self._replays or not (spec.perturbs and allowed):
             return False
         if self._cleared is not scalars:
             integers_of(scalars).zero_()
@@ -85,9 +89,17 @@ class LeftNorm:
         self.norm.remember(momenta, scalars)
 
     def settle(self, scalars: Tensor | None) -> None:
-        """Store it, squared, among the optimizer's own numbers, if there is one."""
-        if self.norm.is_some and scalars is not None:
+        """Let the optimizer's own numbers have it for a state dict, squared, if there is one."""
+        if scalars is None:
+            return
+        if self._replays:
+            scalars[Scalar.KEPT].fill_(NEVER)
+        elif self.norm.is_some:
             scalars[Scalar.KEPT] = squared_norm(scalars)
+
+    def loaded(self, number: Any) -> None:
+        """The optimizer's own numbers have been loaded, or are those of a copy."""
+        self._replays |= float(number) == NEVER
 
     def forget(self) -> None:
         """It is no longer that of the momentum, or about to be not."""

@@ -19,7 +19,7 @@ from .spec import Ascent, Base, Group
 
 #: What an optimizer's own numbers are at least.
 LEAST = {"t": 1.0, "squared_norms": 0.0, "ascent_squared_norms": 0.0, "rounding_step": 0.0,
-         "noise_step": 0.0, "momentum_squared_norm": -1.0}  # fmt: skip
+         "noise_step": 0.0, "momentum_squared_norm": -2.0}  # fmt: skip
 #: Those that count something.
 COUNTS = ("t", "rounding_step", "noise_step")
 #: Those that only an option makes.

@@ -49,7 +49,9 @@ class DeviceScalars:
         for name, scalar in self.slots.items():
             slot, held = self.vector[scalar], self.kept[name]
             if not devices and scalar == Scalar.KEPT:
-                continue  # it is of nothing, and would be read to get to another vector
+                # This vector may be on the CPU, and the next pass's on another device. To move the
+                # number there would take a read on the host. A pass without parameters uses none.
+                continue
             if not (isinstance(held, Tensor) and held.data_ptr() == slot.data_ptr()):
                 if isinstance(held, Tensor) and held.device.type != "cpu":
                     slot.copy_(held)

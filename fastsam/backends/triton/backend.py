@@ -305,6 +305,8 @@ class TritonBackend(Launcher, DeviceBackend):
         members: dict[Sharding, list[Bucket]] = defaultdict(list)
         for bucket in buckets:
             members[bucket.sharding].append(bucket)
+        if tasks & Task.AGREE and all(bucket.types["ACC"] == tl.float64 for bucket in buckets):
+            tasks |= int(Task.EXACT)
         # else the sums over everything are known only after all launches
         is_whole = len(members) == 1 and () in members and batch.part is None
         reduction = Reduction(scalars)
