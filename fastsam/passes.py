@@ -77,6 +77,7 @@ class Passes:
         self._squares: Tensor | None = None  # by segment
         self._known_norm = KnownNorm()  # of what an earlier step has kept
         self._left_norm = LeftNorm()  # of the momentum
+        self._steps_base = False  # whether a base that is not fused is being stepped from here
         self._look_at_number()
 
     # --- the first pass ---
@@ -347,7 +348,11 @@ class Passes:
         def step_unfused(scalars: Tensor) -> None:
             # it cannot skip on the device: the one branch on a device value
             if not spec.skip_nonfinite or bool(scalars[Scalar.ACCEPTED]):
-                _step_unfused(base, spec, states)
+                self._steps_base = True
+                try:
+                    _step_unfused(base, spec, states)
+                finally:
+                    self._steps_base = False
                 for param, change in (batch.beside or {}).items():
                     param.sub_(change)
 
@@ -440,6 +445,14 @@ class Passes:
         """Heed what a state dict says of the norm of the momentum."""
         if (number := self.scalars.kept.get("momentum_squared_norm")) is not None:
             self._left_norm.loaded(number)
+
+    def base_steps(self) -> None:
+        """The base's own step runs: where somebody else has called it, no norm is known any more.
+
+        One that is called from here writes to no state that a norm is known of.
+        """
+        if not self._steps_base:
+            self.forget_norms()
 
     def forget_norms(self) -> None:
         """Measure anew what is known of earlier steps: somebody is about to write to the state."""

@@ -31,12 +31,12 @@ class Loop:
     Everything has a seed of its own, so that two of them take the same steps.
     """
 
-    def __init__(self, backend="triton", **kwargs):
+    def __init__(self, backend="triton", base=torch.optim.SGD, **kwargs):
         self.random = torch.Generator().manual_seed(0)
         self.params = [torch.nn.Parameter(self.draw(shape)) for shape in ((1030,), (3, 5), ())]
         kwargs = {"lr": 1.0, "alpha": ALPHA, "k": 100} | kwargs
         groups = [{"params": self.params[:2]}, {"params": self.params[2:]}]
-        self.optimizer = fastsam.LookSAM(groups, torch.optim.SGD, backend=backend, **kwargs)
+        self.optimizer = fastsam.LookSAM(groups, base, backend=backend, **kwargs)
         self.look()
 
     def draw(self, shape):
@@ -208,6 +208,18 @@ def test_measured_again_where_it_may_be_another(change):
     kernels = loop.reuse()
     assert kernels == (KNOWS if change is clear else MEASURES)  # where nothing is left to measure
     assert loop.reuse() == KNOWS
+
+
+def test_known_with_a_base_that_is_not_fused():
+    """Its own step runs in every step of ours."""
+    loop = Loop(base=torch.optim.Rprop, lr=0.01)
+    found = []
+    for _ in range(3):
+        loop.give()
+        with launches.record() as log:
+            loop.optimizer.plain_step()
+        found.append(log.kernels)
+    assert found == [MEASURES[:2], KNOWS[:1], KNOWS[:1]]
 
 
 @pytest.mark.parametrize("change", NO_CHANGES)
