@@ -289,13 +289,13 @@ def test_goes_on_bit_for_bit(base, how):
         other = copy.deepcopy(model)
         kwargs = dict(base)
         if how == "loaded":
-            resumed = fastsam.MSAM(other.parameters(), **kwargs)
+            resumed = fastsam.MSAM(other.parameters(), **kwargs, backend=optimizer.backend)
             resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
         else:
             taken = kwargs.pop("base_optimizer")(other.parameters(), **kwargs)
             state = optimizer.base_optimizer.state_dict()
             taken.load_state_dict(copy.deepcopy(state))
-            resumed = fastsam.MSAM.from_optimizer(taken)
+            resumed = fastsam.MSAM.from_optimizer(taken, backend=optimizer.backend)
     other_loss = loss_of(other)
     for _ in range(3):
         optimizer.step(closure_of(loss_fn))
