@@ -182,7 +182,7 @@ def test_calls_and_schedules():
 
     other, other_loss = model_and_data()
     kwargs = dict(SGD)
-    base = kwargs.pop("base_optimizer")(other.parameters(), **kwargs)
+    base = kwargs.pop("base_optimizer")(other.parameters(), **kwargs, fused=True)
     for step in range(8):
         calls.append(0)
         if step == 6:
@@ -206,7 +206,7 @@ def test_the_base_and_sam_at_the_ends(rho):
     """rho = 0 is the base, k = 1 is SAM, bit for bit."""
     model, optimizer, loss_fn = problem(rho=rho, k=1 if rho else 3)
     other, other_loss = model_and_data()
-    sam = fastsam.SAM(other.parameters(), **SGD, rho=rho)
+    sam = fastsam.SAM(other.parameters(), **SGD, rho=rho, backend=optimizer.backend)
     for _ in range(4):
         optimizer.step(closure_of(loss_fn))
         sam.step(closure_of(other_loss))
@@ -235,7 +235,7 @@ def test_goes_on_bit_for_bit(base, how):
         other, resumed = pickle.loads(pickle.dumps((model, optimizer)))
     else:
         other = copy.deepcopy(model)
-        resumed = fastsam.LookSAM(other.parameters(), **base, k=3)
+        resumed = fastsam.LookSAM(other.parameters(), **base, k=3, backend=optimizer.backend)
         resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     other_loss = loss_of(other)
     for _ in range(5):
