@@ -95,7 +95,7 @@ class MSAM(SharpnessAwareOptimizer):
     Cost: one forward and backward pass. With SGD and momentum 36 bytes per element in float32
     (perturb 16, update 20), two launches; with AdamW 44. The update adds up the norm of the
     momentum that it writes, for the next step. A step that may find another momentum adds it up
-    again, which is 4 bytes and a launch more: after ``load_state_dict``, after :meth:`plain_step`
+    again, which is 4 bytes and a launch more: after ``load_state_dict``, after ``plain_step``
     and ``base_optimizer.step()``, where torch has counted a write to the momentum, where another
     optimizer of fastsam has written to it, and where other parameters take part. Every step adds it
     up with ``adaptive`` groups, ``norm``, ``amplify``, ``perturb_every`` above 1, several devices
