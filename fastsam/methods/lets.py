@@ -73,8 +73,9 @@ class LETS(SharedState):
             fastsam, with a radius above 0. Do not call its own ``step``.
         rho_lr: Learning rate of the scalar optimizer, at least 0. Default 1e-2: with Adam, a change
             of about 1 % of the radius at a time.
-        hessian: ``"diag"`` (default) or ``"difference"``. In a study on three data sets neither led to
-            SAM's best radius, and the second was better on none (``bench/results/studies/lets.txt``).
+        hessian: ``"diag"`` (default) or ``"difference"``. In a study on three data sets neither led
+            to SAM's best radius, and the second was better on none of them
+            (``bench/results/studies/lets.txt``).
         interval: Steps from one update of the radius to the next, at least 1. Default 1.
         rho_optimizer: Optimizer class for :math:`\nu`. Default :class:`torch.optim.Adam`.
         **rho_kwargs: Its other arguments.
