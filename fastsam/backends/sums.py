@@ -91,9 +91,10 @@ def numbers(scalars: Tensor) -> Iterator[Any]:
     if scalars.device.type != "cpu":
         yield scalars
         return
-    values = scalars.tolist()
+    held = scalars[: len(Scalar)]  # integers follow
+    values = held.tolist()
     yield values
-    scalars.numpy()[:] = values  # a tensor of them takes three times as long
+    held.numpy()[:] = values  # a tensor of them takes three times as long
 
 
 def _number(x: Any, scalars: Tensor) -> Any:
