@@ -447,7 +447,7 @@ class Passes:
             self._left_norm.loaded(number)
 
     def base_steps(self) -> None:
-        """The base's own step runs: where somebody else has called it, no norm is known any more.
+        """The base's own step runs: if other code has called it, no norm is known any more.
 
         One that is called from here writes to no state that a norm is known of.
         """
@@ -455,7 +455,7 @@ class Passes:
             self.forget_norms()
 
     def forget_norms(self) -> None:
-        """Measure anew what is known of earlier steps: somebody is about to write to the state."""
+        """Measure anew what is known of earlier steps: other code writes to the state."""
         self._known_norm.forget()
         self._left_norm.forget()
 
