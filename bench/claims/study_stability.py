@@ -215,6 +215,7 @@ def draw(results: list[Result], figure: Figure) -> None:
 STUDY = Study(
     small=Size("digits", epochs=30, seeds=3, label_noise=0.2),
     full=Size("mnist5k", epochs=60, seeds=5, label_noise=0.2),
+    images=Size("mnist5k", epochs=6, seeds=1, label_noise=0.2),
     make_runs=make_runs,
     execute=execute,
     tabulate=tabulate,

