@@ -1,5 +1,6 @@
 """Steps in explicit passes: ``first_step``, ``second_step``, and what may come between."""
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar, cast
@@ -45,6 +46,22 @@ def uncompiled(function: Function) -> Function:
     return cast(Function, disable(function))
 
 
+def pass_of_step(function: Function) -> Function:
+    """A method of the user's, or a part of ``step``: :func:`uncompiled`, and without autograd.
+
+    Inside ``step`` it is both already, and the wrappers would be a noticeable part of the time that
+    a step of a small network takes.
+    """
+    alone = uncompiled(torch.no_grad()(function))
+
+    @functools.wraps(function)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        chosen = function if self._inside_step else alone
+        return chosen(self, *args, **kwargs)
+
+    return cast(Function, call)
+
+
 class ExplicitPasses(Configured):
     """The two passes of a step as separate calls, for loops that call ``backward`` themselves."""
 
@@ -68,8 +85,7 @@ class ExplicitPasses(Configured):
 
     # --- a step ---
 
-    @uncompiled
-    @torch.no_grad()
+    @pass_of_step
     def first_step(self, zero_grad: bool = False, *, grad_scaler: GradScaler | None = None) -> None:
         """Perturb the weights along the present gradients: ``w <- w + e``.
 
@@ -113,8 +129,7 @@ class ExplicitPasses(Configured):
             self.restore()
             raise
 
-    @uncompiled
-    @torch.no_grad()
+    @pass_of_step
     def second_step(
         self, zero_grad: bool = False, *, grad_scaler: GradScaler | None = None
     ) -> None:
@@ -153,8 +168,7 @@ class ExplicitPasses(Configured):
             raise
         self._after_step(zero_grad)
 
-    @uncompiled
-    @torch.no_grad()
+    @pass_of_step
     def plain_step(self, zero_grad: bool = False, *, grad_scaler: GradScaler | None = None) -> None:
         """The base optimizer's step with the present gradients: one pass, nothing perturbed.
 

@@ -158,15 +158,18 @@ def first_passes(
         yield g, perturbation(w, d, group, scale, spec.ascent.scales_once)
 
 
-@contextmanager
-def undone_if_it_fails(scalars: Tensor) -> Iterator[None]:
+class undone_if_it_fails:  # noqa: N801 - used like a function
     """Put the scalars back if the block raises: some of them are state."""
-    before = scalars.clone()
-    try:
-        yield
-    except BaseException:
-        scalars.copy_(before)
-        raise
+
+    def __init__(self, scalars: Tensor) -> None:
+        self._scalars = scalars
+
+    def __enter__(self) -> None:
+        self._before = self._scalars.clone()
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None:
+            self._scalars.copy_(self._before)
 
 
 def descent_sums(

@@ -155,7 +155,9 @@ def ascend(
             targets = [backup.take(part.of(batch.params), in_place, least) for part in parts]
             with_master = [k for k in others if weights.params[k] is not batch.params[k]]
             backup.borrow({batch.params[k]: weights.params[k] for k in with_master})
-            backup.take([batch.params[k] for k in others if k not in with_master], in_place=True)
+            if others:
+                rest = [batch.params[k] for k in others if k not in with_master]
+                backup.take(rest, in_place=True)
         else:  # parameters are where they may be written to
             kept.keep(batch)
             targets = [part.of(batch.params) for part in parts]
@@ -199,10 +201,11 @@ def descend(
             reference.leave_final_gradient(batch, spec, scalars)
         elif not spec.skip_nonfinite or scalars[Scalar.ACCEPTED] != 0:
             # what may fail comes before the first update
+            values = scalars.tolist()
             for part in parts:
                 path = None if part.base is None else update_of(part.base)
                 assert path is not None
-                updates.append(path(batch, part, spec, scalars, memory, known))
+                updates.append(path(batch, part, spec, values, memory, known))
             for k in others:
                 if spec.base_of(batch.groups[k]) is not None:
                     slow += reference.update_one(batch, k, None, spec, scalars)

@@ -69,7 +69,7 @@ class Update(ABC):
     is_unsigned = False
 
     def __init__(
-        self, batch: Batch, part: Part, spec: StepSpec, scalars: Tensor, memory: Memory,
+        self, batch: Batch, part: Part, spec: StepSpec, scalars: Sequence[float], memory: Memory,
         known: dict[Any, Any],
     ):  # fmt: skip
         base, group = part.base, part.group
@@ -81,17 +81,16 @@ class Update(ABC):
         self.weight_decay = float(group.get("weight_decay", 0.0))
         if "betas" in group:
             self.betas = tuple(map(float, group["betas"]))
-        self.first = float(scalars[Scalar.FIRST_COEFFICIENT]) if part.mixed else 0.0
-        self.coefficient = float(scalars[Scalar.COEFFICIENT]) if spec.rescales else 1.0
+        self.first = scalars[Scalar.FIRST_COEFFICIENT] if part.mixed else 0.0
+        self.coefficient = scalars[Scalar.COEFFICIENT] if spec.rescales else 1.0
         if self.is_unsigned:
             self.first *= sign_of(group)
             self.coefficient *= sign_of(group)
         self.beside: list[float] = []  # what is taken away of both gradients past the base
         if spec.has_part_apart:
             lr = float(group["lr"]) * sign_of(group)
-            self.beside = [lr * float(scalars[slot]) for slot in (Scalar.APART, Scalar.FIRST_APART)]
-        self.squared_norms = float(scalars[Scalar.SQUARED_NORMS])
-        self.rate = float(scalars[Scalar.RATE])
+            self.beside = [lr * scalars[slot] for slot in (Scalar.APART, Scalar.FIRST_APART)]
+        self.squared_norms, self.rate = scalars[Scalar.SQUARED_NORMS], scalars[Scalar.RATE]
         names = list(base.states(group))
         self.steps = part.column(batch.states, "step") if base.counts_steps else []
         streams = [part.of(batch.params), part.of(batch.grads)]
