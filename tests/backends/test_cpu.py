@@ -9,7 +9,7 @@ import torch
 
 import fastsam
 from fastsam.backends import reference, sums
-from fastsam.backends.eager import ascents, blocks, norms, scratch
+from fastsam.backends.eager import ascents, blocks, cpu, norms, scratch
 
 import oracles
 import registry
@@ -32,7 +32,7 @@ def small_blocks(monkeypatch):
     for module, name, value in (
         (blocks, "BLOCK", 64), (scratch, "BLOCK", 64), (blocks, "LARGE", 16),
         (ascents, "LARGE", 16), (norms, "SPAN", 16), (blocks, "DOT_SPAN", 16),
-        (scratch, "WORTHWHILE", 8),
+        (cpu, "WORTHWHILE", 8),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, value)
 
