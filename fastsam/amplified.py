@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .step.spec import Columns, Descent, Group
+from .step.rule import Columns, Descent, Group
 
 
 def _columns(factor: float, group: Group) -> Columns:

@@ -8,7 +8,7 @@ from .arithmetic import gives_direction, over_root, where
 from .bases import register_base
 from .optimizer import SharpnessAwareOptimizer
 from .step.arguments import Flag, Number
-from .step.spec import Ascent, Base, Descent
+from .step.rule import Ascent, Base, Descent
 
 __all__ = ["Ascent", "Base", "Descent", "Flag", "Number", "SharpnessAwareOptimizer",
            "gives_direction", "over_root", "register_base", "where"]  # fmt: skip

@@ -3,7 +3,7 @@
 from typing import Any
 
 from fastsam.arithmetic import EPS, gives_direction, where
-from fastsam.step.spec import Ascent, Columns, Group
+from fastsam.step.rule import Ascent, Columns, Group
 
 
 def _columns(group: Group, lam: float) -> Columns:

@@ -25,7 +25,8 @@ from fastsam.backends.triton.plan import (
     update_constants,
 )
 from fastsam.kernels.layout import Launch, Launches
-from fastsam.step.spec import Ascent, Base, Descent, StepSpec, declared
+from fastsam.step.rule import Ascent, Base, Descent, declared
+from fastsam.step.spec import StepSpec
 from fastsam.unified import UNIFIED
 
 LAUNCHES = Launches()

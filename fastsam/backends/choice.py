@@ -9,7 +9,8 @@ import torch
 from fastsam.kernels.layout import Scalar
 from fastsam.step.batch import Batch
 from fastsam.step.bits import LOW, mix, tensor_key
-from fastsam.step.spec import Group, StepSpec
+from fastsam.step.rule import Group
+from fastsam.step.spec import StepSpec
 
 from .equations import columns_of
 

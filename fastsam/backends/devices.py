@@ -15,8 +15,9 @@ from torch import Tensor
 from fastsam.kernels.layout import Scalar
 from fastsam.step.batch import Batch, Layout
 from fastsam.step.flight import Backup
+from fastsam.step.rule import Group
 from fastsam.step.scaling import unscaled
-from fastsam.step.spec import Group, StepSpec
+from fastsam.step.spec import StepSpec
 
 from .base import DeviceBackend, nothing, together
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from fastsam.arithmetic import wide, wide_dtype
 from fastsam.kernels.layout import Scalar
 from fastsam.step.batch import Batch
-from fastsam.step.spec import Ascent, Columns, Group, StepSpec, is_perturbed, sign_of
+from fastsam.step.rule import Ascent, Columns, Group
+from fastsam.step.spec import StepSpec, is_perturbed, sign_of
 
 
 def columns_of(spec: StepSpec, group: Group) -> Columns:

@@ -3,7 +3,7 @@
 import torch
 from torch.optim.optimizer import Optimizer
 
-from fastsam.step.spec import Base
+from fastsam.step.rule import Base
 
 from .adagrad_norm import ADAGRAD_NORM, AdaGradNorm
 from .polyak import POLYAK, PolyakSteps

@@ -14,7 +14,8 @@ from fastsam.step.checks import check_tensors
 from fastsam.step.group_arguments import settle
 from fastsam.step.makers import write_marks
 from fastsam.step.receiver import LEAST, Receiver
-from fastsam.step.spec import Base, Columns, Group, sign_of
+from fastsam.step.rule import Base, Columns, Group
+from fastsam.step.spec import sign_of
 
 from .uncorrected import ARGUMENTS as LIGHT_ARGUMENTS
 

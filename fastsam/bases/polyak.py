@@ -10,7 +10,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from fastsam.arithmetic import narrowed
 from fastsam.step.arguments import RATE, WEIGHT, Argument
 from fastsam.step.group_arguments import settle
-from fastsam.step.spec import Base, Columns, Group
+from fastsam.step.rule import Base, Columns, Group
 
 ARGUMENTS: dict[str, Argument] = {"lr": RATE, "weight_decay": WEIGHT}
 

@@ -12,7 +12,7 @@ from torch.optim.optimizer import Optimizer
 from fastsam.step.checkpoint import BASE_KEY, parts_of
 from fastsam.step.checks import check_group_keys
 from fastsam.step.group_arguments import named
-from fastsam.step.spec import Base, Group
+from fastsam.step.rule import Base, Group
 
 from . import find_base
 

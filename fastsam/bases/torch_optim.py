@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fastsam.arithmetic import narrowed
 from fastsam.step.arguments import BETAS, FINITE, FLAG, RATE, WEIGHT, Argument
-from fastsam.step.spec import Base, Columns, Group, sign_of
+from fastsam.step.rule import Base, Columns, Group
+from fastsam.step.spec import sign_of
 
 #: As torch's constructors have them, which look at the defaults and not at groups.
 SGD_ARGUMENTS: dict[str, Argument] = {

@@ -9,7 +9,8 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from fastsam.arithmetic import narrowed, over_root
 from fastsam.step.arguments import BETAS, FLAG, RATE, WEIGHT, Argument, Number
 from fastsam.step.group_arguments import settle
-from fastsam.step.spec import Base, Columns, Group, sign_of
+from fastsam.step.rule import Base, Columns, Group
+from fastsam.step.spec import sign_of
 
 from .torch_optim import adam_states
 

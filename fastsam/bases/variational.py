@@ -9,7 +9,8 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from fastsam.arithmetic import narrowed
 from fastsam.step.arguments import BETAS, FLAG, RATE, Argument, Number
 from fastsam.step.group_arguments import settle
-from fastsam.step.spec import Base, Columns, Group, sign_of
+from fastsam.step.rule import Base, Columns, Group
+from fastsam.step.spec import sign_of
 
 ARGUMENTS: dict[str, Argument] = {
     "lr": RATE, "n": Number(1, tensors=None), "betas": BETAS,

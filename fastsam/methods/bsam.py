@@ -21,8 +21,9 @@ from fastsam.step.checks import check_common
 from fastsam.step.flight import InFlight, write
 from fastsam.step.interrupts import uninterrupted
 from fastsam.step.recording import Recording
+from fastsam.step.rule import Ascent, Columns, Descent, Group
 from fastsam.step.settings import setting
-from fastsam.step.spec import Ascent, Columns, Descent, Group, StepSpec
+from fastsam.step.spec import StepSpec
 
 from .noise import NORMAL
 

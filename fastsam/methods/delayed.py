@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from fastsam.arithmetic import EPS, gives_direction, where
-from fastsam.step.spec import Ascent, Columns, Group
+from fastsam.step.rule import Ascent, Columns, Group
 
 from .momentum import MSAM
 

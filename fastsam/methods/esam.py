@@ -9,8 +9,8 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from fastsam.arithmetic import EPS, gives_direction, where
 from fastsam.optimizer import SharpnessAwareOptimizer
 from fastsam.step.arguments import FLAG, Number, shown
+from fastsam.step.rule import Ascent, Columns, Group
 from fastsam.step.settings import setting
-from fastsam.step.spec import Ascent, Columns, Group
 
 
 def _columns(group: Group, lam: float) -> Columns:

@@ -19,8 +19,8 @@ from fastsam.optimizer import SharpnessAwareOptimizer
 from fastsam.step.arguments import FLAG, Context, Integer, shown
 from fastsam.step.arguments import context as check_context
 from fastsam.step.recording import Recording
+from fastsam.step.rule import Ascent, Columns, Group
 from fastsam.step.settings import setting
-from fastsam.step.spec import Ascent, Columns, Group
 from fastsam.unified import UNIFIED
 
 Given = TypeVar("Given", bound=Outputs)

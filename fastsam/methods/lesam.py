@@ -9,7 +9,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from fastsam.arithmetic import EPS, gives_direction, where
 from fastsam.optimizer import SharpnessAwareOptimizer
 from fastsam.step.arguments import Number
-from fastsam.step.spec import Ascent, Columns, Group
+from fastsam.step.rule import Ascent, Columns, Group
 
 
 def _columns(group: Group, lam: float) -> Columns:

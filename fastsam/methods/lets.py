@@ -26,8 +26,9 @@ from fastsam.step.interrupts import uninterrupted
 from fastsam.step.loading import check_state_dict, parts_in
 from fastsam.step.receiver import Receiver, check_count, check_scalar, number_of
 from fastsam.step.recording import Recording
+from fastsam.step.rule import Base
 from fastsam.step.settings import complete_settings, setting
-from fastsam.step.spec import Base, sign_of
+from fastsam.step.spec import sign_of
 
 
 class LETS(SharedState):

@@ -16,7 +16,7 @@ from fastsam.bases.uncorrected import (
 from fastsam.optimizer import SharpnessAwareOptimizer
 from fastsam.step.arguments import Choice
 from fastsam.step.checks import check_common
-from fastsam.step.spec import Ascent, Columns, Group
+from fastsam.step.rule import Ascent, Columns, Group
 
 # --- I: a sum of squared norms ---
 

@@ -13,7 +13,8 @@ from fastsam.optimizer import SharpnessAwareOptimizer
 from fastsam.step.arguments import Integer, Number
 from fastsam.step.flight import InFlight
 from fastsam.step.recording import Recording
-from fastsam.step.spec import Columns, Descent, Group, is_perturbed
+from fastsam.step.rule import Columns, Descent, Group
+from fastsam.step.spec import is_perturbed
 from fastsam.unified import UNIFIED
 
 ARGUMENTS = {"alpha": Number(tensors=None)}

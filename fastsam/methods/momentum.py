@@ -16,8 +16,9 @@ from fastsam.optimizer import SharpnessAwareOptimizer
 from fastsam.step.arguments import FLAG, context, shown
 from fastsam.step.flight import InFlight
 from fastsam.step.recording import Recording
+from fastsam.step.rule import Ascent, Columns, Group
 from fastsam.step.scaling import check_scaler, find_scale
-from fastsam.step.spec import Ascent, Columns, Group, sign_of
+from fastsam.step.spec import sign_of
 from fastsam.step.takeover import TakenOver
 
 #: What bases call their momentum.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastsam.step.arguments import Number
-from fastsam.step.spec import Ascent, Columns, Group
+from fastsam.step.rule import Ascent, Columns, Group
 
 #: Of the central part of a Gaussian's quantile and of its tails, by Giles' approximation of the
 #: inverse error function (2010), times the root of 2; the highest power first.

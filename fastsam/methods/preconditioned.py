@@ -11,7 +11,8 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from fastsam.arithmetic import EPS, gives_direction, where
 from fastsam.optimizer import SharpnessAwareOptimizer
 from fastsam.step.arguments import Choice, Number, refuse
-from fastsam.step.spec import Ascent, Columns, Group, is_perturbed
+from fastsam.step.rule import Ascent, Columns, Group
+from fastsam.step.spec import is_perturbed
 
 from .functional import SECOND_MOMENT
 

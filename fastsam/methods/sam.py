@@ -12,8 +12,8 @@ from fastsam.arithmetic import EPS, gives_direction, where
 from fastsam.optimizer import SharpnessAwareOptimizer
 from fastsam.step.arguments import FLAG, Choice, Context, Policy, as_float, refuse, unified_lam
 from fastsam.step.checks import check_lam
+from fastsam.step.rule import Ascent, Columns, Group
 from fastsam.step.settings import setting
-from fastsam.step.spec import Ascent, Columns, Group
 from fastsam.unified import UNIFIED
 
 

@@ -12,7 +12,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from fastsam.kernels import table
 from fastsam.optimizer import SharpnessAwareOptimizer
 from fastsam.step.arguments import Number, shown
-from fastsam.step.spec import Columns, Descent, Group
+from fastsam.step.rule import Columns, Descent, Group
 
 from .ratio import SharpnessRatio, SharpnessTrend
 

@@ -18,9 +18,9 @@ from fastsam.step.arguments import Number, as_float, shown
 from fastsam.step.checks import check_common
 from fastsam.step.flight import InFlight
 from fastsam.step.recording import Recording
+from fastsam.step.rule import Columns, Descent, Group
 from fastsam.step.scaling import LossScale
 from fastsam.step.sharding import is_sharded
-from fastsam.step.spec import Columns, Descent, Group
 
 from .sam import UnifiedSAM
 

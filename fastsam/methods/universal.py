@@ -19,9 +19,10 @@ from fastsam.step.arguments import FLAG, Choice, Integer, Number, shown
 from fastsam.step.batch import Batch
 from fastsam.step.flight import InFlight
 from fastsam.step.recording import Recording
+from fastsam.step.rule import Columns, Descent, Group
 from fastsam.step.samples import Samples
 from fastsam.step.settings import setting
-from fastsam.step.spec import Columns, Descent, Group, StepSpec, is_perturbed, sign_of
+from fastsam.step.spec import StepSpec, is_perturbed, sign_of
 
 from .noise import NORMAL, UNIFORM
 

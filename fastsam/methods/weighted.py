@@ -9,7 +9,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from fastsam.optimizer import SharpnessAwareOptimizer
 from fastsam.step.arguments import FLAG, Number
-from fastsam.step.spec import Columns, Descent, Group
+from fastsam.step.rule import Columns, Descent, Group
 
 GAMMA = {"gamma": Number(high=1.0, tensors=None)}
 ALPHA = {"alpha": Number(tensors=None)}

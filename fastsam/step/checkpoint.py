@@ -16,9 +16,9 @@ from torch.optim.optimizer import Optimizer
 
 from .loading import check_state_dict
 from .receiver import Receiver, number_of
+from .rule import Group
 from .saved_state import fitting, is_exact, is_fastsams
 from .scalars import PREFIX
-from .spec import Group
 
 #: The group key that says, where there are several, which base optimizer is the group's.
 BASE_KEY = "base_optimizer"

@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .arguments import refuse, shown, unified_lam
 from .checkpoint import SharedState, is_own
-from .spec import Ascent, Base, Descent, is_perturbed
+from .rule import Ascent, Base, Descent
+from .spec import is_perturbed
 
 #: What is said of parameters that DeepSpeed has taken over.
 ZERO = (

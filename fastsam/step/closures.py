@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .guards import Warnings
+from .rule import Group
 from .sharding import is_sharded, local
-from .spec import Group
 
 #: Modules whose loops call ``step`` without a closure, once imported, and what serves there.
 CLOSURELESS = {

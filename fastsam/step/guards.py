@@ -10,7 +10,8 @@ import torch
 
 from .batch import Batch
 from .flight import InFlight
-from .spec import Descent, Group, is_perturbed
+from .rule import Descent, Group
+from .spec import is_perturbed
 
 #: The folders whose frames are not the user's: fastsam's and torch's.
 INSIDE = tuple(

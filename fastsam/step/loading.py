@@ -19,6 +19,7 @@ from .arguments import shown
 from .makers import BASE, FLAGS, METHOD, check_maker, is_fastsams_base, torch_hyperparameters
 from .precision import MASTER
 from .receiver import COUNTS, OPTIONAL, Receiver, check_count, check_scalar, number_of
+from .rule import Group
 from .saved_state import (
     check_saved_ascent,
     check_saved_base,
@@ -26,7 +27,6 @@ from .saved_state import (
     check_saved_unfused,
 )
 from .scalars import PREFIX
-from .spec import Group
 from .torch_state import is_torchs
 
 #: Group keys whose tensors are looked at as the numbers that they hold.

@@ -13,8 +13,8 @@ import torch
 from torch.optim.optimizer import Optimizer
 
 from .receiver import OPTIONAL, Receiver
+from .rule import Group
 from .scalars import PREFIX
-from .spec import Group
 from .torch_state import is_torchs
 
 #: The group keys that say which method made a state dict, and on which base optimizer.

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .batch import Batch, identical
 from .capture import is_captured, refuse
+from .rule import Group
 from .sharding import coordinate_of, is_sharded, local
-from .spec import Group
 
 HALF = (torch.float16, torch.bfloat16)
 ROUNDINGS = ("nearest", "stochastic")

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from .arguments import shown
+from .rule import Ascent, Base, Group
 from .sharding import local
-from .spec import Ascent, Base, Group
 
 #: What an optimizer's own numbers are at least.
 LEAST = {"t": 1.0, "squared_norms": 0.0, "ascent_squared_norms": 0.0, "rounding_step": 0.0,

@@ -12,8 +12,8 @@ from fastsam.arithmetic import wide_dtype
 from .makers import made_by_other
 from .precision import MASTER
 from .receiver import check_count, check_scalar, number_of
+from .rule import Base, Group
 from .sharding import check_shards
-from .spec import Base, Group
 from .torch_state import NUMBER, is_torchs, shapes_of
 
 

@@ -8,7 +8,7 @@ from itertools import chain
 from typing import Any
 
 from .batch import Batch
-from .spec import Ascent, Group
+from .rule import Ascent, Group
 
 NORMS = ("global", "group", "layer")
 

@@ -10,8 +10,8 @@ from torch.optim.optimizer import Optimizer
 from .checkpoint import BASE_KEY, Loading, SharedState
 from .makers import BASE, METHOD, method_name
 from .receiver import OPTIONAL
+from .rule import Group
 from .scalars import PREFIX
-from .spec import Group
 
 Made = TypeVar("Made", bound=Optimizer)
 #: Hooks that a constructor adds.

@@ -12,7 +12,7 @@ import torch
 
 import fastsam
 from fastsam.methods.vasso import EMA
-from fastsam.step import spec
+from fastsam.step.rule import _DECLARED
 from fastsam.testing import check_method
 
 import launches
@@ -33,7 +33,7 @@ LION = {"lr": 0.01, "weight_decay": 0.1}
 @pytest.fixture(autouse=True)
 def undeclared(monkeypatch):
     """What a test declares is not counted among the library's rules afterwards."""
-    monkeypatch.setattr(spec, "_DECLARED", weakref.WeakSet(spec._DECLARED))
+    monkeypatch.setattr("fastsam.step.rule._DECLARED", weakref.WeakSet(_DECLARED))
 
 
 # --- the equations, with none of the library's code ---------------------------------------------

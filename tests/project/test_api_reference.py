@@ -17,7 +17,7 @@ import torch
 
 import fastsam
 import fastsam.testing
-from fastsam.step import spec
+from fastsam.step.rule import _DECLARED
 
 import processes
 import site_checks
@@ -223,7 +223,8 @@ def run_on_rank(rank, size):
      for name in WITH_EXAMPLES if name not in OF_RANKS],
 )  # fmt: skip
 def test_example(name, monkeypatch):
-    monkeypatch.setattr(spec, "_DECLARED", weakref.WeakSet(spec._DECLARED))  # theirs do not stay
+    # the rules that an example declares do not stay
+    monkeypatch.setattr("fastsam.step.rule._DECLARED", weakref.WeakSet(_DECLARED))
     run_example(name)
 
 

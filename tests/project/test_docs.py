@@ -23,8 +23,8 @@ import torch
 import fastsam
 import fastsam.testing
 from fastsam import bases
-from fastsam.step import spec
 from fastsam.step.closures import CLOSURELESS
+from fastsam.step.rule import _DECLARED
 
 import processes
 
@@ -96,7 +96,7 @@ def examples(monkeypatch):
     """Those of the documents can be imported, anew, and nothing is left of them afterwards."""
     monkeypatch.syspath_prepend(ROOT / "docs" / "examples")
     monkeypatch.setattr(bases, "BASES", dict(bases.BASES))
-    monkeypatch.setattr(spec, "_DECLARED", weakref.WeakSet(spec._DECLARED))
+    monkeypatch.setattr("fastsam.step.rule._DECLARED", weakref.WeakSet(_DECLARED))
     names = [path.stem for path in EXAMPLES.values()]
     before = {name: sys.modules.pop(name) for name in names if name in sys.modules}
     yield

@@ -12,7 +12,7 @@ import torch
 import fastsam
 from fastsam import bases
 from fastsam.rules import Ascent, Base, Descent, SharpnessAwareOptimizer, register_base
-from fastsam.step import spec
+from fastsam.step.rule import _DECLARED
 
 from registry import DEVICE
 
@@ -22,7 +22,7 @@ SGD = torch.optim.SGD
 @pytest.fixture(autouse=True)
 def undeclared(monkeypatch):
     """What a test declares or registers is not there afterwards."""
-    monkeypatch.setattr(spec, "_DECLARED", weakref.WeakSet(spec._DECLARED))
+    monkeypatch.setattr("fastsam.step.rule._DECLARED", weakref.WeakSet(_DECLARED))
     monkeypatch.setattr(bases, "BASES", dict(bases.BASES))
 
 

@@ -15,8 +15,9 @@ from fastsam.kernels.layout import Row
 from fastsam.kernels.table import Table
 from fastsam.step.batch import Batch, identical
 from fastsam.step.memory import is_dense
+from fastsam.step.rule import Base
 from fastsam.step.sharding import Sharding
-from fastsam.step.spec import Base, StepSpec
+from fastsam.step.spec import StepSpec
 
 from .flat import Copied, FlatBackup, form_of, offsets
 from .scratch import Scratch

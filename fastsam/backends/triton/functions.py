@@ -10,7 +10,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 from fastsam.kernels.layout import WIDTH, Hyper
-from fastsam.step.spec import Ascent, Base, Columns, Descent
+from fastsam.step.rule import Ascent, Base, Columns, Descent
 
 Rule = Ascent | Descent | Base
 #: What ``@triton.jit`` makes of a function, compiled or interpreted.

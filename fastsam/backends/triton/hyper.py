@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fastsam.kernels.layout import Hyper
 from fastsam.step.checkpoint import is_own
-from fastsam.step.spec import Group, StepSpec, is_perturbed, sign_of
+from fastsam.step.rule import Group
+from fastsam.step.spec import StepSpec, is_perturbed, sign_of
 
 from ..equations import learning_rate, radius_of
 from .functions import ASCENT, BASE, DESCENT, ordered

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from fastsam.kernels import finish, sums
 from fastsam.kernels.layout import Launch, Launches, Scalar, Task
+from fastsam.step.rule import Base
 from fastsam.step.sharding import Sharding, add_up
-from fastsam.step.spec import Base, StepSpec
+from fastsam.step.spec import StepSpec
 
 from ..base import Pass
 from .buckets import Bucket

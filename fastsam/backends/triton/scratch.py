@@ -18,7 +18,8 @@ from torch import Tensor
 
 from fastsam.step.batch import Batch, identical
 from fastsam.step.memory import ALONE, alike, is_alone, owns_memory, still_owns_memory, uses
-from fastsam.step.spec import Group, StepSpec
+from fastsam.step.rule import Group
+from fastsam.step.spec import StepSpec
 from fastsam.step.streams import use_here
 
 
