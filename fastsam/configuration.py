@@ -316,7 +316,7 @@ class Configured(SharedState):
         self.base_optimizer.register_state_dict_pre_hook(write_own)
         if self.ascent.momentum or self.ascent.keeps:  # norms are known from step to step
             for base in members_of(self.base_optimizer):
-                base.register_step_pre_hook(Notice(self._passes.base_steps))
+                base.register_step_pre_hook(Notice(self._passes.norms.base_steps))
 
     def _own_base(self, base: Optimizer) -> None:
         self._owner = base

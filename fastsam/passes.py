@@ -13,7 +13,8 @@ from fastsam.kernels.layout import Scalar
 
 from . import backends
 from .bases.several import Several
-from .replicas import agree, is_distributed
+from .carried import CarriedNorms
+from .replicas import agree
 from .step.base_state import compute_what_is_read, find_base_state_read
 from .step.batch import Batch
 from .step.caches import forget_weights
@@ -23,15 +24,7 @@ from .step.dtypes import Dtypes
 from .step.flight import Backup, InFlight, check_unperturbed, with_all_firsts
 from .step.gradients import take_over
 from .step.group_arguments import named
-from .step.kept import (
-    KnownNorm,
-    forget_elsewhere,
-    give_kept,
-    keep,
-    keep_last,
-    room_for_last,
-)
-from .step.left import LeftNorm, may_leave
+from .step.kept import give_kept, keep, keep_last, room_for_last
 from .step.precision import find_masters, find_places
 from .step.recording import Recording
 from .step.scalars import DeviceScalars
@@ -61,6 +54,7 @@ class Passes:
         collector: Finds the tensors of a pass.
         scalars, dtypes: The same.
         backends: Those that have been needed so far.
+        norms: Those that one step leaves for the next.
         recording: What takes in the complete step, if that was asked for.
         scratch: Whether parameters may point elsewhere between the passes, if the setting says so.
     """
@@ -71,14 +65,11 @@ class Passes:
         self.collector = Collector(dtypes.check)
         self.scalars = scalars
         self.backends = backends.Backends()
+        self.norms = CarriedNorms(self.backends, scalars.kept)
         self.recording: Recording | None = None
         self.scratch = True
         self._was_captured = False  # in a CUDA graph
         self._squares: Tensor | None = None  # by segment
-        self._known_norm = KnownNorm()  # of what an earlier step has kept
-        self._left_norm = LeftNorm()  # of the momentum
-        self._steps_base = False  # whether a base that is not fused is being stepped from here
-        self._look_at_number()
 
     # --- the first pass ---
 
@@ -98,7 +89,7 @@ class Passes:
         """
         goes_on, momentum = flight.taken > 0, spec.ascent.momentum
         if spec.ascent.keeps:  # there will be another, perhaps in the same memory
-            self._known_norm.forget()
+            self.norms.forget_kept()
         if momentum:
             batch = self.collector.momentum(spec.groups, self._name, momentum, states)
         else:
@@ -110,9 +101,7 @@ class Passes:
         if is_captured(batch):
             self._check_capture(batch, spec, states)
         scalars = self.scalars.on_device_of(batch)
-        if momentum and spec.knows_momentum:
-            allowed = self._may_leave(batch, spec, backend)
-            batch.norm_is_known = self._left_norm.is_known(batch, scalars, allowed)
+        self.norms.before_first(batch, spec, scalars, backend)
         ascent = None
         if spec.ascent.advance is not None:
             ascent = find_ascent_state(spec.ascent, batch, spec.groups, states)
@@ -128,17 +117,7 @@ class Passes:
             inverse = scalars[Scalar.FIRST_INVERSE_SCALE] if scaled else None
             compute_what_is_read(batch, spec, states, inverse)
         if spec.descent is not None or self.recording is not None:
-            everyone, ours = batch, []
-            if not all(map(is_perturbed, spec.groups)):
-                everyone, ours = self._every_first(spec, flight, backend), batch.grads
-            if goes_on and flight.samples is not None:
-                flight.samples.add(everyone, cleared, ours, self._scale_at_w(flight, scalars))
-            else:
-                if flight.samples is not None and flight.scale is not None:
-                    if self.backends.serving(backend, everyone).takes_scaled:
-                        inverse = scalars[Scalar.FIRST_INVERSE_SCALE].clone()
-                        flight.samples.inverse = inverse
-                flight.keep_firsts(everyone, take_over(everyone, cleared, ours, True))
+            self._keep_firsts(batch, spec, flight, backend, cleared, scalars)
         if flight.samples is not None:
             if goes_on:
                 flight.start_again()
@@ -150,8 +129,7 @@ class Passes:
         if batch.params:
             serving = self.backends.serving(backend, batch)
             flight.backup = serving.ascend(batch, spec, scalars, flight.backup)
-            if batch.norm_is_known:
-                self._left_norm.note_perturbed(scalars)
+            self.norms.after_first(batch, scalars)
             flight.begin(self, self._name, batch)
         elif not goes_on:
             scalars[Scalar.GRAD_NORM].zero_()
@@ -170,6 +148,23 @@ class Passes:
         flight.saw_shards |= sharded or bool(momentum)
         forget_weights()
         return batch
+
+    def _keep_firsts(
+        self, batch: Batch, spec: StepSpec, flight: InFlight, backend: str, cleared: bool,
+        scalars: Tensor,
+    ) -> None:  # fmt: skip
+        """Keep the gradients of a first pass for the second, or add them to those of others."""
+        everyone: Batch = batch
+        ours: list[Tensor] = []
+        if not all(map(is_perturbed, spec.groups)):
+            everyone, ours = self._every_first(spec, flight, backend), batch.grads
+        if flight.taken > 0 and flight.samples is not None:
+            flight.samples.add(everyone, cleared, ours, self._scale_at_w(flight, scalars))
+            return
+        if flight.samples is not None and flight.scale is not None:
+            if self.backends.serving(backend, everyone).takes_scaled:
+                flight.samples.inverse = scalars[Scalar.FIRST_INVERSE_SCALE].clone()
+        flight.keep_firsts(everyone, take_over(everyone, cleared, ours, True))
 
     def _scale_at_w(self, flight: InFlight, scalars: Tensor) -> Tensor | None:
         """What gives one perturbation's gradients the loss scale of those at ``w``.
@@ -274,9 +269,6 @@ class Passes:
                 batch = self._scale(batch, Scalar.INVERSE_SCALE, spec, flight, backend, states)
             lacks_firsts = flight.give_to(batch)
             last = None
-            if spec.ascent.momentum and not spec.ascent.follows_last:
-                allowed = goes_on and self._may_leave(batch, spec, backend)
-                batch.leaves_norm = self._left_norm.prepare(batch, spec, scalars, allowed)
             if spec.ascent.follows_last:
                 kept = batch
                 if flight.scale is not None and self.backends.serving(backend, batch).takes_scaled:
@@ -284,8 +276,7 @@ class Passes:
                 last = kept, room_for_last(kept, spec, states)
             elif spec.ascent.keeps:
                 give_kept(batch, spec, states, scalars)
-                self._look_at_kept(batch, spec, backend, scalars)
-            forget_elsewhere(batch, self._known_norm, self._left_norm.norm)
+            self.norms.before_update(batch, spec, scalars, backend, goes_on)
             if flight.loss is not None:
                 scalars[Scalar.LOSS].copy_(flight.loss, non_blocking=True)
             again = spec.descent is not None or self.recording is not None
@@ -310,34 +301,13 @@ class Passes:
                 flight.undo()
                 _measure_nothing(scalars)
             has_begun = True
-            if batch.kept_is_known is False:
-                assert batch.firsts is not None
-                self._known_norm.remember(batch.firsts, scalars)
-            if batch.leaves_norm:
-                self._left_norm.remember(batch, spec, scalars)
+            self.norms.after_update(batch, spec, scalars)
             self._commit(seen, spec, flight, states, scalars, room)
             if last is not None:
                 keep_last(*last, spec, scalars, states)
         finally:
             if spec.has_fused and not has_begun:
                 forget_fresh(prepared, spec, states)
-
-    def _look_at_kept(self, batch: Batch, spec: StepSpec, backend: str, scalars: Tensor) -> None:
-        """Whether the norm of what the step reuses is known, or it is to be measured."""
-        if not (spec.reuses_by_norm and batch.params and batch.firsts is not None):
-            return
-        # collectives write to tensors, too, and torch does not count that
-        apart = is_distributed() or (batch.shardings is not None and any(batch.shardings))
-        if not apart and self.backends.serving(backend, batch).knows_norms:
-            batch.kept_is_known = self._known_norm.is_of(batch.firsts, scalars)
-
-    def _may_leave(self, batch: Batch, spec: StepSpec, backend: str) -> bool:
-        """Whether an update may leave the norm of the momentum for the next perturbation."""
-        if not may_leave(batch, spec):
-            return False
-        # collectives write to tensors, too, and torch does not count that
-        apart = is_distributed() or (batch.shardings is not None and any(batch.shardings))
-        return not apart and self.backends.serving(backend, batch).knows_norms
 
     def _update(
         self, batch: Batch, spec: StepSpec, flight: InFlight, states: States, backend: str,
@@ -348,11 +318,8 @@ class Passes:
         def step_unfused(scalars: Tensor) -> None:
             # it cannot skip on the device: the one branch on a device value
             if not spec.skip_nonfinite or bool(scalars[Scalar.ACCEPTED]):
-                self._steps_base = True
-                try:
+                with self.norms.while_base_steps():
                     _step_unfused(base, spec, states)
-                finally:
-                    self._steps_base = False
                 for param, change in (batch.beside or {}).items():
                     param.sub_(change)
 
@@ -432,38 +399,19 @@ class Passes:
         return scalars
 
     def settle(self) -> None:
-        """Let the optimizer's own numbers have the norm that the last update has left, if any."""
-        self._left_norm.settle(self.scalars.vector)
+        """Let the optimizer's own numbers have all that is still on its way to them."""
+        self.norms.settle(self.scalars.vector)
 
     def loaded(self) -> None:
         """Look at everything anew that a state dict may have brought."""
         self.collector.forget()
-        self.forget_norms()
-        self._look_at_number()
-
-    def _look_at_number(self) -> None:
-        """Heed what a state dict says of the norm of the momentum."""
-        if (number := self.scalars.kept.get("momentum_squared_norm")) is not None:
-            self._left_norm.loaded(number)
-
-    def base_steps(self) -> None:
-        """The base's own step runs: if other code has called it, no norm is known any more.
-
-        One that is called from here writes to no state that a norm is known of.
-        """
-        if not self._steps_base:
-            self.forget_norms()
-
-    def forget_norms(self) -> None:
-        """Measure anew what is known of earlier steps: other code writes to the state."""
-        self._known_norm.forget()
-        self._left_norm.forget()
+        self.norms.forget()
+        self.norms.look_at_number()
 
     def forget(self) -> None:
         """Look at everything anew: a capture has failed, which was to upload what launches read."""
         self.collector.forget()
-        self.forget_norms()
-        self._left_norm.begin_anew()
+        self.norms.begin_anew()
         self.backends.forget()
 
     # --- parts of them ---

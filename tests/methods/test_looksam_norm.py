@@ -85,7 +85,7 @@ def test_measured_once_for_all_steps_that_reuse():
 
 def test_not_kept_in_distributed_training(monkeypatch):
     """Collectives write to tensors, and torch does not count that: as a write to ``.data``."""
-    monkeypatch.setattr("fastsam.passes.is_distributed", lambda: True)
+    monkeypatch.setattr("fastsam.carried.is_distributed", lambda: True)
     loop = Loop()
     assert [loop.reuse() for _ in range(2)] == [KNOWS, KNOWS]  # one reduction for both norms
     loop.optimizer.state[loop.params[0]][STATE].data.mul_(5.0)

@@ -524,7 +524,7 @@ def test_programs_whose_sums_have_all_sizes(dtype):
 
 
 @pytest.mark.parametrize(
-    "where", ["fastsam.step.left.MOST_PROGRAMS", "fastsam.passes.is_distributed"]
+    "where", ["fastsam.step.left.MOST_PROGRAMS", "fastsam.carried.is_distributed"]
 )
 def test_not_with_too_many_programs_nor_processes(monkeypatch, where):
     """A bin could overflow; collectives write to tensors without torch's counting it."""
