@@ -13,7 +13,8 @@ from .methods.bsam import BSAM
 from .methods.delayed import DelayedSAM
 from .methods.esam import ESAM, select_samples
 from .methods.friendly import FriendlySAM
-from .methods.functional import FunctionalSAM, functional_closures
+from .methods.functional import FunctionalSAM
+from .methods.functional_closures import functional_closures
 from .methods.gsam import GSAM
 from .methods.hessian import DetSAM, FrobSAM, TraceSAM
 from .methods.lesam import LESAM

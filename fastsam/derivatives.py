@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 #: What the outputs are that can be marked.
@@ -189,3 +190,11 @@ def _marks_nothing() -> MarksOutputs:
     hook = MarksOutputs.__new__(MarksOutputs)
     hook._mark = _nothing
     return hook
+
+
+def go_back(outputs: Outputs) -> None:
+    """Backward from marked outputs, whose derivatives are put in on the way."""
+    tensors = [outputs] if isinstance(outputs, Tensor) else outputs
+    tensors = [x for x in tensors if x.requires_grad]
+    # anything of their shape, without memory
+    torch.autograd.backward(tensors, [x.detach().new_zeros(()).expand_as(x) for x in tensors])

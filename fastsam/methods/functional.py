@@ -1,7 +1,7 @@
 """Functional-SAM: perturbs the network, and keeps the derivative of the loss at the outputs."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -12,12 +12,10 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from torch.utils.hooks import RemovableHandle
 
 from fastsam.arithmetic import EPS, gives_direction, where
-from fastsam.batch_norm import frozen_batch_norm
-from fastsam.derivatives import Derivatives, MarksOutputs, Outputs
+from fastsam.derivatives import Derivatives, MarksOutputs, Outputs, go_back
 from fastsam.explicit import uncompiled
 from fastsam.optimizer import SharpnessAwareOptimizer
-from fastsam.step.arguments import FLAG, Context, Integer, shown
-from fastsam.step.arguments import context as check_context
+from fastsam.step.arguments import FLAG, Integer, shown
 from fastsam.step.recording import Recording
 from fastsam.step.rule import Ascent, Columns, Group
 from fastsam.step.settings import setting
@@ -260,7 +258,7 @@ class FunctionalSAM(SharpnessAwareOptimizer):
                 "first_step and second_step"
             )
         with torch.enable_grad():
-            _go_back(self.outputs(outputs))
+            go_back(self.outputs(outputs))
 
     # --- the passes ---
 
@@ -372,90 +370,3 @@ class FunctionalSAM(SharpnessAwareOptimizer):
     def _is_static(self) -> bool:
         warm = self.preconditioned and self.kept["t"] <= self.warmup
         return super()._is_static and not warm
-
-
-def functional_closures(
-    model: Callable[..., Any],
-    loss_fn: Callable[[Any, Any], Tensor],
-    inputs: Any,
-    targets: Any,
-    *,
-    grad_scaler: GradScaler | None = None,
-    context: Context | None = None,
-) -> tuple[Callable[[], Tensor], Callable[[], None]]:
-    """Two closures for a step of :class:`FunctionalSAM`, of which the second computes no loss.
-
-    ::
-
-        loss = optimizer.step(*fastsam.functional_closures(model, loss_fn, x, y))
-
-    The first runs ``loss_fn(model(x), y)`` and ``backward``, and keeps the derivative of the loss
-    with respect to the outputs. The second runs the model at the perturbed weights, and
-    ``backward`` from its outputs with that derivative. If ``model`` is a ``Module``, the statistics
-    of its BatchNorm layers are frozen in the second.
-
-    Args:
-        model: Returns the outputs: a tensor, or a list or tuple of tensors, none of which depends
-            on another.
-        loss_fn: Returns the loss from the outputs and ``targets``.
-        inputs: The input of the model: a tuple holds its arguments, a dict its keyword arguments,
-            anything else is its one argument.
-        targets: The second argument of ``loss_fn``.
-        grad_scaler: A :class:`torch.amp.GradScaler` to scale the loss with; give it to ``step``,
-            too.
-        context: Returns a context manager for forward and loss, as in
-            ``lambda: torch.autocast("cuda", torch.bfloat16)``. Default None.
-
-    Returns:
-        The closures.
-
-    Raises:
-        TypeError: If ``model`` or ``loss_fn`` is no function, or ``context`` gives no context.
-
-    Example:
-        >>> optimizer = fastsam.FunctionalSAM(model.parameters(), torch.optim.AdamW, lr=1e-3)
-        >>> closures = fastsam.functional_closures(model, loss_fn, inputs, labels)
-        >>> loss = optimizer.step(*closures)
-    """
-    for name, function in (("model", model), ("loss_fn", loss_fn)):
-        if not callable(function):
-            raise TypeError(f"{name} must be callable, got {shown(function)}")
-    around = check_context("context", context) or nullcontext
-    kept = Derivatives("functional_closures")
-
-    def outputs() -> Any:
-        if isinstance(inputs, tuple):
-            return model(*inputs)
-        return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
-
-    def first() -> Tensor:
-        kept.forget()
-        with around():
-            found = outputs()
-            kept.mark(found, second=False)
-            loss = loss_fn(found, targets)
-        scaled: Tensor = loss if grad_scaler is None else grad_scaler.scale(loss)
-        scaled.backward()  # type: ignore[no-untyped-call]
-        kept.close()
-        return loss
-
-    def second() -> None:
-        kept.begin_again()
-        frozen = frozen_batch_norm(model) if isinstance(model, Module) else nullcontext()
-        with frozen:
-            with around():
-                found = outputs()
-            kept.mark(found, second=True)
-            _go_back(found)
-        kept.check_all_used()
-        kept.forget()
-
-    return first, second
-
-
-def _go_back(outputs: Outputs) -> None:
-    """Backward from marked outputs, whose derivatives are put in on the way."""
-    tensors = [outputs] if isinstance(outputs, Tensor) else outputs
-    tensors = [x for x in tensors if x.requires_grad]
-    # anything of their shape, without memory
-    torch.autograd.backward(tensors, [x.detach().new_zeros(()).expand_as(x) for x in tensors])
