@@ -31,11 +31,11 @@ from typing import Any
 
 import torch
 
+from common.options import OneLineParser, number
 from common.pages import PAGE, link
 from on_gpu.records import DONE, FAILED, ROOT, TIMED_OUT, Record, describe, load_all, slug
 from on_gpu.report_page import rewrite
 from on_gpu.stages import STAGES, Context
-from train import OneLineParser, number
 
 RESULTS = ROOT / "bench" / "results"
 REHEARSAL = ROOT / "build" / "gpu-rehearsal"

@@ -28,6 +28,7 @@ import torch
 from tqdm import tqdm
 
 from common.jobs import execute_all
+from common.options import OneLineParser, number
 from prices import page
 from prices.contenders import CONTENDERS
 from prices.measure import Split, Training, time_steps, train
@@ -44,7 +45,6 @@ from prices.report import (
     write_csv,
 )
 from prices.tasks import TASKS, Task
-from train import OneLineParser, number
 
 MOST_RADII = 6
 OUTPUT = Path(__file__).resolve().parent / "results" / "price"

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from common.options import OneLineParser, number
 from common.outputs import align
 from common.pages import PAGE, ROOT, link
 from speed.contenders import PEERS, SETS, count, parameter_set, peer_names
@@ -29,7 +30,6 @@ from speed.report_figures import draw_bars, draw_growth, title
 from speed.report_page import rewrite
 from speed.report_sections import SECTIONS, measure
 from speed.report_verdicts import Report, Row, judge, not_measured
-from train import OneLineParser, number
 
 OUTPUT = ROOT / "bench" / "results" / "speed"
 ROUNDS = {"cpu": 41, "cuda": 5}  # on a GPU each turn is the median of many steps

@@ -37,8 +37,8 @@ from claims import (
 )
 from claims.study_core import Result, Run, Size, Study
 from common.jobs import execute_all
+from common.options import OneLineParser, number
 from common.outputs import write_lines
-from train import OneLineParser, number
 
 STUDIES: dict[str, Study] = {
     "robustness": study_robustness.STUDY,

@@ -26,9 +26,8 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -43,13 +42,17 @@ from fastsam.monitor import Report
 
 from common.data import Images, flip_labels, load_images, make_model
 from common.jobs import execute_all
+from common.options import OneLineParser, number
 from common.outputs import (
     RADIUS,
+    SLICES,
     Row,
+    Slices,
     describe_noise,
     make_table,
     write_csv,
     write_figure,
+    write_landscape,
     write_metrics,
 )
 
@@ -82,8 +85,6 @@ DEFAULT_METHODS = ["sgd", "sam", "asam", "ssam"]
 DEFAULT_NOISES = [0.0, 0.4]  # two minutes of two CPU cores, with these methods and three seeds
 CPU_JOBS = 2
 EPOCHS = {"digits": 40, "mnist5k": 20}  # enough for SGD to learn wrong labels by heart
-SLICES = {"gradient": "distance along the gradient",
-          "random": "along a random direction, filter-normalised"}  # fmt: skip
 POINTS = 15  # of a slice
 OUTPUT = Path(__file__).resolve().parent / "results" / "train"
 
@@ -209,61 +210,6 @@ def run(training: Training) -> Outcome:
         if args.watch:
             tqdm.write(f"{training}: {report}")
     return Outcome(rows, reports, slices)
-
-
-#: Of each optimizer, the slices of each seed that did not diverge.
-Slices = dict[str, list[dict[str, Landscape]]]
-
-
-def write_landscape(slices: dict[float, Slices], title: str, path: Path) -> None:
-    """Draw each optimizer's slices: mean over seeds, and from the lowest to the highest as a band.
-
-    Args:
-        slices: for each share of wrong labels, which has a row of panels.
-        title: of the figure.
-        path: of the PNG.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.5 * len(slices)), layout="constrained")
-    panels = figure.subplots(len(slices), 2, squeeze=False)
-    for row, (noise, of_noise) in zip(panels, slices.items(), strict=True):
-        for axis, (kind, label) in zip(row, SLICES.items(), strict=True):
-            for name, runs in of_noise.items():
-                losses = np.array([run[kind].losses for run in runs])
-                x = runs[0][kind].coordinates
-                (line,) = axis.plot(x, losses.mean(0), label=name)
-                low, high = losses.min(0), losses.max(0)
-                axis.fill_between(x, low, high, alpha=0.15, color=line.get_color())
-            axis.set(xlabel=label, ylabel="training loss (nats)")
-            axis.set_title(describe_noise(noise) if len(slices) > 1 else "")
-            axis.grid(alpha=0.3)
-        if of_noise:
-            row[0].legend(title="optimizer")
-    figure.suptitle(title)
-    figure.savefig(path, dpi=150)
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """A parser that reports a bad option in a single line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def number(kind: type, allowed: str, accept: Callable[[Any], bool]) -> Callable[[str], Any]:
-    """Return a converter for argparse that names the value and what is allowed."""
-
-    def convert(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan  # which no range accepts
-        if not accept(value):
-            raise argparse.ArgumentTypeError(f"must be {allowed}, got {text!r}")
-        return value
-
-    return convert
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -1,4 +1,4 @@
-"""What ``train.py`` leaves behind: a table, CSVs and a figure; the studies use its parts."""
+"""What ``train.py`` leaves behind: a table, CSVs and figures; the studies use its parts."""
 
 from __future__ import annotations
 
@@ -11,9 +11,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastsam.analysis.landscape import Landscape
 from fastsam.monitor import FIELDS, Report
 
 RADIUS = 0.05  # of the sharpness measurement: one value, so that the methods can be compared
+SLICES = {"gradient": "distance along the gradient",
+          "random": "along a random direction, filter-normalised"}  # fmt: skip
+#: Of each optimizer, the slices of each seed that did not diverge.
+Slices = dict[str, list[dict[str, Landscape]]]
 
 
 class Row(NamedTuple):
@@ -179,3 +184,32 @@ def _draw_epochs(axis: Any, rows: list[Row], field: str) -> None:
         # no lower than the lowest seed: below zero there is nothing on a logarithmic axis
         low, high = np.maximum(mean - std, values.min(0)), mean + std
         axis.fill_between(epochs, low, high, alpha=0.2, color=line.get_color())
+
+
+def write_landscape(slices: dict[float, Slices], title: str, path: Path) -> None:
+    """Draw each optimizer's slices: mean over seeds, and from the lowest to the highest as a band.
+
+    Args:
+        slices: for each share of wrong labels, which has a row of panels.
+        title: of the figure.
+        path: of the PNG.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5 * len(slices)), layout="constrained")
+    panels = figure.subplots(len(slices), 2, squeeze=False)
+    for row, (noise, of_noise) in zip(panels, slices.items(), strict=True):
+        for axis, (kind, label) in zip(row, SLICES.items(), strict=True):
+            for name, runs in of_noise.items():
+                losses = np.array([run[kind].losses for run in runs])
+                x = runs[0][kind].coordinates
+                (line,) = axis.plot(x, losses.mean(0), label=name)
+                low, high = losses.min(0), losses.max(0)
+                axis.fill_between(x, low, high, alpha=0.15, color=line.get_color())
+            axis.set(xlabel=label, ylabel="training loss (nats)")
+            axis.set_title(describe_noise(noise) if len(slices) > 1 else "")
+            axis.grid(alpha=0.3)
+        if of_noise:
+            row[0].legend(title="optimizer")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=150)

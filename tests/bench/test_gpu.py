@@ -14,13 +14,13 @@ import torch
 
 from fastsam.kernels.layout import Launch, Launches
 
+from common.options import OneLineParser
 from common.pages import PAGE
 from on_gpu import checks, figures, kernels, problems, profiles, records, report_page, steps
 from on_gpu.clock import Clock, launch_names
 from on_gpu.records import DONE, FAILED, MACHINE, RUNNING, TIMED_OUT, Record
 from on_gpu.stages import STAGES, Context
 from speed.contenders import COMPILED, Contender
-from train import OneLineParser
 
 ROOT = Path(__file__).resolve().parents[2]
 SPEC = importlib.util.spec_from_file_location("bench_gpu", ROOT / "bench" / "gpu.py")
