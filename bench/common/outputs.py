@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastsam.analysis.landscape import Landscape
-from fastsam.monitor import FIELDS, Report
+from fastsam.monitor import Report
+from fastsam.monitor.reports import FIELDS
 
 RADIUS = 0.05  # of the sharpness measurement: one value, so that the methods can be compared
 SLICES = {"gradient": "distance along the gradient",

@@ -122,7 +122,7 @@ def test_values_of_ones_own():
 
 @pytest.mark.parametrize("rows", [1, 4])
 def test_means_over_more_steps_than_the_table_has_rows(rows, monkeypatch):
-    monkeypatch.setattr(fastsam.monitor, "ROWS", rows)
+    monkeypatch.setattr(fastsam.monitor.means, "ROWS", rows)
     loop = Loop(perturb_every=2)
     monitor = fastsam.Monitor(loop.optimizer)
     for t in range(11):
@@ -331,7 +331,7 @@ def test_a_replay_of_ones_own_is_taken_in_where_it_is_said():
 
 def test_no_step_reads_from_the_device(monkeypatch):
     """Nor does a table that is full."""
-    monkeypatch.setattr(fastsam.monitor, "ROWS", 2)
+    monkeypatch.setattr(fastsam.monitor.means, "ROWS", 2)
     loop = Loop(fastsam.SAMAR, backend="triton", perturb_every=2, skip_nonfinite=True)
     monitor = fastsam.Monitor(loop.optimizer)
     with Reads() as reads:
@@ -512,3 +512,8 @@ def test_what_needs_a_report_says_so(watched, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match="a figure needs the package matplotlib"):
         watched.plot()
+
+
+def test_parts_are_found_where_older_pickles_look_for_them():
+    assert fastsam.monitor._Sum is fastsam.monitor.means.Sum
+    assert fastsam.monitor._Table is fastsam.monitor.means.Table

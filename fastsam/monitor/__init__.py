@@ -1,69 +1,34 @@
 """Watching a run: what its steps measure, kept on the device until a report reads it."""
 
-import csv
-import math
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from numbers import Real
+from dataclasses import asdict
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .analysis.landscape import check_matplotlib
-from .explicit import uncompiled
-from .kernels import table
-from .methods.lets import LETS
-from .optimizer import SharpnessAwareOptimizer
-from .step.arguments import Integer, shown
-from .step.hooks import Observer
+from fastsam.analysis.landscape import check_matplotlib
+from fastsam.explicit import uncompiled
+from fastsam.kernels import table
+from fastsam.methods.lets import LETS
+from fastsam.optimizer import SharpnessAwareOptimizer
+from fastsam.step.arguments import Integer, shown
+from fastsam.step.hooks import Observer
+
+from .means import COUNTS, Sum, Table, as_scalar
+from .reports import FIELDS, Report, draw, write_csv
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: Steps whose values lie side by side on the device before they are added up there.
-ROWS = 256
-#: What a metric counts since the beginning, so that its last value is what there is to say.
-COUNTS = ("skipped",)
-#: What a report has besides values.
-FIELDS = ("epoch", "step", "steps", "not_finite")
+__all__ = ["METRICS", "Monitor", "Report"]
+
 #: What metrics can be called: no value of the user's may have such a name.
 METRICS = ("grad_norm", "momentum_norm", "perturbed_grad_norm", "renormalization", "rho", "lam",
            "sharpness", "step_size", "perturbed_loss", "hypergradient", "validation_gap",
            "perturbed", *COUNTS)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Report:
-    """The steps from one report to the next; as text, a line.
-
-    Attributes:
-        step: How many steps the optimizer has taken since the beginning of the training.
-        epoch: What :meth:`fastsam.Monitor.report` was given; None if nothing.
-        steps: How many steps the means are over.
-        not_finite: How many values were not finite, and are in no mean.
-        values: By name: the mean over those of the steps that have the value, NaN where none of
-            them was finite; of ``skipped`` the last value, which counts from the beginning of the
-            training; and what :meth:`fastsam.Monitor.report` was given, as it is.
-    """
-
-    step: int
-    epoch: float | str | None = None
-    steps: int = 0
-    not_finite: int = 0
-    values: dict[str, float] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        place = f"step {self.step}"
-        if self.epoch is not None:
-            place = f"epoch {self.epoch}, {place}"
-        parts = [f"{name} {value:.4g}" for name, value in self.values.items()]
-        if self.not_finite:
-            values = "value was" if self.not_finite == 1 else "values were"
-            parts.append(f"{self.not_finite} {values} not finite")
-        return f"{place}: {', '.join(parts) or 'no steps'}"
 
 
 class Monitor:
@@ -118,8 +83,8 @@ class Monitor:
         Integer(1)("history", history)
         self.optimizer = optimizer
         self._reports: deque[Report] = deque(maxlen=history)
-        self._tables: dict[tuple[Any, ...], _Table] = {}
-        self._carried: dict[str, _Sum] = {}  # of steps before a state dict was made
+        self._tables: dict[tuple[Any, ...], Table] = {}
+        self._carried: dict[str, Sum] = {}  # of steps before a state dict was made
         self._steps = 0
         self._handle = optimizer.register_step_post_hook(Observer(self._look))
 
@@ -210,13 +175,7 @@ class Monitor:
         Args:
             path: Of the file, which is written anew.
         """
-        names = self._names()
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            out = csv.writer(file)
-            out.writerow([*FIELDS, *names])
-            for report in self._reports:
-                fields = ["" if (x := getattr(report, key)) is None else x for key in FIELDS]
-                out.writerow([*fields, *(report.values.get(name, "") for name in names)])
+        write_csv(self._reports, path)
 
     def write(self, writer: Any, prefix: str = "fastsam/") -> None:
         """Write the last report to TensorBoard, a scalar for each value.
@@ -253,29 +212,7 @@ class Monitor:
         """
         check_matplotlib()
         self._check_reported("plot")
-        known = self._names()
-        if isinstance(names, str):
-            names = [names]
-        names = known if names is None else list(names)
-        for name in names:
-            if name not in known:
-                raise ValueError(f"names must be among {', '.join(known)}, got {shown(name)}")
-        if not names:
-            raise ValueError("names must have at least one, and the reports have no values")
-        from matplotlib.figure import Figure
-
-        columns = min(3, len(names))
-        rows = -(-len(names) // columns)
-        figure = Figure(figsize=(4 * columns, 2.6 * rows), layout="constrained")
-        panels = figure.subplots(rows, columns, squeeze=False).flat
-        for panel, name in zip(panels, names, strict=False):
-            points = [(r.step, r.values[name]) for r in self._reports if name in r.values]
-            panel.plot(*zip(*points, strict=True), marker="." if len(points) < 50 else "")
-            panel.set(xlabel="step", title=name)
-            panel.grid(alpha=0.3)
-        for panel in figure.axes[len(names) :]:
-            panel.remove()
-        return figure
+        return draw(self._reports, names)
 
     # --- saving ---
 
@@ -298,7 +235,7 @@ class Monitor:
         """
         try:
             reports = [Report(**report) for report in state_dict["reports"]]
-            carried = {str(name): _Sum(**part) for name, part in state_dict["sums"].items()}
+            carried = {str(name): Sum(**part) for name, part in state_dict["sums"].items()}
             steps = int(state_dict["steps"])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
@@ -338,13 +275,13 @@ class Monitor:
             here = {name: value for name, value in values.items() if value.device == device}
             key = device, *here
             if key not in self._tables:
-                self._tables[key] = _Table(list(here), device)
+                self._tables[key] = Table(list(here), device)
             self._tables[key].add(list(here.values()))
 
-    def _read(self) -> "dict[str, _Sum]":
+    def _read(self) -> "dict[str, Sum]":
         """What has been collected since the last report, by name."""
         found = {name: part for name, part in self._carried.items()}
-        by_device: dict[torch.device, list[_Table]] = {}
+        by_device: dict[torch.device, list[Table]] = {}
         for one in self._tables.values():
             if one.steps:
                 by_device.setdefault(one.device, []).append(one)
@@ -353,7 +290,7 @@ class Monitor:
             for one in tables:
                 sums, counts, lasts = ([next(numbers) for _ in one.names] for _ in range(3))
                 for name, *part in zip(one.names, sums, counts, lasts, strict=True):
-                    new = _Sum(part[0], int(part[1]), part[2], one.steps)
+                    new = Sum(part[0], int(part[1]), part[2], one.steps)
                     found[name] = found[name] + new if name in found else new
         return found
 
@@ -362,10 +299,6 @@ class Monitor:
             one.clear()
         self._carried = {}
         self._steps = 0
-
-    def _names(self) -> list[str]:
-        """Of all values that the reports have, in the order in which they came."""
-        return list(dict.fromkeys(name for report in self._reports for name in report.values))
 
     def _check_names(self, names: Iterable[str]) -> None:
         for name in names:
@@ -378,88 +311,5 @@ class Monitor:
             raise RuntimeError(f"there is nothing to {call}: call report first")
 
 
-def as_scalar(name: str, value: Any) -> Tensor:
-    """A value of the user's as a 0-dim tensor, where it is."""
-    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
-        return value.detach().reshape(()).to(_dtype_on(value.device))
-    if isinstance(value, Real):
-        return torch.full((), float(value), dtype=torch.float64, device="cpu")
-    raise ValueError(f"{name} must be a number or a tensor of one element, got {shown(value)}")
-
-
-def _dtype_on(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have none
-
-
-@dataclass(frozen=True)
-class _Sum:
-    """What is known of the values of one name.
-
-    Attributes:
-        total: Of those that are finite.
-        count: How many these are.
-        last: The last one, finite or not.
-        steps: How many there are.
-    """
-
-    total: float
-    count: int
-    last: float
-    steps: int
-
-    def __add__(self, other: "_Sum") -> "_Sum":
-        return _Sum(
-            self.total + other.total, self.count + other.count, max(self.last, other.last),
-            self.steps + other.steps,
-        )  # fmt: skip
-
-    @property
-    def not_finite(self) -> int:
-        return self.steps - self.count
-
-    def value(self, name: str) -> float:
-        """What a report says."""
-        if name in COUNTS:
-            return self.last
-        return self.total / self.count if self.count else math.nan
-
-
-class _Table:
-    """Values of some names on one device: rows for single steps, and the sums of full tables.
-
-    Args:
-        names: Of the columns.
-        device: Where the values are.
-    """
-
-    def __init__(self, names: list[str], device: torch.device) -> None:
-        self.names, self.device = names, device
-        self._rows = torch.zeros(ROWS, len(names), dtype=_dtype_on(device), device=device)
-        # of each column: the sum of its finite values, how many these are, and its last value
-        self._totals = self._rows.new_zeros(3, len(names))
-        self._filled = 0
-        self.steps = 0
-
-    def add(self, values: list[Tensor]) -> None:
-        """Copy a step's values into the next row."""
-        if self._filled == ROWS:
-            self.totals()
-        row = self._rows[self._filled]
-        torch.stack([value.to(row.dtype) for value in values], out=row)
-        self._filled += 1
-        self.steps += 1
-
-    def totals(self) -> Tensor:
-        """The sums over all steps, on the device."""
-        if self._filled:
-            rows = self._rows[: self._filled]
-            finite = rows.isfinite()
-            self._totals[0] += torch.where(finite, rows, 0).sum(0)
-            self._totals[1] += finite.sum(0)
-            self._totals[2] = rows[-1]
-            self._filled = 0
-        return self._totals
-
-    def clear(self) -> None:
-        self._totals.zero_()
-        self._filled = self.steps = 0
+# under these names in monitors that earlier versions pickled
+_Sum, _Table = Sum, Table
