@@ -9,10 +9,10 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from fastsam.kernels.layout import Launches, Row, Scalar, Task, counters, partials
+from fastsam.kernels.layout import Row, Scalar, Task, counters, partials
 from fastsam.kernels.perturb import perturb_kernel
 from fastsam.kernels.reduce import finish_kernel, reduce_kernel, segments_kernel
-from fastsam.kernels.table import Table, Upload, is_capturing
+from fastsam.kernels.table import Upload, is_capturing
 from fastsam.kernels.update import update_kernel
 from fastsam.step.batch import Batch, identical
 from fastsam.step.sharding import Sharding
@@ -27,13 +27,12 @@ from ..reference import (
     unfused,
 )
 from ..sums import adapt, undone_if_it_fails
-from .buckets import Bucket, make_buckets, of, release, write_back
+from .buckets import Bucket, of, release, write_back
 from .direct import Direct
 from .flat import FlatBackup
-from .launcher import LAUNCHES, Launched, Launcher
+from .launcher import Launched
 from .plan import (
     NOTHING,
-    Plan,
     Reduction,
     Sums,
     ascent_sums,
@@ -47,21 +46,17 @@ from .plan import (
     states_of,
     update_constants,
 )
+from .planner import Planner
 from .rows import ascent_rows, grad_rows, key_rows, norm_rows, read_rows, state_rows
-from .scratch import Scratch, may_move
 
 FIRST, LAST = int(Task.FIRST), int(Task.LAST)
 
 
-class TritonBackend(Launcher, DeviceBackend):
+class TritonBackend(Planner, DeviceBackend):
     """See the module's docstring."""
 
     takes_scaled = True
     knows_norms = True
-
-    def __init__(self, launches: Launches = LAUNCHES) -> None:
-        super().__init__(launches)
-        self._moving = Scratch()
 
     # --- the interface ---
 
@@ -359,84 +354,6 @@ class TritonBackend(Launcher, DeviceBackend):
         sums = self._scratch("partials", 1, torch.float64, device)
         arguments = sums, ranges_here, batch.squares, FIRST if opens else 0
         return Direct(segments_kernel, (count,), *arguments, num_warps=4)
-
-    def _forget(self, batch: Batch) -> None:
-        """After a failure: no table is known to hold what it should."""
-        if batch.layout is not None:
-            batch.layout.plans.clear()
-        self.forget()
-
-    def forget(self) -> None:
-        self._tables.clear()
-        self._hyper.clear()
-
-    # --- tables ---
-
-    def _plan(self, name: str, batch: Batch, spec: StepSpec) -> Plan:
-        """Group a pass's tensors by what a kernel is specialised for.
-
-        The plan is kept with the batch's layout where it needs no copies of the tensors: then the
-        next pass like this one has only gradients' addresses to look at, and finds its launches.
-        An ascent with state has two, as that takes turns between two memories: so the tables of
-        both stay as they are, and any two steps have made both.
-        """
-        plans: dict[Any, Plan] = {} if batch.layout is None else batch.layout.plans
-        turn = batch.held.turn if name == "ascent" and batch.held is not None else 0
-        key = name, turn
-        found = plans.get(key)
-        if found is not None and found.prepared is batch.prepared:
-            return found
-        lasting = name in ("ascent", "further") or (
-            name == "descent" and batch.prepared is not None
-        )
-        buckets = make_buckets(name, batch, spec)
-        device = batch.params[0].device
-        kept = lasting and all(bucket.in_place for bucket in buckets)
-        for bucket in buckets:
-            if kept:
-                bucket.table = Table(device, self._captured)
-                bucket.grads = []  # they would be kept alive
-            else:  # one table for all passes like this one
-                table = self._tables.get((name, device, bucket.key))
-                if table is None:
-                    table = self._tables[name, device, bucket.key] = Table(device, self._captured)
-                bucket.table = table
-        plan = Plan(batch.prepared, buckets)
-        if kept:
-            plans[key] = plan
-        return plan
-
-    def _aim(self, plan: Plan, batch: Batch, spec: StepSpec) -> None:
-        """Decide where the perturbed weights go."""
-        allowed = may_move(batch, spec)
-        for bucket in plan.buckets:
-            targets: list[Tensor] = []
-            if allowed and bucket.in_place and not bucket.has_master:
-                if not bucket.targets:
-                    self._moving.keep_to(spec.groups)
-                targets = self._moving.targets(bucket.params, bucket.targets)
-            if targets is not bucket.targets and (targets or bucket.targets):
-                bucket.aim(targets)
-        if not allowed:
-            self._moving.keep_to(())
-        layout = batch.layout
-        targets = [x for bucket in plan.buckets if bucket.moves for x in bucket.targets]
-        # the step before may have had another plan: of the other turn of the ascent's state
-        if layout is not None and not identical(targets, layout.targets):
-            layout.targets = targets
-            layout.token = object()  # what follows from it has to be looked at again
-
-    def _dependencies(self, plan: Plan, batch: Batch, spec: StepSpec, scalars: Tensor) -> list[Any]:
-        """What launches are made of, but for what stays where it is and is written to.
-
-        They are not the same for any two graphs: those have tables of hyper-parameters of their
-        own. Nor are they with several devices, which get new copies of the scalars.
-        """
-        depends = [*spec.key, self.launches, batch.part, scalars, batch.squares,
-                   batch.kept_is_known is None, batch.norm_is_known, batch.leaves_norm]  # fmt: skip
-        for bucket in plan.buckets:
-            depends += bucket.table.revision, self._hyper_table(bucket, spec), bucket.moves
-        return depends
 
 
 def _unfused_part(batch: Batch, spec: StepSpec) -> Batch:
