@@ -42,7 +42,7 @@ def _direction(g: Tensor, state: dict[str, Tensor], h: Columns) -> Tensor:
 
 
 def _radius(rho: Any, norm: Any, total: Any, h: Columns) -> Any:
-    return where(gives_direction(norm), rho / (norm + EPS))
+    return where(gives_direction(norm), rho * (1.0 / (norm + EPS)))
 
 
 #: The rule, by the name of the momentum.

@@ -22,4 +22,5 @@ def direction(g, state, h):
 
 @triton.jit
 def radius(rho, norm, total, h):
-    return tl.where(is_finite(norm) & (norm > 0), rho / (norm + EPS), 0.0)
+    # a reciprocal, as SAM has: with the quotient itself float64 spills registers
+    return tl.where(is_finite(norm) & (norm > 0), rho * (1.0 / (norm + EPS)), 0.0)
