@@ -59,10 +59,10 @@ from .step.interrupts import uninterrupted
 from .step.makers import method_name, write_marks
 from .step.precision import MASTER, ROUNDINGS, check_precision
 from .step.receiver import LEAST, Receiver
+from .step.rule import Ascent, Base, Descent
 from .step.scalars import DeviceScalars
 from .step.segments import NORMS, check_norm
 from .step.settings import OF_STATE, OF_TABLES, complete_settings, setting
-from .step.spec import Ascent, Base, Descent
 from .step.takeover import TakenOver, put_guard, take_over, takes_base
 
 if TYPE_CHECKING:

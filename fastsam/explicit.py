@@ -31,8 +31,9 @@ from .step.guards import (
     warn_of_stale_gradients,
 )
 from .step.interrupts import uninterrupted
+from .step.rule import Descent
 from .step.scaling import LossScale, check_same_scaler, check_scaler, find_scale
-from .step.spec import Descent, StepSpec, share_of
+from .step.spec import StepSpec, share_of
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

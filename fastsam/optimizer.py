@@ -19,8 +19,9 @@ from .step.closures import FirstLook, check_closure, check_closures
 from .step.flight import InFlight
 from .step.guards import check_reduced
 from .step.recording import Recording
+from .step.rule import Ascent, Descent
 from .step.scaling import LossScale, check_scaler, find_scale
-from .step.spec import Ascent, Descent, is_perturbed
+from .step.spec import is_perturbed
 from .unified import UNIFIED
 
 Result = TypeVar("Result")

@@ -10,8 +10,9 @@ from torch import Tensor
 from fastsam.arithmetic import EPS, is_finite, root, where, wide
 from fastsam.kernels.layout import Scalar
 from fastsam.step.batch import Batch
+from fastsam.step.rule import Descent
 from fastsam.step.sharding import Sharding, add_up, total
-from fastsam.step.spec import Descent, StepSpec, is_perturbed
+from fastsam.step.spec import StepSpec, is_perturbed
 
 from .base import Pass
 from .equations import columns_of, element_scale, perturbation, radius, seen_by, signed

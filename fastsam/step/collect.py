@@ -16,8 +16,9 @@ from torch import Tensor
 from .base_state import parts_of_state
 from .batch import Batch, Layout, identical
 from .checks import check_partitioned, check_tensors
+from .rule import Group
 from .sharding import is_sharded, local, local_grad, sharding_of
-from .spec import Group, is_perturbed
+from .spec import is_perturbed
 from .state import States
 
 Momentum = Callable[[list[Tensor], list[Tensor]], list[Any]]

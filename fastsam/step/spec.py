@@ -17,8 +17,6 @@ from .rule import (  # noqa: F401
     along_gradient,
 )
 
-__all__ = ["Ascent", "Base", "Descent", "Group", "StepSpec", "is_perturbed", "share_of", "sign_of"]
-
 
 def sign_of(group: Mapping[str, Any]) -> float:
     """-1 where the base maximizes, else 1: a rule is given the gradient of what is minimised."""

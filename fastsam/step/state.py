@@ -17,9 +17,10 @@ from .batch import Batch, identical
 from .capture import is_captured
 from .checkpoint import BASE_KEY
 from .memory import Owned
+from .rule import Ascent, Base, Group
 from .saved_state import fitting, is_exact, is_fastsams
 from .sharding import check_shards, is_sharded, local_state
-from .spec import Ascent, Base, Group, StepSpec
+from .spec import StepSpec
 
 States = MutableMapping[Tensor, dict[str, Any]]
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from fastsam.arithmetic import SMALLEST
 from fastsam.kernels.layout import Scalar
 from fastsam.step.batch import Batch
-from fastsam.step.spec import Ascent, Group, StepSpec, sign_of
+from fastsam.step.rule import Ascent, Group
+from fastsam.step.spec import StepSpec, sign_of
 
 from .. import reference
 from ..equations import columns_of, perturbation, radius, seen_by, signed

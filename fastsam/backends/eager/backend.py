@@ -17,7 +17,8 @@ from torch import Tensor
 
 from fastsam.kernels.layout import Scalar
 from fastsam.step.batch import Batch
-from fastsam.step.spec import Base, StepSpec
+from fastsam.step.rule import Base
+from fastsam.step.spec import StepSpec
 
 from .. import reference, sums
 from ..base import Pass, Stop

@@ -18,7 +18,8 @@ from torch import Tensor
 from fastsam.arithmetic import SMALLEST, bounded
 from fastsam.kernels.layout import Scalar
 from fastsam.step.batch import Batch
-from fastsam.step.spec import Base, Group, StepSpec, sign_of
+from fastsam.step.rule import Base, Group
+from fastsam.step.spec import StepSpec, sign_of
 
 from .blocks import blocks, flat
 from .scratch import Memory, Room

@@ -10,8 +10,9 @@ from torch import Tensor
 from fastsam.arithmetic import wide
 from fastsam.step.batch import Batch
 from fastsam.step.memory import alike, is_dense
+from fastsam.step.rule import Group
 from fastsam.step.sharding import Sharding, add_up
-from fastsam.step.spec import Group, StepSpec
+from fastsam.step.spec import StepSpec
 
 from ..base import Pass
 from ..equations import element_scale

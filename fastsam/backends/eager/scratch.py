@@ -23,8 +23,8 @@ from fastsam.step.memory import (
     references,
     still_owns_memory,
 )
+from fastsam.step.rule import Group
 from fastsam.step.sharding import local
-from fastsam.step.spec import Group
 
 from ..weights import ListBackup
 from .blocks import BLOCK
