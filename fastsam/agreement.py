@@ -36,7 +36,7 @@ def compare_ranks(optimizer: Optimizer, group: Any = None) -> None:
         group: The process group; None is the default one.
 
     Raises:
-        TypeError: If ``optimizer`` is another.
+        TypeError: If ``optimizer`` is not one of fastsam's.
         RuntimeError: On every rank, if settings differ; the message has each value and its ranks.
 
     Example:

@@ -22,11 +22,11 @@ class RhoScheduler:
     """Base class of schedules of the radius. Your own schedule defines :meth:`rho_of`.
 
     Args:
-        optimizer: One of fastsam's, but not :class:`LETS`, which learns its radius.
+        optimizer: One of fastsam's, except :class:`LETS`, which learns its radius.
         key: The group key that is scheduled. Default ``"rho"``.
 
     Raises:
-        TypeError: If ``optimizer`` is another one.
+        TypeError: If ``optimizer`` is not one of fastsam's.
         ValueError: If a group has no such key, or the first radius is out of range.
 
     Example:
@@ -136,7 +136,7 @@ class LambdaRho(RhoScheduler):
     ``state_dict`` beside the optimizer's; the function is not saved.
 
     Args:
-        optimizer: One of fastsam's, but :class:`LETS`, which learns its radius.
+        optimizer: One of fastsam's, except :class:`LETS`, which learns its radius.
         rho_lambda: :math:`\lambda`, from the count of steps, 0 at first, to a factor of at least 0;
             or a list of such functions, one for each group.
         key: The group key that is scheduled. Default ``"rho"``; of :class:`LESAM` also
@@ -195,7 +195,7 @@ class ProportionalRho(RhoScheduler):
     at the bound. Call ``step`` after the learning rate's scheduler.
 
     Args:
-        optimizer: One of fastsam's, but :class:`LETS`, which learns its radius.
+        optimizer: One of fastsam's, except :class:`LETS`, which learns its radius.
         rho_min: :math:`\rho_{\min}`, at least 0. Default 0.
         rho_max: :math:`\rho_{\max}`, at least 0. Default None: each group's radius at the start.
         lr_min: :math:`lr_{\min}`, at least 0: where the learning rate's schedule ends. Default 0.
@@ -203,7 +203,7 @@ class ProportionalRho(RhoScheduler):
             learning rate's schedule has put it there, or its ``lr``.
 
     Raises:
-        TypeError: If ``optimizer`` is another one.
+        TypeError: If ``optimizer`` is not one of fastsam's.
         ValueError: If a bound or a radius is out of range.
 
     Example:
@@ -307,7 +307,7 @@ def tail(
     without it a run that is resumed within the rise takes the risen part for the whole.
 
     Args:
-        optimizer: One of fastsam's, but :class:`LETS`.
+        optimizer: One of fastsam's, except :class:`LETS`.
         total_steps: Steps of the whole training, at least 1, counted as the optimizer's are.
         fraction: The share of the steps that is sharpness-aware, in (0, 1]. Default 0.3.
         ramp: The share of these steps over which the radius rises, in [0, 1]. Default 0.1. With 0
@@ -317,7 +317,7 @@ def tail(
         The schedule of the radius, whose ``step`` is to be called after each of the optimizer's.
 
     Raises:
-        TypeError: If ``optimizer`` is another one.
+        TypeError: If ``optimizer`` is not one of fastsam's.
         ValueError: If a value is out of range.
 
     Example:

@@ -138,7 +138,7 @@ class LookSAM(SharpnessAwareOptimizer):
         """For LETS, which is refused."""
         if hessian is not None:
             raise RuntimeError(
-                "LETS does not serve LookSAM, whose radius also decides of the steps that follow"
+                "LETS does not support LookSAM, whose radius also affects the steps that follow"
             )
         yield None
 

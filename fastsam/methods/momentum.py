@@ -233,7 +233,7 @@ class MSAM(SharpnessAwareOptimizer):
         """For LETS, which is refused."""
         if hessian is not None:
             raise RuntimeError(
-                f"LETS does not serve {type(self).__name__}, whose step has no first gradient"
+                f"LETS does not support {type(self).__name__}, whose step has no first gradient"
             )
         yield None
 

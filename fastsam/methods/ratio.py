@@ -33,8 +33,8 @@ class SharpnessRatio:
     is positive and as 1 if not.
 
     Args:
-        c: Most that :math:`\lambda` changes by in a step, at least 1. Default 1.1. With 1 it is
-            constant.
+        c: Largest factor by which :math:`\lambda` rises or falls in a step, at least 1. Default
+            1.1. With 1 it is constant.
         lam_min, lam_max: Bounds, at least 0. Defaults 0.1 and 2.
         smoothing: :math:`\beta`, in [0, 1). Default 0: none, the ratio of single steps.
 
@@ -86,8 +86,8 @@ class SharpnessTrend:
     positive, the ratio counts as :math:`c` if :math:`a_k` is positive and as 1 if not.
 
     Args:
-        c: Most that :math:`\lambda` is of :math:`\lambda_0`, and the inverse of the least; at least
-            1. Default 2. With 1 it is constant.
+        c: Largest factor between :math:`\lambda` and :math:`\lambda_0`, in either direction, at
+            least 1. Default 2. With 1 it is constant.
         fast, slow: :math:`\beta_a` and :math:`\beta_b`, each in [0, 1), ``slow`` at least ``fast``.
             Defaults 0.9 and 0.99: averages over some 10 and 100 steps.
 

@@ -145,9 +145,9 @@ class SAMAR(SharpnessAwareOptimizer):
         lam: :math:`\lambda_0`, at least 0. Default 1.
         rule: A :class:`SharpnessRatio` or :class:`SharpnessTrend`, whose equations run inside the
             reduction, or any callable that takes :math:`\lambda_k`, :math:`s_k` and
-            :math:`s_{k-1}` as 0-dim tensors on the device and gives the next :math:`\lambda`; what
-            it is given is NaN in place of an :math:`s_{k-1}` that does not exist yet. Its answer is
-            not used then, nor where it is not finite. State of its own is not saved. Default
+            :math:`s_{k-1}` as 0-dim tensors on the device and gives the next :math:`\lambda`. At
+            the first measurement :math:`s_{k-1}` is NaN. :math:`\lambda` then stays as it is, and
+            so it does if the result is not finite. State of a callable's own is not saved. Default
             ``SharpnessRatio()``.
         **kwargs: The other arguments of :class:`SAM`, and the base optimizer's.
 

@@ -58,7 +58,7 @@ class Monitor:
         history: How many reports are kept, at least 1. The oldest are dropped. Default 10,000.
 
     Raises:
-        TypeError: If ``optimizer`` is another one.
+        TypeError: If ``optimizer`` is not one of fastsam's.
         ValueError: If ``history`` is out of range.
 
     Example:

@@ -367,7 +367,7 @@ def test_refused_later():
     closure = closure_of(loss_fn)
     with pytest.raises(RuntimeError, match="does not support perturbations by micro-batch"):
         optimizer.step_micro_batches([closure])
-    with pytest.raises(RuntimeError, match="LETS does not serve LookSAM"):
+    with pytest.raises(RuntimeError, match="LETS does not support LookSAM"):
         fastsam.LETS(optimizer).step(closure, closure)
     other = fastsam.SAM(optimizer.param_groups[0]["params"], **SGD)
     optimizer.step(closure)

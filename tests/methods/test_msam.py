@@ -396,7 +396,7 @@ def test_refused_later():
         optimizer.step(closure, closure)
     with pytest.raises(RuntimeError, match="does not support perturbations by micro-batch"):
         optimizer.step_micro_batches([closure])
-    with pytest.raises(RuntimeError, match="LETS does not serve MSAM"):
+    with pytest.raises(RuntimeError, match="LETS does not support MSAM"):
         fastsam.LETS(optimizer).step(closure, closure)
     optimizer.perturb()
     with pytest.raises(RuntimeError, match="expected second_step"):
