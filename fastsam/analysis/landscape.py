@@ -99,7 +99,7 @@ def loss_landscape(
     where :math:`a` and :math:`b` take ``points`` equidistant values from ``-span`` to ``span``.
     The directions are
 
-    - ``"random"``: drawn from a normal distribution, each by itself: orthogonal only nearly;
+    - ``"random"``: drawn from a normal distribution, independently: only nearly orthogonal;
     - ``"gradient"``: :math:`d_0` is the gradient of the loss at :math:`w`, so that SAM's
       perturbation is the point :math:`a = \rho` (at unit length); :math:`d_1` is drawn as above,
       less its component along the gradient;
@@ -121,7 +121,7 @@ def loss_landscape(
     - ``"auto"``: ``"filter"`` for random directions, ``"unit"`` along the gradient, none for given.
 
     In the plane of the gradient :math:`d_1` is orthogonal to :math:`d_0` before it is scaled;
-    filter and layer normalisation keep that only about.
+    after filter and layer normalisation only approximately.
 
     As with :func:`sharpness` everything is restored afterwards, and every evaluation starts from
     the same state. Only the gradient for a direction is computed. Random directions come from the

@@ -57,8 +57,8 @@ class DelayedSAM(MSAM):
         **kwargs: The other arguments of :class:`SAM`, and the base optimizer's.
 
     Raises:
-        TypeError, ValueError, ImportError, RuntimeError: As :class:`MSAM`, but for what that says
-            of a momentum.
+        TypeError, ValueError, ImportError, RuntimeError: As :class:`MSAM`, except those about
+            a momentum.
 
     Example:
         >>> optimizer = fastsam.DelayedSAM(model.parameters(), torch.optim.Adagrad, lr=0.1)

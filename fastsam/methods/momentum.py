@@ -64,7 +64,7 @@ class MSAM(SharpnessAwareOptimizer):
     of Adam and AdamW. So the perturbation is known before the forward pass, no gradient at
     :math:`w` is needed, and a step has half of :class:`SAM`'s forward and backward passes.
     :math:`e` points to where the momentum moves the weights. In the first step, and for a parameter
-    that has no momentum yet, :math:`e = 0`. In ``adaptive`` groups, which the paper has not,
+    that has no momentum yet, :math:`e = 0`. In ``adaptive`` groups, which are not in the paper,
     :math:`v` becomes :math:`T^2 v` and its norm :math:`\|T v\|`, as in :class:`SAM`. A momentum
     whose norm is 0 or not finite perturbs nothing.
 
@@ -81,17 +81,17 @@ class MSAM(SharpnessAwareOptimizer):
     taken at :math:`w` here and at :math:`w + e` there.)
 
     Several micro-batches may be accumulated between the two calls, or in the closure. Gradients may
-    carry a loss scale (``grad_scaler=``). With DDP and FSDP2 nothing else is to be done: the
+    carry a loss scale (``grad_scaler=``). With DDP and FSDP2 nothing else is needed: the
     momentum is that of the reduced gradients, equal on all ranks, or each rank's shard of it.
-    Settings that say something of a first gradient are refused: ``renormalize``,
+    Settings for a first pass are refused: ``renormalize``,
     ``ascent_context``, ``descent_context``, ``repeat_random``, ``ascent_steps`` above 1; so are
     ``step_micro_batches`` and ``LETS``.
 
     ``metrics`` has the momentum's norm as ``momentum_norm``.
 
     :meth:`first_step` and ``second_step`` do what :meth:`perturb` and :meth:`step` do, for
-    loops that are written for two passes. Gradients are not looked at in the first, so the pass
-    that comes before it there is one too many.
+    loops that are written for two passes. ``first_step`` reads no gradients, so the pass before it
+    is unnecessary.
 
     Cost: one forward and backward pass. With SGD and momentum 36 bytes per element in float32
     (perturb 16, update 20), two launches; with AdamW 44. The update adds up the norm of the
@@ -107,7 +107,7 @@ class MSAM(SharpnessAwareOptimizer):
     Args:
         params: As in :class:`SAM`.
         base_optimizer: A fused one that keeps a momentum in every group that is perturbed:
-            ``torch.optim.SGD`` with ``momentum``, ``Adam``, ``AdamW``, or one of the user's
+            ``torch.optim.SGD`` with ``momentum``, ``Adam``, ``AdamW``, or one of your own
             (``fastsam.rules.register_base``) with a state ``momentum_buffer`` or ``exp_avg``.
         rho: Radius, at least 0. Default 0.3. A group key. The authors take ten times the radius of
             :class:`SAM` and more. It has to be tuned: in two of three small tasks 0.3 was far from
