@@ -40,8 +40,12 @@ def check_clean(done: subprocess.CompletedProcess) -> None:
     failures = [line for line in done.stdout.splitlines() if "FAILED" in line]
     assert done.returncode == bool(failures), done.stderr
     if triton.__version__.startswith("3.6."):
-        # its ptxas would rather spill 20 bytes than use 116 registers; float64 is not for speed
-        known = re.compile(r"  FAILED update_kernel adagrad fp64/fp64/fp64 .*: 20 B spilled")
+        # its ptxas would rather spill 20 bytes than use 116 registers, where float64 is not for
+        # speed; and one or two registers of reductions, beside hundreds of bytes that they load
+        known = re.compile(
+            r"  FAILED (update_kernel adagrad fp64/fp64/fp64 .*: 20 B spilled"
+            r"|reduce_kernel (of_both mix unified|of_ascent variance) .*: [48] B spilled)"
+        )
         failures = [line for line in failures if not known.fullmatch(line)]
     assert not failures
 
