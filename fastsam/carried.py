@@ -55,7 +55,8 @@ class CarriedNorms:
         if spec.ascent.momentum and not spec.ascent.follows_last:
             allowed = goes_on and self._may_leave(batch, spec, backend)
             batch.leaves_norm = self._of_momentum.prepare(batch, spec, scalars, allowed)
-        if spec.reuses_by_norm and batch.params and batch.firsts is not None:
+        reuses = spec.ascent.keeps and not spec.ascent.follows_last and spec.reuses_by_norm
+        if reuses and batch.params and batch.firsts is not None:
             if self._may_know(batch, backend):
                 batch.kept_is_known = self._of_kept.is_of(batch.firsts, scalars)
         forget_elsewhere(batch, self._of_kept, self._of_momentum.norm)

@@ -50,15 +50,15 @@ def uncompiled(function: Function) -> Function:
 def pass_of_step(function: Function) -> Function:
     """A method of the user's, or a part of ``step``: :func:`uncompiled`, and without autograd.
 
-    Inside ``step`` it is both already, and the wrappers would be a noticeable part of the time that
-    a step of a small network takes.
+    Inside ``step`` it is both already, unless code of the user's has switched autograd on; and the
+    wrappers would be a noticeable part of the time that a step of a small network takes.
     """
     alone = uncompiled(torch.no_grad()(function))
 
     @functools.wraps(function)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        chosen = function if self._inside_step else alone
-        return chosen(self, *args, **kwargs)
+        is_prepared = self._inside_step and not torch.is_grad_enabled()
+        return (function if is_prepared else alone)(self, *args, **kwargs)
 
     return cast(Function, call)
 

@@ -96,7 +96,7 @@ class SharpnessTrend:
 
     The paper (see :class:`SAMAR`) adapts by the ratio of successive sharpness values. That these
     are averages, and that their ratio is taken of :math:`\lambda_0`, is ours, as is every constant.
-    On three small data sets it was better than :class:`SharpnessRatio` on one and worse on another
+    On three small data sets it was better than :class:`SharpnessRatio` on one and equal on two
     (docs/choosing.md), and :math:`\lambda` depended far less on the seed.
 
     Example:

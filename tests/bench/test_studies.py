@@ -402,6 +402,23 @@ def test_several_runs_of_a_seed_count_by_their_mean():
     assert gap.mean == 2.5 and gap.error == pytest.approx(0.5)  # 91 less 88, 82 less 80
 
 
+def test_of_radii_with_equal_scores_the_smallest_is_the_best():
+    """Means of the same accuracies in another order differ in their last bits."""
+
+    def runs(rho, *accuracies):
+        return [Result(quick("sam", i, rho=rho), {"test_accuracy_percent": a})
+                for i, a in enumerate(accuracies)]  # fmt: skip
+
+    larger = runs(0.2, 77.41666412353516, 77.41666793823242)
+    smaller = runs(0.1, 77.41666412353516, 77.41666412353516)
+    assert study_core.mean_accuracy(larger) > study_core.mean_accuracy(smaller)
+    found = study_core.best_radii([*larger, *smaller], study_core.mean_accuracy, "method")
+    assert found == {"sam": smaller}
+    better = runs(0.3, 77.5, 77.5)
+    found = study_core.best_radii([*larger, *smaller, *better], study_core.mean_accuracy, "method")
+    assert found == {"sam": better}
+
+
 def test_difference_is_taken_seed_by_seed():
     results = make_up(
         study_lambda.STUDY,

@@ -9,7 +9,7 @@ import torch
 import fastsam
 
 from networks import bits, closure_of, loss_of, model_and_data, same
-from registry import DEVICE, create
+from registry import BACKENDS, DEVICE, create
 
 SGD = {"base_optimizer": torch.optim.SGD, "lr": 0.1, "momentum": 0.9}
 
@@ -167,3 +167,32 @@ def test_every_class_takes_them(method):
                        ascent_context=lambda: Noted("a", log))  # fmt: skip
     optimizer.step(closure_of(loss_fn))
     assert log == ["+a", "-a"]
+
+
+class LeavesAutogradOn(contextlib.AbstractContextManager):
+    def __exit__(self, *_):
+        torch.set_grad_enabled(True)
+
+
+def decides(t, metrics):
+    torch.set_grad_enabled(True)
+    return True
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "where",
+    [{"ascent_context": LeavesAutogradOn}, {"descent_context": LeavesAutogradOn},
+     {"perturb_when": decides}],
+    ids=lambda where: next(iter(where)),
+)  # fmt: skip
+def test_code_that_switches_autograd_on_inside_a_step_changes_nothing(where, backend):
+    results = []
+    for kwargs in ({}, where):
+        model, loss_fn = model_and_data()
+        optimizer = fastsam.SAM(model.parameters(), backend=backend, **SGD, **kwargs)
+        for _ in range(2):
+            optimizer.step(closure_of(loss_fn))
+        assert torch.is_grad_enabled()
+        results.append(bits(model))
+    assert same(*results)

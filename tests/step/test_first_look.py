@@ -47,7 +47,9 @@ def test_backward_before_the_step(backend):
                 optimizer.step(closure_of(loss_fn))
                 if DEVICE != "cpu":
                     torch.cuda.synchronize()
-        assert [w.filename for w in caught] == [__file__] * before
+        # Triton's interpreter may warn of what numpy deprecates
+        ours = [w for w in caught if w.category is UserWarning]
+        assert [w.filename for w in ours] == [__file__] * before
         results.append(bits(model))
     assert same(*results)
     with pytest.warns(UserWarning, match=TWICE):
